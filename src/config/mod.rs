@@ -1,0 +1,150 @@
+//! Configuration: YAML as the user wrote it (schema) and the checked values that the program runs (here).
+//!
+//! Parse, don't validate: a [`Config`] can only be legal.
+
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Everything the program runs with.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Config {
+    /// Where the admin server listens; may be empty.
+    pub admin: Vec<ListenAddress>,
+    /// How log events are written.
+    pub log: Log,
+    /// Grace period after SIGTERM.
+    pub drain_timeout: Duration,
+    /// The guests, at least one.
+    pub guests: Vec<Guest>,
+}
+
+/// Log settings.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Log {
+    /// Text, JSON, or text only when stderr is a terminal.
+    pub format: LogFormat,
+    /// The level or filter (`info`, `vsock_sidecar::device=debug,info`).
+    pub level: String,
+}
+
+/// Form of log events.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// One guest: one vhost-user socket, one device.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Guest {
+    /// Unique name; label in metrics and logs.
+    pub name: String,
+    /// Context identifier, 3..=0xffff_fffe, unique in the file.
+    pub cid: u32,
+    /// How the VMM reaches us.
+    pub vhost_user: VhostUser,
+    /// Guest to services; first match wins.
+    pub outbound: Vec<OutboundRule>,
+    /// Services to guest.
+    pub inbound: Vec<InboundRule>,
+    /// Bounds of this guest.
+    pub limits: Limits,
+}
+
+/// The vhost-user socket of a guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VhostUser {
+    /// Absolute path.
+    pub socket: PathBuf,
+    /// Who listens.
+    pub mode: VhostUserMode,
+}
+
+/// Who listens on the vhost-user socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum VhostUserMode {
+    /// We listen, the VMM connects.
+    Server,
+    /// The VMM listens, we connect, with retry.
+    Client,
+}
+
+/// A rule that lets the guest connect to a target.
+#[derive(Clone, PartialEq, Debug)]
+pub struct OutboundRule {
+    /// Unique among the guest's outbound rules.
+    pub name: String,
+    /// Ports of the guest's connect(), never 0.
+    pub ports: RangeInclusive<u32>,
+    /// Where connections go.
+    pub target: Target,
+}
+
+/// Where an outbound connection goes.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Target {
+    /// A TCP service: `tcp://host:port`. For a range of guest ports, the range's first port goes to `port` and the
+    /// others keep their offset.
+    Tcp {
+        /// Name or address, IPv6 without brackets.
+        host: String,
+        /// TCP port of the first guest port.
+        port: u16,
+    },
+    /// A unix stream socket: `unix:///path`, in which `{port}` and `{cid}` are filled in at connect time.
+    Unix {
+        /// Absolute path, possibly with placeholders.
+        path: String,
+    },
+}
+
+/// A rule that lets clients of a listener connect to the guest.
+#[derive(Clone, PartialEq, Debug)]
+pub struct InboundRule {
+    /// Unique among the guest's inbound rules.
+    pub name: String,
+    /// Where clients connect.
+    pub listen: ListenAddress,
+    /// How the guest port is found.
+    pub protocol: InboundProtocol,
+}
+
+/// How an inbound connection finds its guest port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InboundProtocol {
+    /// All bytes are payload, the port is the rule's.
+    Plain {
+        /// Port in the guest.
+        port: u32,
+    },
+    /// The client first sends `CONNECT <port>\n` and is answered `OK <port>\n`.
+    Connect,
+}
+
+/// Where to listen.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum ListenAddress {
+    /// `tcp://address:port`.
+    Tcp(SocketAddr),
+    /// `unix:///path`, absolute.
+    Unix(PathBuf),
+}
+
+/// Bounds of one guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Limits {
+    /// Connections at once, both directions together.
+    pub connections: usize,
+    /// Receive buffer promised to the guest for each connection, in bytes (`buf_alloc`).
+    pub buffer: u32,
+    /// Time for an outbound dial, name resolution included.
+    pub connect_timeout: Duration,
+    /// Time the guest has to accept an inbound connection.
+    pub guest_timeout: Duration,
+    /// A connection on which nothing moves for so long is ended; zero means never.
+    pub idle_timeout: Duration,
+}

@@ -1,0 +1,6 @@
+//! Host sockets. Knows nothing of guests.
+pub mod dial;
+pub mod listen;
+mod stream;
+
+pub use stream::HostStream;

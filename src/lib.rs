@@ -1,0 +1,9 @@
+//! vsock-sidecar.
+#![deny(unsafe_code)]
+
+pub mod config;
+pub mod device;
+pub mod guest;
+pub mod host;
+pub mod metrics;
+pub mod vsock;

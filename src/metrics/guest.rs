@@ -1,0 +1,396 @@
+//! The metric families of one guest's data path: handles resolved once at start, so that counting is a relaxed add.
+//!
+//! Label values are handed in by whoever owns the enum; each array is indexed by that enum (`reason as usize`).
+
+use std::sync::Arc;
+
+use prometheus::{
+    Counter, CounterVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts,
+};
+
+use super::Registry;
+
+/// Which way bytes and packets go.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Direction {
+    /// From the guest to a host socket.
+    GuestToHost = 0,
+    /// From a host socket to the guest.
+    HostToGuest = 1,
+}
+
+impl Direction {
+    /// Every direction's label.
+    pub const LABELS: [&'static str; 2] = ["guest_to_host", "host_to_guest"];
+    /// Both directions.
+    pub const ALL: [Direction; 2] = [Direction::GuestToHost, Direction::HostToGuest];
+
+    /// The metric label of this direction.
+    pub fn label(self) -> &'static str {
+        Self::LABELS[self as usize]
+    }
+}
+
+/// Labels of `op` in `vsock_packets_total`; index 0 stands for every operation the standard does not know.
+pub const OP_LABELS: [&str; 8] =
+    ["invalid", "request", "response", "rst", "shutdown", "rw", "credit_update", "credit_request"];
+/// Labels of `socket_type`; index 0 stands for every type the standard does not know.
+pub const SOCKET_TYPE_LABELS: [&str; 3] = ["other", "stream", "seqpacket"];
+/// Labels of `queue`, in the order of the device's virtqueues.
+pub const QUEUE_LABELS: [&str; 3] = ["rx", "tx", "event"];
+
+/// Label values that come from enums of other modules.
+#[derive(Clone, Copy, Debug)]
+pub struct LabelSets {
+    /// `reason` of `vsock_connections_refused_total`.
+    pub refused: &'static [&'static str],
+    /// `reason` of `vsock_connections_closed_total`.
+    pub closed: &'static [&'static str],
+    /// `kind` of `vsock_misbehavior_total`.
+    pub misbehavior: &'static [&'static str],
+    /// `reason` of `vsock_vring_errors_total`.
+    pub ring_errors: &'static [&'static str],
+}
+
+/// The names of one guest's rules, in the order of the configuration.
+#[derive(Clone, Default, Debug)]
+pub struct RuleNames {
+    /// Names of the `outbound` rules.
+    pub outbound: Vec<String>,
+    /// Names of the `inbound` rules.
+    pub inbound: Vec<String>,
+}
+
+/// Every family that has a `guest` label and is written by the device thread.
+pub(super) struct GuestFamilies {
+    packets: IntCounterVec,
+    payload_bytes: IntCounterVec,
+    misbehavior: IntCounterVec,
+    opened: IntCounterVec,
+    active: IntGaugeVec,
+    refused: IntCounterVec,
+    closed: IntCounterVec,
+    duration: HistogramVec,
+    dials: IntCounterVec,
+    dial_failures: IntCounterVec,
+    dial_duration: HistogramVec,
+    upstream_bytes: IntCounterVec,
+    credit_stalls: IntCounterVec,
+    credit_stall_seconds: CounterVec,
+    backpressure_pauses: IntCounterVec,
+    buffered_bytes: IntGaugeVec,
+    ring_full: IntCounterVec,
+    ring_full_seconds: CounterVec,
+    ring_errors: IntCounterVec,
+    kicks: IntCounterVec,
+    kicks_suppressed: IntCounterVec,
+    interrupts: IntCounterVec,
+    interrupts_suppressed: IntCounterVec,
+}
+
+impl GuestFamilies {
+    pub(super) fn register(to: &prometheus::Registry) -> prometheus::Result<GuestFamilies> {
+        let counters = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntCounterVec> {
+            let family = IntCounterVec::new(Opts::new(name, help), labels)?;
+            to.register(Box::new(family.clone()))?;
+            Ok(family)
+        };
+        let seconds = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<CounterVec> {
+            let family = CounterVec::new(Opts::new(name, help), labels)?;
+            to.register(Box::new(family.clone()))?;
+            Ok(family)
+        };
+        let gauges = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntGaugeVec> {
+            let family = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            to.register(Box::new(family.clone()))?;
+            Ok(family)
+        };
+        let histograms =
+            |name: &str, help: &str, labels: &[&str], buckets: &[f64]| -> prometheus::Result<HistogramVec> {
+                let family = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?;
+                to.register(Box::new(family.clone()))?;
+                Ok(family)
+            };
+        Ok(GuestFamilies {
+            packets: counters(
+                "vsock_packets_total",
+                "vsock packets, by direction, operation and socket type.",
+                &["guest", "direction", "op", "socket_type"],
+            )?,
+            payload_bytes: counters(
+                "vsock_payload_bytes_total",
+                "Payload bytes of vsock RW packets.",
+                &["guest", "direction", "socket_type"],
+            )?,
+            misbehavior: counters(
+                "vsock_misbehavior_total",
+                "Packets of the guest that break the virtio-vsock protocol, by what is wrong with them.",
+                &["guest", "kind"],
+            )?,
+            opened: counters(
+                "vsock_connections_opened_total",
+                "Connections established; direction says who asked for them.",
+                &["guest", "direction", "rule"],
+            )?,
+            active: gauges(
+                "vsock_connections_active",
+                "Connections that are established now.",
+                &["guest", "direction", "rule"],
+            )?,
+            refused: counters(
+                "vsock_connections_refused_total",
+                "Connections that were asked for and not made, by reason.",
+                &["guest", "direction", "rule", "reason"],
+            )?,
+            closed: counters(
+                "vsock_connections_closed_total",
+                "Established connections that ended, by reason.",
+                &["guest", "direction", "rule", "reason"],
+            )?,
+            duration: histograms(
+                "vsock_connection_duration_seconds",
+                "How long established connections lasted.",
+                &["guest", "direction"],
+                &[0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0],
+            )?,
+            dials: counters(
+                "vsock_tcp_dials_total",
+                "Attempts to reach the target of an outbound rule.",
+                &["guest", "rule"],
+            )?,
+            dial_failures: counters(
+                "vsock_tcp_dial_failures_total",
+                "Attempts to reach the target of an outbound rule that failed.",
+                &["guest", "rule"],
+            )?,
+            dial_duration: histograms(
+                "vsock_tcp_dial_duration_seconds",
+                "Time to connect to the target of an outbound rule, name resolution included, successes only.",
+                &["guest", "rule"],
+                &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
+            )?,
+            upstream_bytes: counters(
+                "vsock_upstream_bytes_total",
+                "Bytes written to and read from host sockets.",
+                &["guest", "direction", "rule"],
+            )?,
+            credit_stalls: counters(
+                "vsock_credit_stalls_total",
+                "Times a sender had data and no credit from its peer.",
+                &["guest", "direction"],
+            )?,
+            credit_stall_seconds: seconds(
+                "vsock_credit_stall_seconds_total",
+                "Time senders waited for credit, summed over connections.",
+                &["guest", "direction"],
+            )?,
+            backpressure_pauses: counters(
+                "vsock_backpressure_pauses_total",
+                "Times a receiver took less than it was given, so that the sender had to wait.",
+                &["guest", "direction"],
+            )?,
+            buffered_bytes: gauges(
+                "vsock_buffered_bytes",
+                "Bytes held in buffers of the sidecar because their receiver does not take them.",
+                &["guest", "direction"],
+            )?,
+            ring_full: counters(
+                "vsock_vring_full_total",
+                "Times a packet waited because the guest offered no buffer.",
+                &["guest", "queue"],
+            )?,
+            ring_full_seconds: seconds(
+                "vsock_vring_full_seconds_total",
+                "Time packets waited for a buffer of the guest.",
+                &["guest", "queue"],
+            )?,
+            ring_errors: counters(
+                "vsock_vring_errors_total",
+                "Malformed descriptor chains and rings, by what is wrong with them.",
+                &["guest", "queue", "reason"],
+            )?,
+            kicks: counters(
+                "vsock_kicks_total",
+                "Notifications received from the guest.",
+                &["guest", "queue"],
+            )?,
+            kicks_suppressed: counters(
+                "vsock_kicks_suppressed_total",
+                "Rounds that found work in a ring without a notification.",
+                &["guest", "queue"],
+            )?,
+            interrupts: counters("vsock_interrupts_total", "Interrupts sent to the guest.", &["guest", "queue"])?,
+            interrupts_suppressed: counters(
+                "vsock_interrupts_suppressed_total",
+                "Bursts after which the guest wanted no interrupt.",
+                &["guest", "queue"],
+            )?,
+        })
+    }
+}
+
+/// Counters of one virtqueue.
+#[derive(Clone, Debug)]
+pub struct QueueMetrics {
+    /// Notifications received.
+    pub kicks: IntCounter,
+    /// Rounds that found work without a notification.
+    pub kicks_suppressed: IntCounter,
+    /// Interrupts sent.
+    pub interrupts: IntCounter,
+    /// Bursts without an interrupt.
+    pub interrupts_suppressed: IntCounter,
+    /// Times a packet waited for a buffer.
+    pub full: IntCounter,
+    /// Seconds packets waited for a buffer.
+    pub full_seconds: Counter,
+    /// Malformed chains, indexed by the ring's error enum.
+    pub errors: Vec<IntCounter>,
+}
+
+/// Counters of one rule of the configuration.
+#[derive(Clone, Debug)]
+pub struct RuleMetrics {
+    /// The rule's name.
+    pub name: String,
+    /// Connections established.
+    pub opened: IntCounter,
+    /// Connections open now.
+    pub active: IntGauge,
+    /// Connections refused, indexed by the refuse reason.
+    pub refused: Vec<IntCounter>,
+    /// Connections ended, indexed by the close reason.
+    pub closed: Vec<IntCounter>,
+    /// Host-socket bytes, indexed by [`Direction`].
+    pub upstream_bytes: [IntCounter; 2],
+    /// Attempts to reach the target (outbound rules).
+    pub dials: Option<IntCounter>,
+    /// Failed attempts (outbound rules).
+    pub dial_failures: Option<IntCounter>,
+    /// Time of successful attempts in seconds (outbound rules).
+    pub dial_duration: Option<Histogram>,
+}
+
+/// Everything that one guest's device thread counts. Cheap to share; every method is a relaxed atomic add.
+#[derive(Debug)]
+pub struct GuestMetrics {
+    packets: Vec<IntCounter>,
+    payload_bytes: Vec<IntCounter>,
+    /// Packets that break the protocol, indexed by the misbehavior enum.
+    pub misbehavior: Vec<IntCounter>,
+    /// Outbound rules in the order of the configuration.
+    pub outbound: Vec<RuleMetrics>,
+    /// Inbound rules in the order of the configuration.
+    pub inbound: Vec<RuleMetrics>,
+    /// Requests of the guest that no rule matches (`rule=""`).
+    pub no_rule: RuleMetrics,
+    /// Lifetime of established connections in seconds, indexed by [`Direction`].
+    pub duration: [Histogram; 2],
+    /// Senders that ran out of credit, indexed by [`Direction`].
+    pub credit_stalls: [IntCounter; 2],
+    /// Seconds senders waited for credit, indexed by [`Direction`].
+    pub credit_stall_seconds: [Counter; 2],
+    /// Receivers that took less than they were given, indexed by [`Direction`].
+    pub backpressure_pauses: [IntCounter; 2],
+    /// Bytes in our buffers, indexed by [`Direction`].
+    pub buffered_bytes: [IntGauge; 2],
+    /// Per virtqueue: rx, tx, event.
+    pub queues: [QueueMetrics; 3],
+}
+
+impl GuestMetrics {
+    /// A guest's metrics that no registry exports, for tests and benches.
+    pub fn detached(rules: &RuleNames, labels: &LabelSets) -> Arc<GuestMetrics> {
+        Registry::new().expect("families have valid names").guest("detached", rules, labels)
+    }
+
+    pub(super) fn resolve(f: &GuestFamilies, guest: &str, rules: &RuleNames, labels: &LabelSets) -> GuestMetrics {
+        let mut packets = Vec::new();
+        let mut payload_bytes = Vec::new();
+        for direction in Direction::LABELS {
+            for op in OP_LABELS {
+                for socket_type in SOCKET_TYPE_LABELS {
+                    packets.push(f.packets.with_label_values(&[guest, direction, op, socket_type]));
+                }
+            }
+            for socket_type in SOCKET_TYPE_LABELS {
+                payload_bytes.push(f.payload_bytes.with_label_values(&[guest, direction, socket_type]));
+            }
+        }
+        let rule = |name: &str, opened_by: Direction, dials: bool| {
+            let by = opened_by.label();
+            RuleMetrics {
+                name: name.to_owned(),
+                opened: f.opened.with_label_values(&[guest, by, name]),
+                active: f.active.with_label_values(&[guest, by, name]),
+                refused: labels
+                    .refused
+                    .iter()
+                    .map(|reason| f.refused.with_label_values(&[guest, by, name, reason]))
+                    .collect(),
+                closed: labels
+                    .closed
+                    .iter()
+                    .map(|reason| f.closed.with_label_values(&[guest, by, name, reason]))
+                    .collect(),
+                upstream_bytes: Direction::LABELS
+                    .map(|direction| f.upstream_bytes.with_label_values(&[guest, direction, name])),
+                dials: dials.then(|| f.dials.with_label_values(&[guest, name])),
+                dial_failures: dials.then(|| f.dial_failures.with_label_values(&[guest, name])),
+                dial_duration: dials.then(|| f.dial_duration.with_label_values(&[guest, name])),
+            }
+        };
+        let queue = |name: &str| QueueMetrics {
+            kicks: f.kicks.with_label_values(&[guest, name]),
+            kicks_suppressed: f.kicks_suppressed.with_label_values(&[guest, name]),
+            interrupts: f.interrupts.with_label_values(&[guest, name]),
+            interrupts_suppressed: f.interrupts_suppressed.with_label_values(&[guest, name]),
+            full: f.ring_full.with_label_values(&[guest, name]),
+            full_seconds: f.ring_full_seconds.with_label_values(&[guest, name]),
+            errors: labels
+                .ring_errors
+                .iter()
+                .map(|reason| f.ring_errors.with_label_values(&[guest, name, reason]))
+                .collect(),
+        };
+        let by_direction = |family: &IntCounterVec| Direction::LABELS.map(|d| family.with_label_values(&[guest, d]));
+        GuestMetrics {
+            packets,
+            payload_bytes,
+            misbehavior: labels
+                .misbehavior
+                .iter()
+                .map(|kind| f.misbehavior.with_label_values(&[guest, kind]))
+                .collect(),
+            outbound: rules.outbound.iter().map(|name| rule(name, Direction::GuestToHost, true)).collect(),
+            inbound: rules.inbound.iter().map(|name| rule(name, Direction::HostToGuest, false)).collect(),
+            no_rule: rule("", Direction::GuestToHost, false),
+            duration: Direction::LABELS.map(|d| f.duration.with_label_values(&[guest, d])),
+            credit_stalls: by_direction(&f.credit_stalls),
+            credit_stall_seconds: Direction::LABELS.map(|d| f.credit_stall_seconds.with_label_values(&[guest, d])),
+            backpressure_pauses: by_direction(&f.backpressure_pauses),
+            buffered_bytes: Direction::LABELS.map(|d| f.buffered_bytes.with_label_values(&[guest, d])),
+            queues: QUEUE_LABELS.map(queue),
+        }
+    }
+
+    /// Counts one packet. `op` and `socket_type` are the header's fields as sent; what the standard does not know
+    /// is counted as `invalid` and `other`.
+    pub fn packet(&self, direction: Direction, op: u16, socket_type: u16) {
+        let op = if usize::from(op) < OP_LABELS.len() { usize::from(op) } else { 0 };
+        let kind = if usize::from(socket_type) < SOCKET_TYPE_LABELS.len() { usize::from(socket_type) } else { 0 };
+        let index = (direction as usize * OP_LABELS.len() + op) * SOCKET_TYPE_LABELS.len() + kind;
+        if let Some(counter) = self.packets.get(index) {
+            counter.inc();
+        }
+    }
+
+    /// Counts payload bytes of RW packets.
+    pub fn payload(&self, direction: Direction, socket_type: u16, bytes: u64) {
+        let kind = if usize::from(socket_type) < SOCKET_TYPE_LABELS.len() { usize::from(socket_type) } else { 0 };
+        if let Some(counter) = self.payload_bytes.get(direction as usize * SOCKET_TYPE_LABELS.len() + kind) {
+            counter.inc_by(bytes);
+        }
+    }
+}

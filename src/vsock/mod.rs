@@ -1,0 +1,3 @@
+//! The law. Written by the core.
+pub mod header;
+pub mod reason;

@@ -1,0 +1,74 @@
+//! Why a connection was refused or ended: closed lists, which become metric labels and log fields.
+
+macro_rules! labelled {
+    ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident => $label:literal,)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+        pub enum $name { $($(#[$vmeta])* $variant,)* }
+
+        impl $name {
+            /// Every variant's label, in declaration order: `LABELS[x as usize] == x.label()`.
+            pub const LABELS: &'static [&'static str] = &[$($label,)*];
+
+            /// The metric label and log word of this value.
+            pub fn label(self) -> &'static str {
+                Self::LABELS[self as usize]
+            }
+        }
+    };
+}
+pub(crate) use labelled;
+
+labelled! {
+    /// Why a connection that was asked for did not come to be.
+    RefuseReason {
+        /// No rule of the configuration matches the port.
+        NoRule => "no_rule",
+        /// A limit of the configuration or of the process is reached.
+        Limit => "limit",
+        /// The target refused (ECONNREFUSED, or a unix socket that nobody serves).
+        DialRefused => "dial_refused",
+        /// The target did not answer within `connectTimeout`.
+        DialTimeout => "dial_timeout",
+        /// The target's name was not found or could not be resolved.
+        Dns => "dns",
+        /// No route to the target, or another error of connect().
+        Unreachable => "unreachable",
+        /// The guest answered REQUEST with RST: nobody listens there.
+        GuestRst => "guest_rst",
+        /// The guest did not answer REQUEST within `guestTimeout`.
+        GuestTimeout => "guest_timeout",
+        /// The sidecar is shutting down.
+        Draining => "draining",
+        /// The client of an inbound rule went away before the guest answered.
+        ClientGone => "client_gone",
+        /// The session or its rings ended before the connection was made.
+        SessionLost => "session_lost",
+        /// The guest broke the protocol before the connection was made.
+        Misbehavior => "misbehavior",
+    }
+}
+
+labelled! {
+    /// How an established connection ended.
+    CloseReason {
+        /// The guest closed it (SHUTDOWN of both directions).
+        GuestShutdown => "guest_shutdown",
+        /// The guest reset it.
+        GuestRst => "guest_rst",
+        /// Both ends finished, the host end first.
+        PeerFin => "peer_fin",
+        /// The host end was reset or failed.
+        PeerRst => "peer_rst",
+        /// Nothing moved for `idleTimeout`.
+        IdleTimeout => "idle_timeout",
+        /// Cut off at the end of the drain period.
+        Drain => "drain",
+        /// The VMM, the guest or its rings went away.
+        SessionLost => "session_lost",
+        /// The guest broke the protocol; see `vsock_misbehavior_total`.
+        Misbehavior => "misbehavior",
+        /// A failure of our own (for example a socket that could not be watched).
+        Error => "error",
+    }
+}
