@@ -6,4 +6,6 @@ pub mod device;
 pub mod guest;
 pub mod host;
 pub mod metrics;
+pub mod sys;
+pub mod vhost_user;
 pub mod vsock;
