@@ -1,0 +1,65 @@
+//! Who is owed an RX buffer of the guest, in a fair order.
+//!
+//! Three lists: resets for flows that do not exist, replies, data. Replies go before data, connections take turns.
+//! A connection is in each list at most once, so the lists are bounded by the number of connections; resets for
+//! unknown flows are bounded by [`Backlog::MAX_STRAYS`]. Entries may outlive their connection: they are checked
+//! against the map of connections, which is the truth, when they are taken.
+
+use std::collections::VecDeque;
+
+use super::ConnectionId;
+use super::header::Header;
+
+/// The waiting lists.
+#[derive(Default, Debug)]
+pub(super) struct Backlog {
+    strays: VecDeque<Header>,
+    replies: VecDeque<ConnectionId>,
+    data: VecDeque<ConnectionId>,
+}
+
+impl Backlog {
+    /// Resets for unknown flows that may wait at once. Linux stops taking packets of the other side at about one
+    /// ring's worth of them (`queued_replies`, net/vmw_vsock/virtio_transport.c); we allow the largest ring.
+    pub(super) const MAX_STRAYS: usize = 1024;
+
+    pub(super) fn has_room_for_stray(&self) -> bool {
+        self.strays.len() < Self::MAX_STRAYS
+    }
+
+    /// Adds a reset for a flow that does not exist. Beyond the bound it is dropped; callers ask
+    /// [`Backlog::has_room_for_stray`] before they take a packet.
+    pub(super) fn push_stray(&mut self, header: Header) {
+        if self.has_room_for_stray() {
+            self.strays.push_back(header);
+        }
+    }
+
+    pub(super) fn push_reply(&mut self, id: ConnectionId) {
+        self.replies.push_back(id);
+    }
+
+    pub(super) fn push_data(&mut self, id: ConnectionId) {
+        self.data.push_back(id);
+    }
+
+    pub(super) fn pop_stray(&mut self) -> Option<Header> {
+        self.strays.pop_front()
+    }
+
+    pub(super) fn pop_reply(&mut self) -> Option<ConnectionId> {
+        self.replies.pop_front()
+    }
+
+    pub(super) fn pop_data(&mut self) -> Option<ConnectionId> {
+        self.data.pop_front()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.strays.is_empty() && self.replies.is_empty() && self.data.is_empty()
+    }
+
+    pub(super) fn clear_strays(&mut self) {
+        self.strays.clear();
+    }
+}
