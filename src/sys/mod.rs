@@ -1,0 +1,3 @@
+//! System calls behind safe functions.
+
+pub mod unix_socket;
