@@ -3,6 +3,7 @@
 
 pub mod config;
 pub mod device;
+pub mod embedded_guest;
 pub mod guest;
 pub mod host;
 pub mod metrics;
