@@ -100,3 +100,6 @@ impl EmbeddedGuest {
         self.pause().map(drop)
     }
 }
+
+#[cfg(test)]
+mod tests;
