@@ -34,7 +34,7 @@ doc:
 
 ## deny: licences, duplicate and banned crates, sources
 deny: $(TOOLS)/bin/cargo-deny
-	$(TOOLS)/bin/cargo-deny --locked --offline check bans licenses sources
+	$(TOOLS)/bin/cargo-deny --locked check bans licenses sources
 
 ## advisories: known vulnerabilities; needs the advisory database from the network
 advisories: $(TOOLS)/bin/cargo-deny
