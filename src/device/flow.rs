@@ -98,6 +98,7 @@ impl Flow {
 #[derive(Default, Debug)]
 pub(super) struct Flows {
     slots: Vec<Option<Box<Flow>>>,
+    live: usize,
 }
 
 impl Flows {
@@ -106,7 +107,11 @@ impl Flows {
         if slot >= self.slots.len() {
             self.slots.resize_with(slot + 1, || None);
         }
-        self.slots[slot] = Some(Box::new(flow));
+        if let Some(place) = self.slots.get_mut(slot)
+            && place.replace(Box::new(flow)).is_none()
+        {
+            self.live += 1;
+        }
     }
 
     pub(super) fn get(&self, id: ConnectionId) -> Option<&Flow> {
@@ -124,7 +129,13 @@ impl Flows {
 
     pub(super) fn remove(&mut self, id: ConnectionId) -> Option<Flow> {
         self.get(id)?;
-        self.slots.get_mut(id.slot())?.take().map(|flow| *flow)
+        let flow = self.slots.get_mut(id.slot())?.take()?;
+        self.live -= 1;
+        Some(*flow)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.live
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Flow> {

@@ -40,7 +40,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -104,10 +104,29 @@ pub struct DeviceConfig {
 pub struct RunningDevice {
     /// How to speak to it.
     pub handle: DeviceHandle,
-    /// Connections whose host end is open or being opened; written by the device at the end of each turn.
-    pub open_connections: Arc<AtomicUsize>,
+    /// What it shows without being asked.
+    pub gauges: Arc<DeviceGauges>,
     /// Ends after [`Command::Stop`].
     pub thread: JoinHandle<()>,
+}
+
+/// What a device shows to readers on other threads; written by the device at the end of each turn.
+#[derive(Default, Debug)]
+pub struct DeviceGauges {
+    open_connections: AtomicUsize,
+    available: [AtomicU16; QUEUES],
+}
+
+impl DeviceGauges {
+    /// Connections whose host end is open or being opened.
+    pub fn open_connections(&self) -> usize {
+        self.open_connections.load(Ordering::Relaxed)
+    }
+
+    /// Entries of a ring (0 rx, 1 tx, 2 event) that the guest has made available and that have not been taken.
+    pub fn available(&self, queue: usize) -> u16 {
+        self.available.get(queue).map_or(0, |available| available.load(Ordering::Relaxed))
+    }
 }
 
 /// Starts a guest's device thread.
@@ -116,7 +135,7 @@ pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
     let waker = Arc::new(Waker::new(poll.registry(), token::WAKE)?);
     let (commands, inbox) = mpsc::channel();
     let handle = DeviceHandle::new(commands, waker);
-    let open_connections = Arc::new(AtomicUsize::new(0));
+    let gauges = Arc::new(DeviceGauges::default());
     let muxer = Muxer::new(MuxerConfig {
         guest_cid: Cid(u64::from(config.cid)),
         buf_alloc: config.limits.buffer,
@@ -146,12 +165,12 @@ pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
         ram: None,
         unsent: None,
         rx_starved_since: None,
-        open_connections: Arc::clone(&open_connections),
+        gauges: Arc::clone(&gauges),
     };
     let thread = std::thread::Builder::new()
         .name(format!("device-{}", config.name).chars().take(15).collect())
         .spawn(move || device.run())?;
-    Ok(RunningDevice { handle, open_connections, thread })
+    Ok(RunningDevice { handle, gauges, thread })
 }
 
 /// A ring that was started.
@@ -173,7 +192,7 @@ struct Device {
     unsent: Option<Header>,
     /// Since when packets for the guest have waited for buffers.
     rx_starved_since: Option<Instant>,
-    open_connections: Arc<AtomicUsize>,
+    gauges: Arc<DeviceGauges>,
 }
 
 /// Whether the thread goes on.
@@ -208,7 +227,7 @@ impl Device {
             }
             let (commands_left, flow) = self.handle_commands(now);
             more = self.turn(now) | commands_left;
-            self.open_connections.store(self.switchboard.open(), Ordering::Relaxed);
+            self.show();
             if flow == Flow::Stop {
                 return;
             }
@@ -338,6 +357,20 @@ impl Device {
         Some(running.ring.position())
     }
 
+    fn show(&self) {
+        self.gauges.open_connections.store(self.switchboard.open(), Ordering::Relaxed);
+        for (running, shown) in self.rings.iter().zip(&self.gauges.available) {
+            shown.store(self.available(running.as_ref()), Ordering::Relaxed);
+        }
+    }
+
+    fn available(&self, running: Option<&RunningRing>) -> u16 {
+        match (running, &self.ram) {
+            (Some(running), Some(ram)) if !running.broken => running.ring.available(ram).unwrap_or(0),
+            _ => 0,
+        }
+    }
+
     fn snapshot(&self, now: Instant) -> DeviceSnapshot {
         let rings = self
             .rings
@@ -346,7 +379,7 @@ impl Device {
             .filter_map(|(running, queue)| {
                 let running = running.as_ref()?;
                 let position = running.ring.position();
-                let available = self.ram.as_ref().and_then(|ram| running.ring.available(ram).ok()).unwrap_or(0);
+                let available = self.available(Some(running));
                 Some(RingSnapshot {
                     queue,
                     size: running.ring.size(),

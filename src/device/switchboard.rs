@@ -102,7 +102,7 @@ impl Switchboard {
 
     /// Connections whose host end is open or being opened, those that linger left out.
     pub(super) fn open(&self) -> usize {
-        self.flows.iter().count()
+        self.flows.len()
     }
 
     /// When [`Switchboard::handle_timeout`] wants to be called.
