@@ -11,6 +11,9 @@ mod chain;
 mod rx;
 mod tx;
 
+#[cfg(test)]
+mod tests;
+
 pub use burst::Finished;
 pub use fault::{FaultCounts, RingArea, RingError, RingFault};
 pub use memory::{Access, GuestRam, Memory, MemoryFault, Slice};

@@ -317,3 +317,16 @@ impl Scratch {
         }
     }
 }
+
+#[cfg(test)]
+impl Ring {
+    /// Address and capacity of the slices' room.
+    pub(super) fn scratch_allocation(&self) -> (*const u8, usize) {
+        (self.scratch.0.as_ptr().cast(), self.scratch.0.capacity())
+    }
+
+    /// Address and capacity of the room for chains that are held.
+    pub(super) fn reserved_allocation(&self) -> (*const u8, usize) {
+        (self.reserved.as_ptr().cast(), self.reserved.capacity())
+    }
+}
