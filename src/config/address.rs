@@ -11,8 +11,16 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::diagnostic::quoted;
 use super::given::Refusal;
-use super::values::{Text, check_path, check_path_length, digits, scalar_schema, text_serde};
+use super::values::{
+    Text, check_no_braces, check_path, check_path_length, digits, scalar_schema, text_serde,
+};
 use super::{ListenAddress, Target};
+
+/// Patterns of the JSON Schema: at least what the parser accepts, and as little more as stays readable.
+const IP_PATTERN: &str = r"([0-9]{1,3}(\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\])";
+const PORT_PATTERN: &str =
+    "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])";
+const FILLED_IN: &str = r"\{(port|cid)\}";
 
 text_serde!(ListenAddress, Target);
 
@@ -44,6 +52,7 @@ impl Text for ListenAddress {
             }
             Scheme::Unix(path) => {
                 check_path(path)?;
+                check_no_braces(path)?;
                 check_path_length(path, path.len())?;
                 Ok(ListenAddress::Unix(PathBuf::from(path)))
             }
@@ -65,7 +74,7 @@ scalar_schema!(
     ListenAddress,
     json_schema!({
         "type": "string",
-        "pattern": "^(tcp://([0-9]{1,3}(\\.[0-9]{1,3}){3}|\\[[0-9A-Fa-f:.]+\\]):[0-9]{1,5}|unix:///.*[^/])$",
+        "pattern": format!(r"^(tcp://{IP_PATTERN}:{PORT_PATTERN}|unix:///[^{{}}]*[^/{{}}])$"),
     })
 );
 
@@ -129,7 +138,9 @@ scalar_schema!(
     Target,
     json_schema!({
         "type": "string",
-        "pattern": "^(tcp://([A-Za-z0-9_.-]+|\\[[0-9A-Fa-f:.]+\\]):[0-9]{1,5}|unix:///([^{}]|\\{port\\}|\\{cid\\})*[^/])$",
+        "pattern": format!(
+            r"^(tcp://([A-Za-z0-9_.-]+|{IP_PATTERN}):{PORT_PATTERN}|unix:///([^{{}}]|{FILLED_IN})*([^/{{}}]|{FILLED_IN}))$"
+        ),
     })
 );
 
@@ -206,13 +217,7 @@ fn split_authority<'a>(text: &str, authority: &'a str, expected: &str) -> Result
     match digits(port).map(u16::try_from) {
         Some(Ok(number)) if number > 0 => Ok((host, number)),
         Some(_) => Err(Refusal::new(
-            format!(
-                "{} is no TCP port",
-                port.trim_start_matches('0')
-                    .get(..)
-                    .filter(|p| !p.is_empty())
-                    .unwrap_or("0")
-            ),
+            format!("{port} is no TCP port"),
             "give a TCP port from 1 to 65535",
         )),
         None if port.contains('/') => Err(Refusal::new(

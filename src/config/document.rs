@@ -395,16 +395,25 @@ fn explain(error: &Error) -> (String, String) {
         ),
         error => {
             let message: Cow<'_, str> = UserMessageFormatter.format_message(error);
-            let lower = message.to_lowercase();
-            if lower.contains("nest") && (lower.contains("limit") || lower.contains("deep")) {
+            let says = |words: &[&str]| words.iter().any(|word| message.contains(word));
+            if says(&["recursion limit", "nesting limit"]) {
                 return too_deep();
             }
-            let help = if lower.contains("tab") {
+            let help = if says(&["tab"]) {
                 "YAML is indented with spaces, never with tabs"
-            } else if lower.contains("tag") {
+            } else if says(&["tag"]) {
                 "remove the `!tag`: no value of this file needs one"
+            } else if says(&["unclosed", "mismatched", "bracket", "flow"]) {
+                "close each `[`, `{` and quote where it was opened"
+            } else if says(&["mapping values"]) {
+                "begin each key on its own line; text that contains `: ` stands in quotes"
+            } else if says(&["merge"]) {
+                "`<<` takes the alias of a mapping, such as `<<: *common`"
+            } else if says(&["unexpected character"]) {
+                "remove it; in text it stands in quotes"
             } else {
-                "this is not YAML; text with `: `, `#`, `{` or a leading `*`, `&`, `@`, `%` must stand in quotes"
+                "the keys of a mapping, and the `-` of a list, stand in one column; text that begins with one of \
+                 `*&!%@{[#` or contains `: ` stands in quotes"
             };
             (format!("not valid YAML: {message}"), help.to_owned())
         }

@@ -238,7 +238,7 @@ fn describe(value: &Value) -> String {
         Value::Null => "nothing is given".to_owned(),
         Value::Bool(value) => format!("{value} is of the wrong type (a boolean)"),
         Value::Integer(value) => format!("{value} is of the wrong type (a number)"),
-        Value::Float(value) => format!("{value} is of the wrong type (a fraction)"),
+        Value::Float(value) => format!("{value} is of the wrong type (a floating-point number)"),
         Value::Text(value) => format!("{} is of the wrong type (text)", quoted(value)),
         Value::List(_) => "a list is of the wrong type here".to_owned(),
         Value::Map(_) => "a mapping is of the wrong type here".to_owned(),
@@ -255,6 +255,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_, '_> {
         })
     }
 
+    /// Scalars of the schema that are written as text come here; see `values::deserialize_text`.
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
         match self.value() {
             Value::Text(text) => visitor.visit_str(text),
@@ -265,14 +266,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_, '_> {
                     help: format!("give {}", &visitor as &dyn Expected),
                 }),
             },
-            _ => Err(self.wrong(&visitor)),
-        }
-    }
-
-    fn deserialize_str<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
-        match self.value() {
-            Value::Text(text) => visitor.visit_str(text),
-            Value::Integer(_) | Value::Float(_) | Value::Bool(_) => {
+            Value::Bool(_) | Value::Float(_) => {
                 let mut mistake = self.wrong(&visitor);
                 mistake
                     .help
@@ -281,10 +275,6 @@ impl<'de> Deserializer<'de> for Reader<'_, '_, '_> {
             }
             _ => Err(self.wrong(&visitor)),
         }
-    }
-
-    fn deserialize_string<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
-        self.deserialize_str(visitor)
     }
 
     fn deserialize_u64<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
@@ -333,14 +323,20 @@ impl<'de> Deserializer<'de> for Reader<'_, '_, '_> {
                 .join(", ")
         };
         match self.value() {
-            Value::Map(entries) => visitor.visit_map(StructAccess {
-                reader: self,
-                entries,
-                fields,
-                read: Vec::new(),
-                next: 0,
-                value: None,
-            }),
+            Value::Map(entries) => {
+                let is_present =
+                    |field: &&str| entries.iter().any(|entry| entry.key.as_deref() == Some(*field));
+                let present = fields.iter().copied().filter(is_present).collect();
+                visitor.visit_map(StructAccess {
+                    reader: self,
+                    entries,
+                    fields,
+                    present,
+                    read: Vec::new(),
+                    next: 0,
+                    value: None,
+                })
+            }
             Value::Null => Err(Mistake {
                 message: "nothing is given".to_owned(),
                 help: format!("give a mapping with the keys {}, or remove the key", keys()),
@@ -384,7 +380,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_, '_> {
     }
 
     serde::forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u128 f32 f64 char bytes byte_buf unit unit_struct newtype_struct
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u128 f32 f64 char str string bytes byte_buf unit unit_struct newtype_struct
         tuple tuple_struct map identifier ignored_any
     }
 }
@@ -443,8 +439,10 @@ struct StructAccess<'d, 'r, 't> {
     reader: Reader<'d, 'r, 't>,
     entries: &'d [Entry],
     fields: &'static [&'static str],
-    /// The keys that were handed out so far.
-    read: Vec<&'static str>,
+    /// The fields that have a key of their name.
+    present: Vec<&'static str>,
+    /// The fields that were handed out so far, and on which line their keys stand.
+    read: Vec<(&'static str, u32)>,
     next: usize,
     value: Option<NodeId>,
 }
@@ -476,22 +474,10 @@ impl StructAccess<'_, '_, '_> {
                 .error_at(entry.key_at, document.path(entry.value), message, help);
             // A mistyped key is read as the one that was meant, once: then the mistakes below it are found too, and
             // the key that was meant is not called missing.
-            let is_free = |meant: &&str| {
-                let given = |entry: &Entry| entry.key.as_deref() == Some(*meant);
-                !self.entries.iter().any(given) && !self.read.contains(meant)
-            };
-            return meant.filter(is_free);
+            return meant.filter(|meant| !self.present.contains(meant) && self.line_read(meant).is_none());
         };
-        let earlier = self
-            .entries
-            .iter()
-            .take(index)
-            .find(|earlier| earlier.key.as_ref() == Some(key));
-        if let Some(earlier) = earlier {
-            let message = format!(
-                "`{key}` is given a second time, after line {}",
-                earlier.key_at.line
-            );
+        if let Some(line) = self.line_read(field) {
+            let message = format!("`{key}` is given a second time, after line {line}");
             let path = document.path_of_key(at, key);
             report
                 .borrow_mut()
@@ -499,6 +485,13 @@ impl StructAccess<'_, '_, '_> {
             return None;
         }
         Some(field)
+    }
+
+    fn line_read(&self, field: &str) -> Option<u32> {
+        self.read
+            .iter()
+            .find(|(read, _)| *read == field)
+            .map(|(_, line)| *line)
     }
 
     fn choice(&self) -> String {
@@ -518,7 +511,7 @@ impl<'de> MapAccess<'de> for StructAccess<'_, '_, '_> {
             let field = self.known(self.next);
             self.next += 1;
             if let Some(field) = field {
-                self.read.push(field);
+                self.read.push((field, entry.key_at.line));
                 self.value = Some(entry.value);
                 let key: StrDeserializer<'_, Mistake> = field.into_deserializer();
                 return seed.deserialize(key).map(Some);

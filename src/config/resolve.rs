@@ -558,6 +558,8 @@ impl Resolver<'_, '_> {
             }
         }
         let mut used: HashSet<String> = taken.into_keys().collect();
+        // Two listeners may lead to one port: the later ones count on.
+        let mut counts: HashMap<String, u32> = HashMap::new();
         list.iter()
             .zip(bases)
             .map(|(rule, basis)| match given(rule.value()?) {
@@ -565,12 +567,18 @@ impl Resolver<'_, '_> {
                 Given::Wrong => None,
                 Given::Absent => {
                     let base = default(basis.as_ref()?);
-                    // Two listeners may lead to one port: the later ones count on.
-                    let name = std::iter::once(base.clone())
-                        .chain((2u32..).map(|n| format!("{base}-{n}")))
-                        .find(|name| !used.contains(name))?;
-                    used.insert(name.clone());
-                    Some(name)
+                    let count = counts.entry(base.clone()).or_insert(0);
+                    loop {
+                        *count += 1;
+                        let name = if *count == 1 {
+                            base.clone()
+                        } else {
+                            format!("{base}-{count}")
+                        };
+                        if used.insert(name.clone()) {
+                            return Some(name);
+                        }
+                    }
                 }
             })
             .collect()

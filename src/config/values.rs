@@ -318,7 +318,7 @@ impl fmt::Display for PortRange {
 
 scalar_schema!(
     PortRange,
-    json_schema!({"type": "string", "pattern": "^[0-9]{1,10}-[0-9]{1,10}$"})
+    json_schema!({"type": "string", "pattern": "^[1-9][0-9]{0,9}-[1-9][0-9]{0,9}$"})
 );
 
 /// A length of time: a whole number and its unit.
@@ -386,7 +386,7 @@ impl fmt::Display for Period {
 
 scalar_schema!(
     Period,
-    json_schema!({"type": "string", "pattern": "^[0-9]{1,19}(ms|s|m|h)$"})
+    json_schema!({"type": "string", "pattern": "^(0|[1-9][0-9]{0,18})(ms|s|m|h)$"})
 );
 
 /// A number of bytes: a whole number, with or without a binary unit.
@@ -449,7 +449,7 @@ scalar_schema!(
     ByteSize,
     json_schema!({"anyOf": [
         {"type": "integer", "minimum": 0},
-        {"type": "string", "pattern": "^[0-9]{1,19}(KiB|MiB|GiB)$"},
+        {"type": "string", "pattern": "^(0|[1-9][0-9]{0,18})(KiB|MiB|GiB)$"},
     ]})
 );
 
@@ -523,6 +523,7 @@ impl Text for SocketPath {
             ));
         }
         check_path(text)?;
+        check_no_braces(text)?;
         check_path_length(text, text.len())?;
         Ok(SocketPath(text.to_owned()))
     }
@@ -536,7 +537,7 @@ impl fmt::Display for SocketPath {
 
 scalar_schema!(
     SocketPath,
-    json_schema!({"type": "string", "pattern": "^/.*[^/]$", "maxLength": 107})
+    json_schema!({"type": "string", "pattern": "^/[^{}]*[^/{}]$", "maxLength": 107})
 );
 
 /// Refuses what can be no path of a unix socket whatever its length.
@@ -568,6 +569,17 @@ pub(super) fn check_path(path: &str) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Refuses what looks like a placeholder where none is filled in.
+pub(super) fn check_no_braces(path: &str) -> Result<(), Refusal> {
+    if !path.contains(['{', '}']) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        format!("{} has braces, but nothing is filled in here", quoted(path)),
+        "write the path out: only the unix:// targets of outbound rules have {port} and {cid}",
+    ))
+}
+
 /// Refuses a path that, filled in, has more bytes than a socket address holds.
 pub(super) fn check_path_length(path: &str, filled_in: usize) -> Result<(), Refusal> {
     if filled_in <= SocketPath::MAX_LENGTH {
@@ -583,9 +595,11 @@ pub(super) fn check_path_length(path: &str, filled_in: usize) -> Result<(), Refu
     ))
 }
 
-/// The number that `text` is, if it is nothing but a few digits.
+/// The number that `text` is, if it is nothing but a few digits. A leading zero is refused: some readers take what
+/// follows it as octal.
 pub(super) fn digits(text: &str) -> Option<u64> {
-    if text.is_empty() || text.len() > 19 || !text.bytes().all(|b| b.is_ascii_digit()) {
+    let is_number = !text.is_empty() && text.len() <= 19 && text.bytes().all(|b| b.is_ascii_digit());
+    if !is_number || (text.len() > 1 && text.starts_with('0')) {
         return None;
     }
     text.parse().ok()
