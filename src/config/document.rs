@@ -148,6 +148,7 @@ impl Document {
         join(&self.path(id), key)
     }
 
+    /// Adds a node and all below it. The depth is bounded by [`MAX_DEPTH`].
     fn add(&mut self, raw: Spanned<Raw>, parent: Option<(NodeId, Step)>) -> NodeId {
         let id = NodeId(self.nodes.len());
         let at = raw.referenced.into();
@@ -173,18 +174,22 @@ impl Document {
                 entries
                     .into_iter()
                     .map(|(key, value)| {
-                        let key_at = key.referenced.into();
+                        let key_at = Span::from(key.referenced);
                         let key = if let Raw::Text(key) = key.value {
                             Some(key)
                         } else {
                             None
                         };
                         let step = Step::Key(key.clone().unwrap_or_else(|| "?".to_owned()));
-                        Entry {
-                            key,
-                            key_at,
-                            value: self.add(value, Some((id, step))),
+                        let value = self.add(value, Some((id, step)));
+                        // Where nothing is given there is nothing to point at but the key.
+                        if let Some(node) = self.nodes.get_mut(value.0)
+                            && matches!(node.value, Value::Null)
+                            && node.at.length == 0
+                        {
+                            node.at = key_at;
                         }
+                        Entry { key, key_at, value }
                     })
                     .collect(),
             ),

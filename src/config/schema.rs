@@ -50,12 +50,12 @@ pub struct Admin {
 pub struct Log {
     /// `text` for people, `json` for one JSON object a line. Left out: `text` when stderr is a terminal, else `json`.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
-    #[schemars(example = "json")]
+    #[schemars(example = &"json")]
     pub format: Given<LogFormat>,
     /// The least level that is written: `off`, `error`, `warn`, `info`, `debug` or `trace`; or a list by module,
     /// such as `info,vsock_sidecar::device=debug`.
     #[serde(default = "default_level")]
-    #[schemars(example = "info,vsock_sidecar::device=debug")]
+    #[schemars(example = &"info,vsock_sidecar::device=debug")]
     pub level: Given<LogLevel>,
 }
 
@@ -66,7 +66,7 @@ pub struct Drain {
     /// How long open connections may go on after SIGTERM, at most 1h; what is left then is cut off. Keep it below
     /// the pod's `terminationGracePeriodSeconds`.
     #[serde(default = "default_drain_timeout")]
-    #[schemars(example = "25s")]
+    #[schemars(example = &"25s")]
     pub timeout: Given<Period>,
 }
 
@@ -75,7 +75,7 @@ pub struct Drain {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Guest {
     /// Unique in the file; the label in metrics and logs. Lower-case letters, digits and `-`, at most 63 characters.
-    #[schemars(example = "web")]
+    #[schemars(example = &"web")]
     pub name: Given<Name>,
     /// The guest's context identifier, unique in the file. 0, 1, 2 and 4294967295 have a meaning of their own.
     #[schemars(example = 3)]
@@ -101,12 +101,12 @@ pub struct Guest {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct VhostUser {
     /// Absolute path of the socket, at most 107 bytes, of no other guest. Its directory must exist.
-    #[schemars(example = "/run/vsock-sidecar/web.sock")]
+    #[schemars(example = &"/run/vsock-sidecar/web.sock")]
     pub socket: Given<SocketPath>,
     /// `server`: the sidecar listens and the VMM connects. `client`: the VMM listens and the sidecar connects, with
     /// retry.
     #[serde(default = "default_mode")]
-    #[schemars(example = "client")]
+    #[schemars(example = &"client")]
     pub mode: Given<VhostUserMode>,
 }
 
@@ -118,7 +118,7 @@ pub struct Outbound {
     /// Unique among the guest's outbound rules; the label in metrics and logs. Left out: `port-5432`,
     /// `ports-8000-8099`.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
-    #[schemars(example = "db")]
+    #[schemars(example = &"db")]
     pub name: Given<Name>,
     /// The port that the guest connects to.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
@@ -126,12 +126,12 @@ pub struct Outbound {
     pub port: Given<GuestPort>,
     /// A range of ports that the guest connects to, both ends included.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
-    #[schemars(example = "8000-8099")]
+    #[schemars(example = &"8000-8099")]
     pub ports: Given<PortRange>,
     /// Where the connection goes: `tcp://HOST:PORT` or `unix:///PATH`. With `ports`, the first port of the range goes
     /// to `PORT` and the others keep their distance to it. `{port}` and `{cid}` in `PATH` are replaced by the port
     /// that the guest connects to and by its CID.
-    #[schemars(example = "unix:///run/vm/web.sock_{port}")]
+    #[schemars(example = &"unix:///run/vm/web.sock_{port}")]
     pub to: Given<Target>,
 }
 
@@ -142,10 +142,10 @@ pub struct Outbound {
 pub struct Inbound {
     /// Unique among the guest's inbound rules; the label in metrics and logs. Left out: `port-22`, `connect`.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
-    #[schemars(example = "ssh")]
+    #[schemars(example = &"ssh")]
     pub name: Given<Name>,
     /// Where clients connect: `tcp://ADDRESS:PORT` with an IP address, or `unix:///PATH`.
-    #[schemars(example = "tcp://0.0.0.0:2222")]
+    #[schemars(example = &"tcp://0.0.0.0:2222")]
     pub listen: Given<ListenAddress>,
     /// The port in the guest that every client of this listener reaches.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
@@ -154,7 +154,7 @@ pub struct Inbound {
     /// `connect`: the client says which port it wants with a first line `CONNECT 22`, and reads `OK` and a number
     /// when the guest has accepted (the protocol of Firecracker's vsock).
     #[serde(default, skip_serializing_if = "Given::is_absent")]
-    #[schemars(example = "connect")]
+    #[schemars(example = &"connect")]
     pub protocol: Given<Protocol>,
 }
 
@@ -177,20 +177,20 @@ pub struct Limits {
     pub connections: Given<Connections>,
     /// Bytes that the guest may send ahead of a slow service on each connection (its credit), from 4KiB to 16MiB.
     #[serde(default = "default_buffer")]
-    #[schemars(example = "1MiB")]
+    #[schemars(example = &"1MiB")]
     pub buffer: Given<ByteSize>,
     /// Time to reach the target of an outbound rule, name resolution included; from 1ms to less than 2s, after which
     /// the guest has given up.
     #[serde(default = "default_connect_timeout")]
-    #[schemars(example = "900ms")]
+    #[schemars(example = &"900ms")]
     pub connect_timeout: Given<Period>,
     /// Time that the guest has to accept an inbound connection, from 1ms to 1h.
     #[serde(default = "default_guest_timeout")]
-    #[schemars(example = "10s")]
+    #[schemars(example = &"10s")]
     pub guest_timeout: Given<Period>,
     /// A connection on which nothing moves for so long is ended; at most 720h. `0s`: never.
     #[serde(default = "default_idle_timeout")]
-    #[schemars(example = "1h")]
+    #[schemars(example = &"1h")]
     pub idle_timeout: Given<Period>,
 }
 
