@@ -62,4 +62,10 @@ impl Backlog {
     pub(super) fn clear_strays(&mut self) {
         self.strays.clear();
     }
+
+    /// Of resets, replies and data.
+    #[cfg(test)]
+    pub(super) fn lengths(&self) -> (usize, usize, usize) {
+        (self.strays.len(), self.replies.len(), self.data.len())
+    }
 }

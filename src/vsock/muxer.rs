@@ -1051,3 +1051,33 @@ impl Muxer {
             .map(|e| &mut e.connection)
     }
 }
+
+/// How long the lists are that invariant 6 bounds.
+#[cfg(test)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct ListLengths {
+    pub(super) strays: usize,
+    pub(super) replies: usize,
+    pub(super) data: usize,
+    pub(super) timers: usize,
+    pub(super) keys: usize,
+}
+
+#[cfg(test)]
+impl Muxer {
+    pub(super) fn list_lengths(&self) -> ListLengths {
+        let (strays, replies, data) = self.backlog.lengths();
+        ListLengths {
+            strays,
+            replies,
+            data,
+            timers: self.deadlines.len(),
+            keys: self.keys.len(),
+        }
+    }
+
+    /// The host-side port to try next, as if so many had been used.
+    pub(super) fn set_next_local_port(&mut self, port: u32) {
+        self.next_local_port = port;
+    }
+}

@@ -38,4 +38,10 @@ impl Deadlines {
     pub fn clear(&mut self) {
         self.heap.clear();
     }
+
+    /// Wake-ups held.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.heap.len()
+    }
 }
