@@ -409,7 +409,8 @@ impl Muxer {
 
     /// The guest lost its memory of all connections (its rings were stopped): all of them end, without a packet.
     pub fn reset(&mut self) {
-        self.backlog.clear_strays();
+        // What lives on is silent: it will owe nothing.
+        self.backlog.clear();
         let ids: Vec<ConnectionId> = self.ids().collect();
         for id in ids {
             let Some(connection) = self.connection(id) else {
@@ -1034,6 +1035,12 @@ impl Muxer {
                 self.keys.remove(&key);
             }
             // A stalled wait that nobody will answer any more has no CreditResumed.
+            let entries = &self.entries;
+            self.backlog.sweep(entries.len(), |id| {
+                entries
+                    .get(id.slot())
+                    .is_some_and(|e| e.generation == id.generation)
+            });
         }
         if self.entries.is_empty() {
             self.deadlines.clear();
