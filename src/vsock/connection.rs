@@ -133,7 +133,7 @@ pub struct Connection {
     pub(super) in_data: bool,
     /// When the state's time is up.
     pub(super) deadline: Option<Instant>,
-    /// The earliest wake-up that the timer holds for it.
+    /// The wake-up that the timer holds for it; never later than the deadline.
     pub(super) armed: Option<Instant>,
     /// When bytes last moved.
     pub(super) last_activity: Instant,

@@ -895,11 +895,11 @@ impl Muxer {
 
     /// Owes the RST that ends a flow and nothing else; or forgets the flow if the guest needs none.
     fn bury(&mut self, id: ConnectionId) {
+        self.clear_deadline(id);
         let Some(connection) = self.connection_mut(id) else {
             return;
         };
         connection.state = State::Dead;
-        connection.deadline = None;
         connection.readable = false;
         if connection.introduced && !connection.silent {
             self.owe(id, Owed::RST);
@@ -982,9 +982,7 @@ impl Muxer {
     fn arm_idle(&mut self, now: Instant, id: ConnectionId) {
         let idle = self.config.idle_timeout;
         if idle.is_zero() {
-            if let Some(connection) = self.connection_mut(id) {
-                connection.deadline = None;
-            }
+            self.clear_deadline(id);
         } else {
             self.set_deadline(id, now + idle);
         }
@@ -998,8 +996,20 @@ impl Muxer {
         };
         connection.deadline = Some(at);
         if connection.armed.is_none_or(|armed| at < armed) {
-            connection.armed = Some(at);
-            self.deadlines.push(at, id);
+            if let Some(armed) = connection.armed.replace(at) {
+                self.deadlines.remove(armed, id);
+            }
+            self.deadlines.insert(at, id);
+        }
+    }
+
+    fn clear_deadline(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connection_mut(id) else {
+            return;
+        };
+        connection.deadline = None;
+        if let Some(armed) = connection.armed.take() {
+            self.deadlines.remove(armed, id);
         }
     }
 
@@ -1029,6 +1039,7 @@ impl Muxer {
 
     fn remove(&mut self, id: ConnectionId) {
         if self.connection(id).is_some() {
+            self.clear_deadline(id);
             let entry = self.entries.remove(id.slot());
             let key = entry.connection.key;
             if self.keys.get(&key) == Some(&id) {
@@ -1041,9 +1052,6 @@ impl Muxer {
                     .get(id.slot())
                     .is_some_and(|e| e.generation == id.generation)
             });
-        }
-        if self.entries.is_empty() {
-            self.deadlines.clear();
         }
     }
 

@@ -154,3 +154,69 @@ fn time_that_stands_still_or_goes_back_ends_nothing() {
         ]
     );
 }
+
+#[test]
+fn a_connection_without_a_deadline_wakes_nobody() {
+    let mut s = Scene::new();
+    let id = s.established(FLOW);
+    assert_eq!(s.mux.poll_timeout(), None, "there is no idleTimeout");
+    s.mux.host_failed(id, CloseReason::PeerRst);
+    assert_eq!(s.mux.poll_timeout(), None);
+    s.events();
+    let id = s.dialing(Flow::new(2, 2));
+    assert!(s.mux.poll_timeout().is_some());
+    s.mux.refused(id, crate::vsock::RefuseReason::NoRule);
+    assert_eq!(
+        s.mux.poll_timeout(),
+        None,
+        "an RST that waits for a buffer waits as long as it takes"
+    );
+    assert_eq!(s.mux.list_lengths().timers, 0);
+}
+
+/// Wake-ups of connections that were gone stayed until they were due: with long timeouts and a guest that opens and
+/// resets a hundred thousand times a second, that is a lot of them.
+#[test]
+fn connections_that_come_and_go_leave_no_wake_ups() {
+    let mut s = Scene::with(MuxerConfig {
+        connect_timeout: Duration::from_secs(3600),
+        idle_timeout: Duration::from_secs(60),
+        ..config()
+    });
+    s.established(Flow::new(1, 1));
+    for i in 0..1000 {
+        let id = s.dialing(FLOW);
+        if i % 2 == 0 {
+            s.mux.connected(s.now, id);
+        }
+        if i % 3 == 0 {
+            s.guest(FLOW.sends_shutdown(ShutdownFlags::BOTH));
+        }
+        s.guest(FLOW.sends(Op::Rst));
+        s.events();
+        s.pass(A_MOMENT);
+        assert_eq!(s.mux.list_lengths().timers, 1, "round {i}");
+    }
+}
+
+#[test]
+fn a_connection_has_one_wake_up_through_all_its_states() {
+    let mut s = Scene::with(idle_config());
+    let id = s.dialing(FLOW);
+    s.mux.connected(s.now, id);
+    s.guest_sends(id, FLOW, 100);
+    for _ in 0..30 {
+        s.pass(IDLE / 4);
+        s.mux.host_wrote(s.now, id, 1);
+        assert_eq!(s.mux.list_lengths().timers, 1);
+    }
+    s.guest(FLOW.sends_shutdown(ShutdownFlags::BOTH));
+    assert_eq!(s.mux.list_lengths().timers, 1);
+    for _ in 0..30 {
+        s.pass(DRAIN_TIMEOUT / 4);
+        s.mux.host_wrote(s.now, id, 1);
+        assert_eq!(s.mux.list_lengths().timers, 1);
+    }
+    s.mux.host_wrote(s.now, id, 40);
+    assert_eq!(s.mux.list_lengths().timers, 0);
+}
