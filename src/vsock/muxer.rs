@@ -637,17 +637,16 @@ impl Muxer {
             self.offend(id, key, kind);
             return Disposition::Consumed;
         }
+        // Before the operation, which may end the connection: nothing is told of it after its end.
+        self.resume_after_credit(now, id);
         let verdict = match op {
             Some(Op::Rw) => return self.handle_rw(now, id, key, header.len, available),
             Some(Op::Shutdown) => self.handle_shutdown(now, id, ShutdownFlags::from_wire(header.flags)),
             Some(Op::Response) => {
-                connection.state = State::Established;
-                connection.last_activity = now;
-                self.events.push_back(Event::Accepted { id, key });
-                self.arm_idle(now, id);
+                self.accepted(now, id, key);
                 Ok(())
             }
-            Some(Op::CreditRequest) if connection.state == State::Established => {
+            Some(Op::CreditRequest) if self.state(id) == Some(State::Established) => {
                 self.owe(id, Owed::CREDIT_UPDATE);
                 Ok(())
             }
@@ -656,8 +655,18 @@ impl Muxer {
         if let Err(kind) = verdict {
             self.offend(id, key, kind);
         }
-        self.resume_after_credit(now, id);
         Disposition::Consumed
+    }
+
+    /// The guest accepted what [`Muxer::connect`] asked for.
+    fn accepted(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
+        let Some(connection) = self.connection_mut(id) else {
+            return;
+        };
+        connection.state = State::Established;
+        connection.last_activity = now;
+        self.events.push_back(Event::Accepted { id, key });
+        self.arm_idle(now, id);
     }
 
     fn handle_rw(
@@ -694,7 +703,6 @@ impl Muxer {
         if update_owed {
             self.owe(id, Owed::CREDIT_UPDATE);
         }
-        self.resume_after_credit(now, id);
         if len == 0 || discard {
             Disposition::Consumed
         } else {

@@ -256,3 +256,25 @@ fn counters_wrap_with_gigabytes_to_the_guest() {
         }
     )));
 }
+
+#[test]
+fn nothing_is_told_of_a_connection_after_its_end() {
+    for flags in [ShutdownFlags::BOTH, ShutdownFlags::SEND] {
+        let mut s = Scene::new();
+        let id = s.established(FLOW);
+        s.mux.host_readable(id);
+        s.host_sends(id, GUEST_BUF, true);
+        s.sent();
+        s.events();
+        // The guest closes, in the packet that also gives credit.
+        s.mux.host_write_failed(s.now, id);
+        s.guest(Header {
+            fwd_cnt: GUEST_BUF,
+            ..FLOW.sends_shutdown(flags)
+        });
+        s.mux.host_eof(s.now, id);
+        let events = s.events();
+        assert!(matches!(events[0], Event::CreditResumed { .. }), "{events:?}");
+        assert!(matches!(events.last(), Some(Event::Closed { .. })), "{events:?}");
+    }
+}
