@@ -753,6 +753,8 @@ impl Muxer {
                     });
                 }
                 self.pass_on_shutdown(now, id);
+                // A host end that takes nothing, and now a guest that takes nothing.
+                self.finish_if_over(now, id, CloseReason::PeerRst);
             }
             _ => {}
         }

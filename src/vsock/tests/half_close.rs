@@ -288,3 +288,26 @@ fn a_failed_host_end_resets_the_guest() {
     );
     s.assert_over();
 }
+
+#[test]
+fn when_neither_end_takes_anything_more_it_is_over() {
+    let mut s = Scene::new();
+    let id = s.established(FLOW);
+    s.mux.host_write_failed(s.now, id);
+    assert_eq!(s.sent(), [FLOW.gets_shutdown(RCV, 0)]);
+    s.guest(FLOW.sends_shutdown(RCV));
+    assert_eq!(
+        s.events(),
+        [
+            Event::ShutdownHost { id, flags: RCV },
+            Event::Closed {
+                id,
+                reason: CloseReason::PeerRst,
+                abort: false
+            }
+        ]
+    );
+    assert_eq!(s.sent(), [FLOW.gets_shutdown(BOTH, 0)]);
+    s.guest(FLOW.sends(Op::Rst));
+    s.assert_over();
+}
