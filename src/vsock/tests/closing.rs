@@ -288,3 +288,35 @@ fn an_rst_is_never_answered_with_rst() {
     s.events();
     s.assert_over();
 }
+
+/// Linux forgets a socket that got SHUTDOWN of both directions at once, but answers with RST only when the
+/// application has read what was left (`virtio_transport_recv_connected`): its port may be used again before.
+#[test]
+fn a_fresh_request_replaces_a_flow_that_waits_for_its_rst() {
+    let mut s = Scene::new();
+    let old = closing(&mut s);
+    let new = s.established(FLOW);
+    assert_eq!(s.state(old), None);
+    s.guest(FLOW.sends(Op::Rst));
+    assert_eq!(s.events(), [closed(new, CloseReason::GuestRst, true)]);
+    s.assert_over();
+}
+
+#[test]
+fn but_not_before_our_shutdown_has_left() {
+    let mut s = Scene::new();
+    let id = s.established(FLOW);
+    s.guest(FLOW.sends_shutdown(SEND));
+    s.mux.host_eof(s.now, id);
+    s.events();
+    s.guest(FLOW.sends(Op::Request));
+    assert_eq!(
+        s.events(),
+        [Event::Misbehaved {
+            kind: crate::vsock::Misbehavior::DuplicateRequest,
+            key: FLOW.key()
+        }]
+    );
+    assert_eq!(s.sent(), [FLOW.gets(Op::Rst)]);
+    s.assert_over();
+}
