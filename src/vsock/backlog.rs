@@ -1,14 +1,15 @@
 //! Who is owed an RX buffer of the guest, in a fair order.
 //!
 //! Three lists: resets for flows that do not exist, replies, data. Replies go before data, connections take turns.
-//! A connection is in each list at most once, so the lists are bounded by the number of connections; resets for
-//! unknown flows are bounded by [`Backlog::MAX_STRAYS`]. Entries may outlive their connection: they are checked
-//! against the map of connections, which is the truth, when they are taken.
+//! A connection is in each list at most once. Entries may outlive their connection: they are checked against the map
+//! of connections, which is the truth, when they are taken. A guest that opens and resets in a loop and posts no
+//! buffer would add such entries for ever, so they are swept out when they outnumber the living
+//! ([`Backlog::sweep`]). Resets for unknown flows are bounded by [`Backlog::MAX_STRAYS`].
 
 use std::collections::VecDeque;
 
-use super::ConnectionId;
 use super::header::Header;
+use super::{ConnectionId, ConnectionKey};
 
 /// The waiting lists.
 #[derive(Default, Debug)]
@@ -35,6 +36,13 @@ impl Backlog {
         }
     }
 
+    /// Forgets resets for a flow that begins now: they are of the past, and would kill it.
+    pub(super) fn forget_strays_of(&mut self, key: &ConnectionKey) {
+        self.strays.retain(|rst| {
+            (rst.dst_port, rst.src_cid, rst.src_port) != (key.guest_port, key.peer_cid, key.peer_port)
+        });
+    }
+
     pub(super) fn push_reply(&mut self, id: ConnectionId) {
         self.replies.push_back(id);
     }
@@ -59,7 +67,29 @@ impl Backlog {
         self.strays.is_empty() && self.replies.is_empty() && self.data.is_empty()
     }
 
-    pub(super) fn clear_strays(&mut self) {
+    /// Forgets connections that are gone, of which `live` are left, once there are enough of them to pay for the
+    /// walk: the lists never hold more than a few entries for each connection there may be.
+    pub(super) fn sweep(&mut self, live: usize, is_live: impl Fn(ConnectionId) -> bool) {
+        const SLACK: usize = 64;
+        if live == 0 {
+            self.replies.clear();
+            self.data.clear();
+        } else if self.replies.len() + self.data.len() > 4 * live + SLACK {
+            self.replies.retain(|id| is_live(*id));
+            self.data.retain(|id| is_live(*id));
+        }
+    }
+
+    /// Forgets everything that is owed.
+    pub(super) fn clear(&mut self) {
         self.strays.clear();
+        self.replies.clear();
+        self.data.clear();
+    }
+
+    /// Of resets, replies and data.
+    #[cfg(test)]
+    pub(super) fn lengths(&self) -> (usize, usize, usize) {
+        (self.strays.len(), self.replies.len(), self.data.len())
     }
 }

@@ -133,7 +133,7 @@ pub struct Connection {
     pub(super) in_data: bool,
     /// When the state's time is up.
     pub(super) deadline: Option<Instant>,
-    /// The earliest wake-up that the timer holds for it.
+    /// The wake-up that the timer holds for it; never later than the deadline.
     pub(super) armed: Option<Instant>,
     /// When bytes last moved.
     pub(super) last_activity: Instant,
@@ -243,6 +243,24 @@ impl Connection {
             && self.readable
             && !self.host_shut.contains(ShutdownFlags::SEND)
             && !self.guest_shut.contains(ShutdownFlags::RCV)
+    }
+
+    /// Whether the guest has no answer yet to its REQUEST. Another one is the same then: Linux's connect() gives up
+    /// after 2 s without a word, and the application may try again with the same socket while we still dial.
+    pub(super) fn awaits_answer(&self) -> bool {
+        self.state == State::Dialing || self.owed.contains(Owed::RESPONSE)
+    }
+
+    /// Whether a REQUEST for the same flow begins a new connection. Two kinds of finished flow have ports that the
+    /// guest may use again: one whose RST still waits for a buffer, where the old RST would kill the new connection;
+    /// and one that got SHUTDOWN of both directions, which Linux forgets at once although its RST may take until the
+    /// application has read the rest (`virtio_transport_recv_connected`).
+    pub(super) fn is_replaceable(&self) -> bool {
+        match self.state {
+            State::Dead => true,
+            State::Closing => !self.owed.contains(Owed::SHUTDOWN),
+            State::Dialing | State::Requested | State::Established | State::Draining => false,
+        }
     }
 
     /// What identifies it.

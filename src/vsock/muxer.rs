@@ -217,10 +217,10 @@ impl Muxer {
             self.misbehaved(Misbehavior::UnexpectedPayload, key);
         }
         let known = self.keys.get(&key).copied();
-        // A finished flow whose RST still waits for a buffer: the guest may use its ports again, and the old RST
-        // would kill the new connection.
         let known = match known {
-            Some(id) if op == Some(Op::Request) && self.state(id) == Some(State::Dead) => {
+            Some(id)
+                if op == Some(Op::Request) && self.connection(id).is_some_and(Connection::is_replaceable) =>
+            {
                 self.remove(id);
                 None
             }
@@ -315,12 +315,17 @@ impl Muxer {
             return;
         };
         connection.readable = false;
-        if connection.state != State::Established || connection.host_shut.contains(ShutdownFlags::SEND) {
-            return;
+        let told = connection.host_shut.contains(ShutdownFlags::SEND);
+        match connection.state {
+            // A client that said nothing and is done before the guest answered: told when it has.
+            State::Requested => connection.host_shut = connection.host_shut.with(ShutdownFlags::SEND),
+            State::Established if !told => {
+                connection.host_shut = connection.host_shut.with(ShutdownFlags::SEND);
+                self.owe(id, Owed::SHUTDOWN);
+                self.finish_if_over(now, id, CloseReason::PeerFin);
+            }
+            _ => {}
         }
-        connection.host_shut = connection.host_shut.with(ShutdownFlags::SEND);
-        self.owe(id, Owed::SHUTDOWN);
-        self.finish_if_over(now, id, CloseReason::PeerFin);
     }
 
     /// The host end takes no more bytes (EPIPE, ECONNRESET). What it has not taken is lost; it may still have some
@@ -337,6 +342,7 @@ impl Muxer {
                 connection.close_reason = CloseReason::PeerRst;
                 self.drained(id);
             }
+            State::Requested => connection.host_shut = connection.host_shut.with(ShutdownFlags::RCV),
             State::Established if !connection.host_shut.contains(ShutdownFlags::RCV) => {
                 connection.host_shut = connection.host_shut.with(ShutdownFlags::RCV);
                 self.owe(id, Owed::SHUTDOWN);
@@ -409,7 +415,8 @@ impl Muxer {
 
     /// The guest lost its memory of all connections (its rings were stopped): all of them end, without a packet.
     pub fn reset(&mut self) {
-        self.backlog.clear_strays();
+        // What lives on is silent: it will owe nothing.
+        self.backlog.clear();
         let ids: Vec<ConnectionId> = self.ids().collect();
         for id in ids {
             let Some(connection) = self.connection(id) else {
@@ -572,6 +579,7 @@ impl Muxer {
             self.misbehaved(kind, key);
         } else if op == Some(Op::Request) {
             if self.entries.len() < self.config.max_connections {
+                self.backlog.forget_strays_of(&key);
                 let id = self.insert(now, key, Origin::Guest, self.config.connect_timeout);
                 if let Some(connection) = self.connection_mut(id) {
                     // A fresh flow has sent nothing; a claim to the contrary is judged with the next packet.
@@ -622,8 +630,8 @@ impl Muxer {
             (Some(socket_type), _) if socket_type != connection.socket_type => {
                 Some(Misbehavior::UnsupportedType)
             }
-            (_, Some(Op::Request)) => Some(Misbehavior::DuplicateRequest),
-            (_, Some(Op::Response)) if connection.state != State::Requested => {
+            (_, Some(Op::Request)) if !connection.awaits_answer() => Some(Misbehavior::DuplicateRequest),
+            (_, Some(Op::Response)) if connection.state != State::Requested || !connection.introduced => {
                 Some(Misbehavior::UnexpectedResponse)
             }
             _ => connection
@@ -636,17 +644,16 @@ impl Muxer {
             self.offend(id, key, kind);
             return Disposition::Consumed;
         }
+        // Before the operation, which may end the connection: nothing is told of it after its end.
+        self.resume_after_credit(now, id);
         let verdict = match op {
             Some(Op::Rw) => return self.handle_rw(now, id, key, header.len, available),
             Some(Op::Shutdown) => self.handle_shutdown(now, id, ShutdownFlags::from_wire(header.flags)),
             Some(Op::Response) => {
-                connection.state = State::Established;
-                connection.last_activity = now;
-                self.events.push_back(Event::Accepted { id, key });
-                self.arm_idle(now, id);
+                self.accepted(now, id, key);
                 Ok(())
             }
-            Some(Op::CreditRequest) if connection.state == State::Established => {
+            Some(Op::CreditRequest) if self.state(id) == Some(State::Established) => {
                 self.owe(id, Owed::CREDIT_UPDATE);
                 Ok(())
             }
@@ -655,8 +662,23 @@ impl Muxer {
         if let Err(kind) = verdict {
             self.offend(id, key, kind);
         }
-        self.resume_after_credit(now, id);
         Disposition::Consumed
+    }
+
+    /// The guest accepted what [`Muxer::connect`] asked for.
+    fn accepted(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
+        let Some(connection) = self.connection_mut(id) else {
+            return;
+        };
+        connection.state = State::Established;
+        connection.last_activity = now;
+        let host_shut = connection.host_shut;
+        self.events.push_back(Event::Accepted { id, key });
+        self.arm_idle(now, id);
+        if host_shut != ShutdownFlags::NONE {
+            self.owe(id, Owed::SHUTDOWN);
+            self.finish_if_over(now, id, CloseReason::PeerRst);
+        }
     }
 
     fn handle_rw(
@@ -693,7 +715,6 @@ impl Muxer {
         if update_owed {
             self.owe(id, Owed::CREDIT_UPDATE);
         }
-        self.resume_after_credit(now, id);
         if len == 0 || discard {
             Disposition::Consumed
         } else {
@@ -744,6 +765,8 @@ impl Muxer {
                     });
                 }
                 self.pass_on_shutdown(now, id);
+                // A host end that takes nothing, and now a guest that takes nothing.
+                self.finish_if_over(now, id, CloseReason::PeerRst);
             }
             _ => {}
         }
@@ -784,6 +807,10 @@ impl Muxer {
     /// The guest broke the protocol on a connection, which ends.
     fn offend(&mut self, id: ConnectionId, key: ConnectionKey, kind: Misbehavior) {
         self.misbehaved(kind, key);
+        if let Some(connection) = self.connection_mut(id) {
+            // It spoke on this flow: it hears of the end even if our REQUEST has not left.
+            connection.introduced = true;
+        }
         match self.state(id) {
             Some(State::Dialing | State::Requested) => {
                 self.events.push_back(Event::Refused {
@@ -894,11 +921,11 @@ impl Muxer {
 
     /// Owes the RST that ends a flow and nothing else; or forgets the flow if the guest needs none.
     fn bury(&mut self, id: ConnectionId) {
+        self.clear_deadline(id);
         let Some(connection) = self.connection_mut(id) else {
             return;
         };
         connection.state = State::Dead;
-        connection.deadline = None;
         connection.readable = false;
         if connection.introduced && !connection.silent {
             self.owe(id, Owed::RST);
@@ -981,9 +1008,7 @@ impl Muxer {
     fn arm_idle(&mut self, now: Instant, id: ConnectionId) {
         let idle = self.config.idle_timeout;
         if idle.is_zero() {
-            if let Some(connection) = self.connection_mut(id) {
-                connection.deadline = None;
-            }
+            self.clear_deadline(id);
         } else {
             self.set_deadline(id, now + idle);
         }
@@ -997,8 +1022,20 @@ impl Muxer {
         };
         connection.deadline = Some(at);
         if connection.armed.is_none_or(|armed| at < armed) {
-            connection.armed = Some(at);
-            self.deadlines.push(at, id);
+            if let Some(armed) = connection.armed.replace(at) {
+                self.deadlines.remove(armed, id);
+            }
+            self.deadlines.insert(at, id);
+        }
+    }
+
+    fn clear_deadline(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connection_mut(id) else {
+            return;
+        };
+        connection.deadline = None;
+        if let Some(armed) = connection.armed.take() {
+            self.deadlines.remove(armed, id);
         }
     }
 
@@ -1028,15 +1065,19 @@ impl Muxer {
 
     fn remove(&mut self, id: ConnectionId) {
         if self.connection(id).is_some() {
+            self.clear_deadline(id);
             let entry = self.entries.remove(id.slot());
             let key = entry.connection.key;
             if self.keys.get(&key) == Some(&id) {
                 self.keys.remove(&key);
             }
             // A stalled wait that nobody will answer any more has no CreditResumed.
-        }
-        if self.entries.is_empty() {
-            self.deadlines.clear();
+            let entries = &self.entries;
+            self.backlog.sweep(entries.len(), |id| {
+                entries
+                    .get(id.slot())
+                    .is_some_and(|e| e.generation == id.generation)
+            });
         }
     }
 
@@ -1049,5 +1090,35 @@ impl Muxer {
             .get_mut(id.slot())
             .filter(|e| e.generation == id.generation)
             .map(|e| &mut e.connection)
+    }
+}
+
+/// How long the lists are that invariant 6 bounds.
+#[cfg(test)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct ListLengths {
+    pub(super) strays: usize,
+    pub(super) replies: usize,
+    pub(super) data: usize,
+    pub(super) timers: usize,
+    pub(super) keys: usize,
+}
+
+#[cfg(test)]
+impl Muxer {
+    pub(super) fn list_lengths(&self) -> ListLengths {
+        let (strays, replies, data) = self.backlog.lengths();
+        ListLengths {
+            strays,
+            replies,
+            data,
+            timers: self.deadlines.len(),
+            keys: self.keys.len(),
+        }
+    }
+
+    /// The host-side port to try next, as if so many had been used.
+    pub(super) fn set_next_local_port(&mut self, port: u32) {
+        self.next_local_port = port;
     }
 }

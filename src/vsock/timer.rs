@@ -1,41 +1,46 @@
 //! Deadlines of connections on whatever clock the caller has.
 //!
-//! A heap that may hold stale entries: an entry that fires is checked against its connection's own deadline and put
-//! back if that has moved. A connection whose deadline moves later (the common case: activity) costs nothing.
+//! An ordered set that holds one wake-up for each connection that has a deadline, and none for others. A deadline
+//! that moves later (the common case: activity) costs nothing: the wake-up stays, finds the deadline moved, and is put
+//! back. A set rather than a heap, because a heap cannot forget: a guest that opens and resets in a loop would leave
+//! an entry for each connection until it was due.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::ConnectionId;
 
-/// Pending wake-ups, earliest first. Holds at most a few entries a connection.
+/// Pending wake-ups, earliest first.
 #[derive(Default, Debug)]
 pub struct Deadlines {
-    heap: BinaryHeap<Reverse<(Instant, ConnectionId)>>,
+    wake_ups: BTreeSet<(Instant, ConnectionId)>,
 }
 
 impl Deadlines {
     /// Adds a wake-up for `id` at `at`.
-    pub fn push(&mut self, at: Instant, id: ConnectionId) {
-        self.heap.push(Reverse((at, id)));
+    pub fn insert(&mut self, at: Instant, id: ConnectionId) {
+        self.wake_ups.insert((at, id));
+    }
+
+    /// Takes back the wake-up that was added for `id` at `at`.
+    pub fn remove(&mut self, at: Instant, id: ConnectionId) {
+        self.wake_ups.remove(&(at, id));
     }
 
     /// The next connection whose wake-up is due at `now`.
     pub fn pop_due(&mut self, now: Instant) -> Option<ConnectionId> {
-        match self.heap.peek() {
-            Some(Reverse((at, _))) if *at <= now => self.heap.pop().map(|Reverse((_, id))| id),
-            _ => None,
-        }
+        let first = self.next().filter(|at| *at <= now);
+        first.and_then(|_| self.wake_ups.pop_first()).map(|(_, id)| id)
     }
 
     /// When the next wake-up is due.
     pub fn next(&self) -> Option<Instant> {
-        self.heap.peek().map(|Reverse((at, _))| *at)
+        self.wake_ups.first().map(|(at, _)| *at)
     }
 
-    /// Forgets all wake-ups.
-    pub fn clear(&mut self) {
-        self.heap.clear();
+    /// Wake-ups held.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.wake_ups.len()
     }
 }
