@@ -6,4 +6,5 @@ pub mod device;
 pub mod guest;
 pub mod host;
 pub mod metrics;
+pub mod sys;
 pub mod vsock;

@@ -1,3 +1,4 @@
 //! System calls behind safe functions.
 
+pub mod readiness;
 pub mod unix_socket;
