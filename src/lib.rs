@@ -48,4 +48,8 @@ pub mod host;
 pub mod logging;
 pub mod metrics;
 pub mod sys;
+<<<<<<< HEAD
+=======
+pub mod vhost_user;
+>>>>>>> session
 pub mod vsock;
