@@ -39,6 +39,7 @@
 #![warn(missing_docs)]
 
 pub mod admin;
+pub mod app;
 pub mod config;
 pub mod device;
 pub mod drain;
@@ -48,8 +49,5 @@ pub mod host;
 pub mod logging;
 pub mod metrics;
 pub mod sys;
-<<<<<<< HEAD
-=======
 pub mod vhost_user;
->>>>>>> session
 pub mod vsock;
