@@ -39,6 +39,7 @@
 #![warn(missing_docs)]
 
 pub mod admin;
+pub mod app;
 pub mod config;
 pub mod device;
 pub mod drain;

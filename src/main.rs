@@ -8,32 +8,14 @@ mod cli;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use tracing_subscriber::EnvFilter;
-use vsock_sidecar::config::{self, Config, ConfigError, Log, LogFormat, Warning};
+use sha2::{Digest, Sha256};
+use vsock_sidecar::config::{self, Config, ConfigError, Warning};
+use vsock_sidecar::metrics::Registry;
+use vsock_sidecar::{app, demo, logging};
 
 use cli::{Cli, Command};
-
-// PLACEHOLDERS: the only place to change when `vsock_sidecar::app` and `vsock_sidecar::demo` exist. Remove the two
-// modules and add `use vsock_sidecar::{app, demo};`.
-mod app {
-    #[derive(Debug, thiserror::Error)]
-    #[error("this build cannot run guests yet")]
-    pub struct Error;
-
-    pub fn run(_config: super::Config) -> Result<(), Error> {
-        Err(Error)
-    }
-}
-mod demo {
-    #[derive(Debug, thiserror::Error)]
-    #[error("this build has no demo yet")]
-    pub struct Error;
-
-    pub fn run(_options: super::cli::Demo) -> Result<(), Error> {
-        Err(Error)
-    }
-}
 
 fn main() -> ExitCode {
     let outcome = Cli::from_args(std::env::args_os())
@@ -52,12 +34,23 @@ fn main() -> ExitCode {
 
 fn run(file: &Path) -> Result<(), Failure> {
     let (config, warnings) = config::load(file).map_err(Failure::Config)?;
-    start_log(&config.log)?;
+    let registry = Arc::new(Registry::new().map_err(Failure::other)?);
+    logging::init(config.log.format, &config.log.level, registry.log_messages()).map_err(Failure::other)?;
     for Warning(warning) in &warnings {
         let (line, column) = warning.position.unwrap_or_default();
         tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
     }
-    app::run(config).map_err(Failure::other)
+    registry.set_config(&identity(&config)?);
+    app::run(&config, registry).map_err(|error| match error.is_configuration() {
+        true => Failure::Surroundings(describe(&error)),
+        false => Failure::other(error),
+    })
+}
+
+/// What tells two effective configurations apart: comments and defaults that are written out make no difference.
+fn identity(config: &Config) -> Result<String, Failure> {
+    let yaml = config.to_yaml().map_err(Failure::other)?;
+    Ok(Sha256::digest(yaml).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn check(file: &Path) -> Result<(), Failure> {
@@ -83,39 +76,32 @@ fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-/// Sends log events to stderr in the configured form.
-fn start_log(log: &Log) -> Result<(), Failure> {
-    let filter = EnvFilter::try_new(&log.level).map_err(Failure::other)?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr);
-    match log.format {
-        LogFormat::Text => builder.with_ansi(io::stderr().is_terminal()).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
-    }
-    .map_err(|error| Failure::Other(error.to_string()))
-}
-
 /// Why the program ends with a code other than 0.
 enum Failure {
     Usage(clap::Error),
     Config(ConfigError),
+    /// The configuration asks for what cannot be had here: an address that is taken, a directory that is missing.
+    Surroundings(String),
     Other(String),
+}
+
+/// An error and its sources, which are part of the one line that the operator gets.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
 }
 
 impl Failure {
     fn other(error: impl std::error::Error) -> Failure {
-        // The sources of an error are part of the one line that the operator gets.
-        let mut text = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            let cause_text = cause.to_string();
-            if !text.contains(&cause_text) {
-                text = format!("{text}: {cause_text}");
-            }
-            source = cause.source();
-        }
-        Failure::Other(text)
+        Failure::Other(describe(&error))
     }
 
     fn report(self) -> ExitCode {
@@ -132,6 +118,10 @@ impl Failure {
             }
             Failure::Config(error) => {
                 let _ = writeln!(io::stderr(), "{error}");
+                ExitCode::from(BAD_USAGE)
+            }
+            Failure::Surroundings(text) => {
+                let _ = writeln!(io::stderr(), "vsock-sidecar: {text}");
                 ExitCode::from(BAD_USAGE)
             }
             Failure::Other(text) => {

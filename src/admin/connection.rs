@@ -8,6 +8,7 @@
 //!   Idle --------------> Head ---------------------> Answering -> Writing ------------------> Idle
 //! ```
 
+use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io;
 use std::pin::{Pin, pin};
@@ -30,61 +31,67 @@ const MAX_HEAD: usize = 16 * 1024;
 /// Most fields of a request head.
 const MAX_FIELDS: usize = 64;
 
-/// Serves one connection until it ends, misses a deadline, or `stop` completes and its response is out.
-///
-/// Without `keep_alive` it is one request and its response.
-pub(super) async fn serve(
-    socket: impl Socket,
-    admin: Admin,
-    limits: Limits,
-    keep_alive: bool,
-    stop: impl Future<Output = ()>,
-) {
-    let clock = Clock::new(limits);
-    let service = service_fn({
-        let clock = clock.clone();
-        move |request: Request<Incoming>| {
+/// How one connection is served.
+pub(super) struct Serve {
+    pub(super) admin: Admin,
+    pub(super) limits: Limits,
+    /// Whether there may be more than one request.
+    pub(super) keep_alive: bool,
+    /// A new one; whoever has to choose a connection to end looks at it.
+    pub(super) clock: Clock,
+}
+
+impl Serve {
+    /// Serves `socket` until it ends, misses a deadline, or `stop` completes and the response that is under way is out.
+    pub(super) async fn run(self, socket: impl Socket, stop: impl Future<Output = ()>) {
+        let Serve {
+            admin,
+            limits,
+            keep_alive,
+            clock,
+        } = self;
+        let service = service_fn(|request: Request<Incoming>| {
             clock.requested();
-            let admin = admin.clone();
-            let answer = limits.answer;
+            let admin = &admin;
             async move {
-                let response = routes::respond(&admin, request.method(), request.uri().path(), answer).await;
-                Ok::<_, std::convert::Infallible>(response.map(|body| Full::new(Bytes::from(body))))
+                let (method, path) = (request.method(), request.uri().path());
+                let response = routes::respond(admin, method, path, limits.answer).await;
+                Ok::<_, Infallible>(response.map(|body| Full::new(Bytes::from(body))))
             }
-        }
-    });
-    let io = TokioIo::new(Watched {
-        socket,
-        clock: clock.clone(),
-    });
-    let connection = http1::Builder::new()
-        // `printf 'GET ...' | nc -N` ends its side at once and still wants the answer.
-        .half_close(true)
-        .keep_alive(keep_alive)
-        .header_read_timeout(None)
-        .max_buf_size(MAX_HEAD)
-        .max_headers(MAX_FIELDS)
-        .serve_connection(io, service);
-    let mut connection = pin!(connection);
-    let mut stop = pin!(stop);
-    let mut stopping = false;
-    let mut deadline = pin!(tokio::time::sleep_until(clock.deadline()));
-    poll_fn(|cx| {
-        if !stopping && stop.as_mut().poll(cx).is_ready() {
-            stopping = true;
-            connection.as_mut().graceful_shutdown();
-        }
-        // An error is the client's: it went away, or sent what is no HTTP; it got its 400 or 431 where possible.
-        if connection.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(());
-        }
-        // What the connection just did may have moved its deadline.
-        if deadline.deadline() != clock.deadline() {
-            deadline.as_mut().reset(clock.deadline());
-        }
-        deadline.as_mut().poll(cx)
-    })
-    .await;
+        });
+        let io = TokioIo::new(Watched {
+            socket,
+            clock: clock.clone(),
+        });
+        let connection = http1::Builder::new()
+            // `printf 'GET ...' | nc -N` ends its side at once and still wants the answer.
+            .half_close(true)
+            .keep_alive(keep_alive)
+            .header_read_timeout(None)
+            .max_buf_size(MAX_HEAD)
+            .max_headers(MAX_FIELDS)
+            .serve_connection(io, service);
+        let mut connection = pin!(connection);
+        let mut stop = pin!(stop);
+        let mut stopping = false;
+        let mut deadline = pin!(tokio::time::sleep_until(clock.deadline()));
+        poll_fn(|cx| {
+            if !stopping && stop.as_mut().poll(cx).is_ready() {
+                stopping = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            // An error is the client's: it went away, or sent what is no HTTP; it got its 400 or 431 where possible.
+            if connection.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            // What the connection just did may have moved its deadline.
+            if deadline.deadline() != clock.deadline() {
+                deadline.as_mut().reset(clock.deadline());
+            }
+            deadline.as_mut().poll(cx)
+        })
+        .await;
+    }
 }
 
 /// A TCP or unix stream.
@@ -106,7 +113,7 @@ enum Phase {
 
 /// The phase of a connection and when it began; a response is one phase for its deadline.
 #[derive(Clone)]
-struct Clock {
+pub(super) struct Clock {
     /// Shared by the connection's service, its socket and its deadline, all of one task: never contended.
     phase: Arc<Mutex<(Phase, Instant)>>,
     limits: Limits,
@@ -114,7 +121,7 @@ struct Clock {
 
 impl Clock {
     /// A connection begins by owing a request head.
-    fn new(limits: Limits) -> Clock {
+    pub(super) fn new(limits: Limits) -> Clock {
         Clock {
             phase: Arc::new(Mutex::new((Phase::Head, Instant::now()))),
             limits,
@@ -149,6 +156,12 @@ impl Clock {
         if phase.0 == Phase::Writing {
             *phase = (Phase::Idle, Instant::now());
         }
+    }
+
+    /// Since when the client has owed us a request, if it does.
+    pub(super) fn waiting_since(&self) -> Option<Instant> {
+        let (phase, since) = *self.lock();
+        matches!(phase, Phase::Idle | Phase::Head).then_some(since)
     }
 
     fn deadline(&self) -> Instant {

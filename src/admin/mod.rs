@@ -5,7 +5,7 @@
 //!
 //! | what | bound | afterwards |
 //! |---|---|---|
-//! | connections of a listener | [`Limits::connections`] | 503 and closed, other listeners unaffected |
+//! | connections of a listener | [`Limits::connections`] | the one that has been silent longest makes room; if all are being answered, 503 |
 //! | a request head | [`Limits::head`] from its first byte, 16 KiB, 64 fields | closed; 431 |
 //! | an idle connection | [`Limits::idle`] | closed |
 //! | a response, until the client has taken it | [`Limits::response`] | closed |

@@ -2,19 +2,19 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::Runtime;
-use tokio::sync::{Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
 
 use crate::sys::unix_socket::SocketGuard;
 
-use super::connection;
+use super::connection::{Clock, Serve};
 use super::listen::{AdminError, Bound};
 use super::{Admin, Limits};
 
@@ -25,6 +25,8 @@ const BUSY: &[u8] =
 
 /// Responses that are under way have so long to end at shutdown.
 const LINGER: Duration = Duration::from_secs(1);
+/// File descriptors in reserve for each listener: a probe and a scrape.
+const RESERVE: usize = 2;
 /// Wait after a failed accept, doubled up to [`MAX_BACKOFF`]: a listener with a connection that cannot be accepted stays readable,
 /// and a loop without a wait would spin.
 const MIN_BACKOFF: Duration = Duration::from_millis(20);
@@ -67,10 +69,11 @@ pub(super) fn spawn(bound: Vec<Bound>, admin: Admin, limits: Limits) -> Result<A
             .collect::<io::Result<Vec<_>>>()
             .map_err(AdminError::Thread)?
     };
+    let reserve = Arc::new(Reserve::new(listeners.len() * RESERVE));
     let (stop, stopped) = watch::channel(false);
     let thread = std::thread::Builder::new()
         .name("admin".to_owned())
-        .spawn(move || run(runtime, listeners, admin, limits, stopped))
+        .spawn(move || run(runtime, listeners, admin, limits, reserve, stopped))
         .map_err(AdminError::Thread)?;
     Ok(AdminHandle {
         stop,
@@ -83,12 +86,19 @@ fn run(
     listeners: Vec<Listener>,
     admin: Admin,
     limits: Limits,
+    reserve: Arc<Reserve>,
     stopped: watch::Receiver<bool>,
 ) {
     runtime.block_on(async {
         let mut loops = JoinSet::new();
         for listener in listeners {
-            loops.spawn(accept_loop(listener, admin.clone(), limits, stopped.clone()));
+            loops.spawn(accept_loop(
+                listener,
+                admin.clone(),
+                limits,
+                reserve.clone(),
+                stopped.clone(),
+            ));
         }
         stop_of(stopped).await;
         let _ = tokio::time::timeout(LINGER, async { while loops.join_next().await.is_some() {} }).await;
@@ -102,64 +112,132 @@ async fn stop_of(mut stopped: watch::Receiver<bool>) {
 }
 
 /// Accepts until the server stops, then waits for the connections. Dropping it ends them.
-async fn accept_loop(listener: Listener, admin: Admin, limits: Limits, stopped: watch::Receiver<bool>) {
-    let slots = Arc::new(Semaphore::new(limits.connections));
+async fn accept_loop(
+    listener: Listener,
+    admin: Admin,
+    limits: Limits,
+    reserve: Arc<Reserve>,
+    stopped: watch::Receiver<bool>,
+) {
     let mut connections = JoinSet::new();
-    let mut accepting = Accepting::new(listener);
+    let mut open: Vec<(Clock, AbortHandle)> = Vec::new();
+    let mut accepting = Accepting {
+        listener,
+        reserve,
+        backoff: MIN_BACKOFF,
+    };
     let mut stop = std::pin::pin!(stop_of(stopped.clone()));
     loop {
         let (stream, keep_alive) = tokio::select! {
             () = stop.as_mut() => break,
             accepted = accepting.next() => accepted,
         };
-        // Forget those that have ended.
         while connections.try_join_next().is_some() {}
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
+        open.retain(|(_, task)| !task.is_finished());
+        if open.len() >= limits.connections && !make_room(&mut open).await {
             stream.refuse();
             continue;
-        };
-        let (admin, stop) = (admin.clone(), stop_of(stopped.clone()));
-        connections.spawn(async move {
+        }
+        let clock = Clock::new(limits);
+        let (serve, reserve) = (
+            Serve {
+                admin: admin.clone(),
+                limits,
+                keep_alive,
+                clock: clock.clone(),
+            },
+            accepting.reserve.clone(),
+        );
+        let stop = stop_of(stopped.clone());
+        let task = connections.spawn(async move {
             match stream {
-                Stream::Tcp(tcp) => connection::serve(tcp, admin, limits, keep_alive, stop).await,
-                Stream::Unix(unix) => connection::serve(unix, admin, limits, keep_alive, stop).await,
+                Stream::Tcp(tcp) => serve.run(tcp, stop).await,
+                Stream::Unix(unix) => serve.run(unix, stop).await,
             }
-            drop(slot);
+            // At once, before anybody else takes the descriptor that was just closed.
+            reserve.refill();
         });
+        open.push((clock, task));
     }
     // The socket file goes before its listener, so that a client finds either a server or nothing.
     drop(accepting);
     while connections.join_next().await.is_some() {}
 }
 
-/// A listener that goes on when the process has no file descriptor left.
+/// Ends the connection that has owed us a request for the longest time, if there is one: nobody can keep probes out by
+/// opening connections and saying nothing.
+async fn make_room(open: &mut Vec<(Clock, AbortHandle)>) -> bool {
+    let waiting = open
+        .iter()
+        .enumerate()
+        .filter_map(|(index, (clock, _))| Some((clock.waiting_since()?, index)));
+    let Some((_, index)) = waiting.min() else {
+        return false;
+    };
+    let (_, task) = open.swap_remove(index);
+    task.abort();
+    // The task ends when it is next scheduled; until then its descriptor is open.
+    tokio::task::yield_now().await;
+    true
+}
+
+/// File descriptors kept for the day when the process has none left.
 ///
 /// The data path may use up all descriptors, and a liveness probe that is not answered for this ends the process with all its
-/// connections. So one descriptor is kept in reserve: it is closed to accept one connection, which is answered
-/// once and closed, and then taken again.
+/// connections. So a few are held in reserve; one is closed to accept one connection, which is answered once and closed,
+/// and is then taken again.
+struct Reserve {
+    files: Mutex<Vec<File>>,
+    size: usize,
+}
+
+impl Reserve {
+    fn new(size: usize) -> Reserve {
+        let reserve = Reserve {
+            files: Mutex::default(),
+            size,
+        };
+        reserve.refill();
+        reserve
+    }
+
+    /// Takes what is missing; returns whether nothing is.
+    fn refill(&self) -> bool {
+        let mut files = self.lock();
+        while files.len() < self.size {
+            match File::open("/dev/null") {
+                Ok(file) => files.push(file),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// Closes one; returns whether there was one.
+    fn release(&self) -> bool {
+        self.lock().pop().is_some()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<File>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A listener that goes on when the process has no file descriptor left.
 struct Accepting {
     listener: Listener,
-    reserve: Option<File>,
+    reserve: Arc<Reserve>,
     backoff: Duration,
 }
 
 impl Accepting {
-    fn new(listener: Listener) -> Accepting {
-        Accepting {
-            listener,
-            reserve: reserve(),
-            backoff: MIN_BACKOFF,
-        }
-    }
-
     /// The next connection, and whether it may be kept for more than one request.
     async fn next(&mut self) -> (Stream, bool) {
         loop {
-            self.reserve = self.reserve.take().or_else(reserve);
             let error = match self.listener.accept().await {
                 Ok(stream) => {
                     self.backoff = MIN_BACKOFF;
-                    return (stream, self.reserve.is_some());
+                    return (stream, self.reserve.refill());
                 }
                 Err(error) => error,
             };
@@ -169,25 +247,21 @@ impl Accepting {
             ) {
                 continue;
             }
-            // Once for each time it gets worse, not for each client that waits.
+            let exhausted = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
+            if exhausted.contains(&error.raw_os_error())
+                && self.reserve.release()
+                && let Ok(stream) = self.listener.accept().await
+            {
+                return (stream, false);
+            }
+            // Once for each time it happens, not for each time it goes on.
             if self.backoff == MIN_BACKOFF {
                 tracing::warn!(%error, "admin server cannot accept connections");
-            }
-            let exhausted = [Errno::MFILE, Errno::NFILE].map(|errno| Some(errno.raw_os_error()));
-            if exhausted.contains(&error.raw_os_error()) && self.reserve.take().is_some() {
-                self.backoff = (self.backoff * 2).min(MAX_BACKOFF);
-                if let Ok(stream) = self.listener.accept().await {
-                    return (stream, false);
-                }
             }
             tokio::time::sleep(self.backoff).await;
             self.backoff = (self.backoff * 2).min(MAX_BACKOFF);
         }
     }
-}
-
-fn reserve() -> Option<File> {
-    File::open("/dev/null").ok()
 }
 
 enum Listener {

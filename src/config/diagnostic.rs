@@ -292,3 +292,63 @@ pub(super) fn did_you_mean<'k>(word: &str, known: &[&'k str]) -> Option<&'k str>
         .min()?;
     (distance <= 1 + best.len() / 4 && distance < best.len()).then_some(best)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_that_were_meant() {
+        let known = ["name", "cid", "vhostUser", "outbound", "inbound", "limits"];
+        for (word, meant) in [
+            ("vhost_user", Some("vhostUser")),
+            ("vhost-user", Some("vhostUser")),
+            ("vhostuser", Some("vhostUser")),
+            ("Cid", Some("cid")),
+            ("outbonud", Some("outbound")),
+            ("limit", Some("limits")),
+            ("x", None),
+            ("accessPlatform", None),
+            ("", None),
+        ] {
+            assert_eq!(did_you_mean(word, &known), meant, "{word}");
+        }
+    }
+
+    #[test]
+    fn a_long_line_is_cropped_around_its_mark() {
+        let text = format!("{}MARK{}", "a".repeat(500), "b".repeat(500));
+        let span = Span {
+            line: 1,
+            column: 501,
+            offset: Some(500),
+            length: 4,
+        };
+        let excerpt = excerpt(&text, span).expect("an excerpt");
+        let marked: String = excerpt
+            .text
+            .chars()
+            .skip(excerpt.mark)
+            .take(excerpt.marked)
+            .collect();
+        assert_eq!(marked, "MARK");
+        assert!(excerpt.text.chars().count() <= EXCERPT_WIDTH + 2);
+        assert!(excerpt.text.starts_with('…') && excerpt.text.ends_with('…'));
+    }
+
+    #[test]
+    fn a_mark_ends_with_its_line() {
+        let text = "first\nsecond\r\nthird";
+        let span = Span {
+            line: 2,
+            column: 1,
+            offset: Some(6),
+            length: 12,
+        };
+        let excerpt = excerpt(text, span).expect("an excerpt");
+        assert_eq!(
+            (excerpt.text.as_str(), excerpt.mark, excerpt.marked),
+            ("second", 0, 6)
+        );
+    }
+}

@@ -7,8 +7,8 @@
 //! 2. `document` makes a tree of nodes of the YAML, within a budget, so that aliases cannot multiply it.
 //! 3. `given` reads the types of `schema` from the tree; `values` and `address` hold what a scalar may say. Unknown
 //!    keys, repeated keys and wrong types are gathered here.
-//! 4. `resolve` holds the values against each other and fills in what follows from them; `files` asks the file
-//!    system whether the directories of the sockets are there.
+//! 4. `resolve` (with `listeners`) holds the values against each other and fills in what follows from them; `files`
+//!    asks the file system whether the directories of the sockets are there.
 //!
 //! What was gathered is a [`ConfigError`]; what is odd but runs is a [`Warning`].
 
@@ -18,6 +18,7 @@ mod document;
 mod effective;
 mod files;
 mod given;
+mod listeners;
 mod resolve;
 mod schema;
 mod source;
@@ -27,8 +28,7 @@ pub use diagnostic::{ConfigError, Diagnostic, Excerpt, Warning};
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::path::Path;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use schemars::JsonSchema;

@@ -3,7 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,6 +11,7 @@ use super::diagnostic::{Report, quoted};
 use super::document::{Document, NodeId};
 use super::files::Socket;
 use super::given::Given;
+use super::listeners::TcpListeners;
 use super::values::{ByteSize, Period};
 use super::{
     Config, Guest, InboundProtocol, InboundRule, Limits, ListenAddress, Log, LogFormat, OutboundRule, Target,
@@ -640,50 +640,5 @@ fn insert_first<K: std::hash::Hash + Eq>(map: &mut HashMap<K, NodeId>, key: K, a
             vacant.insert(at);
             None
         }
-    }
-}
-
-/// TCP addresses that are listened on, and which of them cannot be bound together.
-///
-/// A wildcard takes its port on every address of its family, and `[::]` takes it for IPv4 as well, as Linux has it
-/// unless IPV6_V6ONLY is set.
-#[derive(Default)]
-struct TcpListeners {
-    exact: HashMap<SocketAddr, (SocketAddr, NodeId)>,
-    /// The first listener of each family on a port: IPv4, IPv6.
-    by_port: HashMap<u16, [Option<(SocketAddr, NodeId)>; 2]>,
-    wildcards: HashMap<u16, [Option<(SocketAddr, NodeId)>; 2]>,
-}
-
-impl TcpListeners {
-    /// Adds a listener; the one it conflicts with, if any.
-    fn insert(&mut self, address: SocketAddr, at: NodeId) -> Option<(SocketAddr, NodeId)> {
-        // ::ffff:127.0.0.1 is bound as 127.0.0.1.
-        let ip = address.ip().to_canonical();
-        let canonical = SocketAddr::new(ip, address.port());
-        let is_wildcard = ip.is_unspecified();
-        let family = usize::from(ip.is_ipv6());
-        let takes_both = is_wildcard && ip.is_ipv6();
-
-        let [wild_v4, wild_v6] = self.wildcards.get(&address.port()).copied().unwrap_or_default();
-        let [any_v4, any_v6] = self.by_port.get(&address.port()).copied().unwrap_or_default();
-        let conflict = self.exact.get(&canonical).copied().or(match ip {
-            _ if takes_both => any_v4.or(any_v6),
-            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => any_v4.or(wild_v6),
-            IpAddr::V4(_) => wild_v4.or(wild_v6),
-            IpAddr::V6(_) => wild_v6,
-        });
-        let entry = (address, at);
-        self.exact.entry(canonical).or_insert(entry);
-        let slot = |map: &mut HashMap<u16, [Option<(SocketAddr, NodeId)>; 2]>| {
-            if let Some(first) = map.entry(address.port()).or_default().get_mut(family) {
-                first.get_or_insert(entry);
-            }
-        };
-        slot(&mut self.by_port);
-        if is_wildcard {
-            slot(&mut self.wildcards);
-        }
-        conflict
     }
 }

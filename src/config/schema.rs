@@ -28,7 +28,7 @@ pub struct File {
     /// What happens on SIGTERM.
     #[serde(default = "Given::<Drain>::default_value")]
     pub drain: Given<Drain>,
-    /// The guests, each with a vhost-user socket of its own; from 1 to 256.
+    /// The guests, each with a vhost-user socket of its own.
     #[schemars(length(min = 1, max = 256))]
     pub guests: Given<Vec<Given<Guest>>>,
 }
@@ -83,11 +83,11 @@ pub struct Guest {
     /// How the VMM is reached.
     pub vhost_user: Given<VhostUser>,
     /// Connections from the guest to services. The first rule whose ports match decides; what matches no rule is
-    /// refused at once (RST). At most 1024.
+    /// refused at once (RST).
     #[serde(default = "Given::<Vec<Given<Outbound>>>::default_value")]
     #[schemars(length(max = 1024))]
     pub outbound: Given<Vec<Given<Outbound>>>,
-    /// Connections from services to the guest. At most 1024.
+    /// Connections from services to the guest.
     #[serde(default = "Given::<Vec<Given<Inbound>>>::default_value")]
     #[schemars(length(max = 1024))]
     pub inbound: Given<Vec<Given<Inbound>>>,

@@ -115,3 +115,35 @@ fn not_utf8(name: &str, error: &std::string::FromUtf8Error) -> ConfigError {
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Root may read everything, so that a test over a real file would depend on who runs it.
+    #[test]
+    fn an_unreadable_file_is_explained() {
+        let error = explain("config.yaml", &io::ErrorKind::PermissionDenied.into()).to_string();
+        assert!(
+            error.starts_with("error: config.yaml: the file may not be read by this user"),
+            "{error}"
+        );
+        assert!(error.contains("fsGroup"), "{error}");
+    }
+
+    #[test]
+    fn the_place_of_a_foreign_byte_is_counted_in_characters() {
+        let bytes = b"one\n\xc3\xa9t\xe9".to_vec();
+        let error = String::from_utf8(bytes).expect_err("Latin 1");
+        let diagnostic = not_utf8("f", &error).diagnostics.remove(0);
+        assert_eq!(diagnostic.position, Some((2, 3)));
+    }
+
+    #[test]
+    fn comments_and_markers_configure_nothing() {
+        for text in ["", " \n", "# a\n", "---\n# a\n...\n"] {
+            assert!(refuse_empty(text, "f").is_err(), "{text:?}");
+        }
+        assert!(refuse_empty("guests: []", "f").is_ok());
+    }
+}

@@ -131,7 +131,7 @@ macro_rules! scalar_schema {
 }
 pub(super) use scalar_schema;
 
-text_serde!(Name, ByteSize, Period, PortRange, LogLevel, SocketPath);
+text_serde!(Name, Period, PortRange, LogLevel, SocketPath);
 number_serde!(Cid, GuestPort, Connections);
 
 /// A name of a guest or rule: a DNS label, so that it can be a Kubernetes name and needs no quoting anywhere.
@@ -393,6 +393,23 @@ scalar_schema!(
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ByteSize(pub(super) u64);
 
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserialize_text(deserializer)
+    }
+}
+
+impl Serialize for ByteSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // Without a unit it is a number, and a number in quotes is refused.
+        if self.0.is_multiple_of(1024) {
+            serializer.collect_str(self)
+        } else {
+            self.0.serialize(serializer)
+        }
+    }
+}
+
 impl Text for ByteSize {
     const EXPECTED: &'static str = "a size such as 256KiB or 1MiB, or a plain number of bytes";
 
@@ -603,4 +620,73 @@ pub(super) fn digits(text: &str) -> Option<u64> {
         return None;
     }
     text.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_printed_in_their_largest_unit() {
+        for (text, millis, printed) in [
+            ("500ms", 500, "500ms"),
+            ("1500ms", 1_500, "1500ms"),
+            ("5000ms", 5_000, "5s"),
+            ("60s", 60_000, "1m"),
+            ("90s", 90_000, "90s"),
+            ("120m", 7_200_000, "2h"),
+            ("0h", 0, "0s"),
+        ] {
+            let period = Period::parse(text)
+                .map_err(|refusal| refusal.message)
+                .expect(text);
+            assert_eq!(
+                (period, period.to_string().as_str()),
+                (Period::from_millis(millis), printed),
+                "{text}"
+            );
+        }
+        for text in [
+            "",
+            "s",
+            "-1s",
+            "1.5s",
+            "5 s",
+            "05s",
+            "5S",
+            "5sec",
+            "1h30m",
+            "18446744073709551615h",
+        ] {
+            assert!(Period::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_binary_units() {
+        for (text, bytes, printed) in [
+            ("4KiB", 4096, "4KiB"),
+            ("1024KiB", 1 << 20, "1MiB"),
+            ("1GiB", 1 << 30, "1GiB"),
+            ("1536KiB", 1_572_864, "1536KiB"),
+        ] {
+            let size = ByteSize::parse(text)
+                .map_err(|refusal| refusal.message)
+                .expect(text);
+            assert_eq!((size.0, size.to_string().as_str()), (bytes, printed), "{text}");
+        }
+        for text in [
+            "",
+            "KiB",
+            "1KB",
+            "1 KiB",
+            "1kib",
+            "-1KiB",
+            "01KiB",
+            "4096",
+            "99999999999GiB",
+        ] {
+            assert!(ByteSize::parse(text).is_err(), "{text}");
+        }
+    }
 }

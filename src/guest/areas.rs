@@ -169,23 +169,23 @@ impl<'m> Areas<'m> {
 
     /// How far the driver has made entries available. What it wrote before it wrote this is visible afterwards.
     pub(super) fn avail_idx(&self) -> Result<u16, RingError> {
-        self.from_avail(INDEX, Ordering::Acquire)
+        self.load_avail(INDEX, Ordering::Acquire)
     }
 
     /// The chain that the driver made available at the free-running `position`.
     pub(super) fn avail_head(&self, position: u16) -> Result<u16, RingError> {
         // Ordered behind the avail index by its Acquire.
-        self.from_avail(ELEMENTS + 2 * self.slot(position), Ordering::Relaxed)
+        self.load_avail(ELEMENTS + 2 * self.slot(position), Ordering::Relaxed)
     }
 
     /// Up to which used index the driver wants no interrupt (VIRTIO_F_EVENT_IDX).
     pub(super) fn used_event(&self) -> Result<u16, RingError> {
-        self.from_avail(ELEMENTS + 2 * usize::from(self.size), Ordering::Relaxed)
+        self.load_avail(ELEMENTS + 2 * usize::from(self.size), Ordering::Relaxed)
     }
 
     /// Whether the driver wants no interrupts at all (without VIRTIO_F_EVENT_IDX).
     pub(super) fn interrupts_unwanted(&self) -> Result<bool, RingError> {
-        Ok(self.from_avail(FLAGS, Ordering::Relaxed)? & AVAIL_NO_INTERRUPT != 0)
+        Ok(self.load_avail(FLAGS, Ordering::Relaxed)? & AVAIL_NO_INTERRUPT != 0)
     }
 
     /// Writes the used element of the free-running `position`. The driver looks at it only after [`Areas::set_used_idx`].
@@ -193,42 +193,42 @@ impl<'m> Areas<'m> {
         let offset = ELEMENTS + 8 * self.slot(position);
         // Two stores of 4 bytes: an element is aligned to 4 and may lie across a page border, so that with an IOMMU
         // its halves need not be neighbours.
-        self.to_used_u32(offset, u32::from(head))?;
-        self.to_used_u32(offset + 4, len)
+        self.store_used_u32(offset, u32::from(head))?;
+        self.store_used_u32(offset + 4, len)
     }
 
     /// Gives the driver every used element before the free-running `index`, and with them all that was written before.
     pub(super) fn set_used_idx(&self, index: u16) -> Result<(), RingError> {
-        self.to_used(INDEX, index, Ordering::Release)
+        self.store_used(INDEX, index, Ordering::Release)
     }
 
     /// Asks to be kicked when the available index passes `position` (VIRTIO_F_EVENT_IDX).
     pub(super) fn set_avail_event(&self, position: u16) -> Result<(), RingError> {
-        self.to_used(ELEMENTS + 8 * usize::from(self.size), position, Ordering::Relaxed)
+        self.store_used(ELEMENTS + 8 * usize::from(self.size), position, Ordering::Relaxed)
     }
 
     /// Asks for kicks, or for none (without VIRTIO_F_EVENT_IDX).
     pub(super) fn set_kicks_wanted(&self, wanted: bool) -> Result<(), RingError> {
-        self.to_used(FLAGS, if wanted { 0 } else { USED_NO_NOTIFY }, Ordering::Relaxed)
+        self.store_used(FLAGS, if wanted { 0 } else { USED_NO_NOTIFY }, Ordering::Relaxed)
     }
 
     fn slot(&self, position: u16) -> usize {
         usize::from(position & (self.size - 1))
     }
 
-    fn from_avail(&self, offset: usize, order: Ordering) -> Result<u16, RingError> {
+    fn load_avail(&self, offset: usize, order: Ordering) -> Result<u16, RingError> {
         self.avail.load(offset, order).ok_or(RingError::Torn {
             area: RingArea::Available,
         })
     }
 
-    fn to_used(&self, offset: usize, value: u16, order: Ordering) -> Result<(), RingError> {
+    fn store_used(&self, offset: usize, value: u16, order: Ordering) -> Result<(), RingError> {
         self.used
             .store(offset, value, order)
             .ok_or(RingError::Torn { area: RingArea::Used })
     }
 
-    fn to_used_u32(&self, offset: usize, value: u32) -> Result<(), RingError> {
+    fn store_used_u32(&self, offset: usize, value: u32) -> Result<(), RingError> {
         let torn = RingError::Torn { area: RingArea::Used };
         let (piece, at) = self.used.locate(offset).ok_or(torn)?;
         piece

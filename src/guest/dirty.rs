@@ -265,3 +265,194 @@ pub(crate) mod testing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Mutex;
+    use std::thread;
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use vhost::vhost_user::message::VhostUserProtocolFeatures;
+    use vhost::vhost_user::{Frontend, Listener, VhostUserFrontend};
+    use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
+    use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex};
+    use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
+    use vmm_sys_util::epoll::EventSet;
+
+    use super::super::memory::{Access, GuestRam, Memory};
+    use super::testing::TestLog;
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    #[test]
+    fn no_log_no_marks() {
+        let bitmap = DirtyBitmap::default();
+        bitmap.mark_dirty(0, usize::MAX);
+        assert!(!bitmap.dirty_at(0));
+        assert!(!bitmap.is_active());
+    }
+
+    #[test]
+    fn pages_are_those_of_guest_physical_memory() {
+        // Neither start nor length are on a page border: the last byte is on page 5, which the second region shares.
+        let ranges = [(GuestAddress(0x1800), 0x4000), (GuestAddress(0x5800), 0x1000)];
+        let memory = Memory::from_ranges(&ranges).unwrap();
+        let log = TestLog::install(&memory);
+        let write = |addr: u64, len: usize| {
+            memory.write_slice(&vec![1; len], GuestAddress(addr)).unwrap();
+            log.take()
+        };
+        assert_eq!(write(0x1800, 1), [1]);
+        assert_eq!(write(0x1fff, 2), [1, 2]);
+        assert_eq!(write(0x57ff, 1), [5]);
+        assert_eq!(write(0x5800, 1), [5]);
+        assert_eq!(write(0x1800, 0x5000), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(write(0x2000, 0), [0u64; 0]);
+    }
+
+    #[test]
+    fn marks_beyond_the_region_are_cut_off() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0x1000), 0x2000)]).unwrap();
+        let log = TestLog::install(&memory);
+        let ram = GuestRam::new(Arc::new(memory.clone()));
+        let slice = ram.slices(0x2000, 16, Access::Write).next().unwrap().unwrap();
+        slice.bitmap().mark_dirty(0, usize::MAX);
+        assert_eq!(log.take(), [2]);
+        slice.bitmap().mark_dirty(0x1000, 1);
+        slice.bitmap().slice_at(usize::MAX).mark_dirty(usize::MAX, 1);
+        assert_eq!(log.take(), [0u64; 0]);
+        slice.bitmap().mark_dirty(15, 1);
+        assert!(slice.bitmap().dirty_at(0) && !slice.bitmap().dirty_at(0x1000));
+    }
+
+    #[test]
+    fn switching_off_keeps_the_log() {
+        let memory = Memory::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+        let ram = GuestRam::new(Arc::new(memory.clone()));
+        ram.set_dirty_log_enabled(false);
+        let log = TestLog::install(&memory);
+        assert!(
+            !ram.dirty_log_active(),
+            "a log that comes while logging is off is kept and not written"
+        );
+        memory.write_slice(&[1], GuestAddress(0)).unwrap();
+        assert_eq!(log.take(), [0u64; 0]);
+        ram.set_dirty_log_enabled(true);
+        memory.write_slice(&[1], GuestAddress(0)).unwrap();
+        assert_eq!(log.take(), [0]);
+    }
+
+    /// The least that vhost-user-backend serves.
+    struct Backend(Mutex<Option<GuestMemoryAtomic<Memory>>>);
+
+    impl VhostUserBackend for Backend {
+        type Bitmap = DirtyBitmap;
+        type Vring = VringMutex<GuestMemoryAtomic<Memory>>;
+
+        fn num_queues(&self) -> usize {
+            1
+        }
+
+        fn max_queue_size(&self) -> usize {
+            16
+        }
+
+        fn features(&self) -> u64 {
+            1 << 32 | 1 << 30 | 1 << 26
+        }
+
+        fn protocol_features(&self) -> VhostUserProtocolFeatures {
+            VhostUserProtocolFeatures::LOG_SHMFD | VhostUserProtocolFeatures::REPLY_ACK
+        }
+
+        fn set_event_idx(&self, _enabled: bool) {}
+
+        fn update_memory(&self, memory: GuestMemoryAtomic<Memory>) -> io::Result<()> {
+            *self.0.lock().unwrap() = Some(memory);
+            Ok(())
+        }
+
+        fn queues_per_thread(&self) -> Vec<u64> {
+            Vec::new()
+        }
+
+        fn handle_event(&self, _: u16, _: EventSet, _: &[Self::Vring], _: usize) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn memfd(len: usize) -> File {
+        let file = memfd_create("dirty", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, len as u64).unwrap();
+        File::from(file)
+    }
+
+    /// A VMM installs a log as it does before it migrates: SET_LOG_BASE through vhost-user-backend, whose types we plug into.
+    #[test]
+    fn a_vmms_log_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vhost-user.sock");
+        let backend = Arc::new(Backend(Mutex::new(None)));
+        let first = GuestMemoryAtomic::new(Memory::new());
+        let mut daemon = VhostUserDaemon::new("dirty".to_owned(), Arc::clone(&backend), first).unwrap();
+        let mut listener = Listener::new(&path, true).unwrap();
+        let vmm = thread::spawn(move || Frontend::connect(&path, 1).unwrap());
+        daemon.start(&mut listener).unwrap();
+        let mut vmm = vmm.join().unwrap();
+
+        vmm.set_owner().unwrap();
+        let features = vmm.get_features().unwrap();
+        vmm.set_features(features).unwrap();
+        let protocol = vmm.get_protocol_features().unwrap();
+        vmm.set_protocol_features(protocol).unwrap();
+        vmm.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
+        let ram_file = memfd(2 * MIB);
+        let region = |guest_phys_addr: u64, at: usize| VhostUserMemoryRegionInfo {
+            guest_phys_addr,
+            memory_size: MIB as u64,
+            userspace_addr: 0x7000_0000_0000 + at as u64,
+            mmap_offset: at as u64,
+            mmap_handle: ram_file.as_raw_fd(),
+        };
+        vmm.set_mem_table(&[region(0, 0), region(0x40_0000, MIB)])
+            .unwrap();
+
+        let memory = backend.0.lock().unwrap().as_ref().unwrap().memory().into_inner();
+        let ram = GuestRam::new(memory);
+        let write = |addr: u64, len: usize| {
+            for slice in ram.slices(addr, len, Access::Write) {
+                slice.unwrap().copy_from(&vec![1u8; len]);
+            }
+        };
+        write(0x3000, 1);
+        assert!(!ram.dirty_log_active());
+
+        // A bit for each page up to the end of the second region: 0x500 pages.
+        let log_file = memfd(4096);
+        let log = |mmap_size: u64| VhostUserDirtyLogRegion {
+            mmap_size,
+            mmap_offset: 0,
+            mmap_handle: log_file.as_raw_fd(),
+        };
+        vmm.set_log_base(0, Some(log(0x500 / 8))).unwrap();
+        assert!(ram.dirty_log_active());
+        write(0x5000, 4097);
+        write(0x40_0000 + MIB as u64 - 1, 1);
+        let mut bits = vec![0; 4096];
+        log_file.read_exact_at(&mut bits, 0).unwrap();
+        let dirty: Vec<usize> = (0..4096 * 8)
+            .filter(|page| bits[page / 8] & 1 << (page % 8) != 0)
+            .collect();
+        assert_eq!(dirty, [5, 6, 0x4ff]);
+
+        // A log that is one byte too short for the last page is refused; it would make us write past its end.
+        assert!(vmm.set_log_base(0, Some(log(0x500 / 8 - 1))).is_err());
+        drop(vmm);
+        // The crate ends a session in which it refused a message.
+        let _ = daemon.wait();
+    }
+}

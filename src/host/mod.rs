@@ -1,6 +1,8 @@
 //! Host sockets. Knows nothing of guests.
+mod connect;
 pub mod dial;
 pub mod listen;
+pub mod resolve;
 mod spill;
 mod stream;
 

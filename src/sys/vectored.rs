@@ -6,6 +6,7 @@
 //! non-blocking delays nobody. A descriptor that is no socket is ENOTSOCK.
 //!
 //! What `readv` wrote is marked dirty by the caller, who knows whose memory it was (`guest::rx`), not here.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

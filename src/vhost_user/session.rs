@@ -431,9 +431,6 @@ impl Server {
 
     /// Closes connections of others while a VMM is served. False when accept() fails.
     fn refuse_newcomers(&self, told: &mut bool) -> bool {
-        let Some(bound) = &self.endpoint.listener else {
-            return true;
-        };
         for _ in 0..REFUSE_BUDGET {
             match self.endpoint.accept() {
                 Ok(_closed_at_once) => self.refuse(1, told),
