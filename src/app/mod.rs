@@ -60,7 +60,7 @@ pub enum Error {
         source: ListenError,
     },
     /// An admin address cannot be had.
-    #[error("admin: {0}")]
+    #[error(transparent)]
     Admin(#[from] AdminError),
     /// A thread, a runtime or a signal handler could not be set up.
     #[error("cannot start {what}: {source}")]
