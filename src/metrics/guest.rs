@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use prometheus::{
-    Counter, CounterVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts,
+    Counter, CounterVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts,
 };
 
 use super::Registry;
@@ -33,12 +33,26 @@ impl Direction {
 }
 
 /// Labels of `op` in `vsock_packets_total`; index 0 stands for every operation the standard does not know.
-pub const OP_LABELS: [&str; 8] =
-    ["invalid", "request", "response", "rst", "shutdown", "rw", "credit_update", "credit_request"];
+pub const OP_LABELS: [&str; 8] = [
+    "invalid",
+    "request",
+    "response",
+    "rst",
+    "shutdown",
+    "rw",
+    "credit_update",
+    "credit_request",
+];
 /// Labels of `socket_type`; index 0 stands for every type the standard does not know.
 pub const SOCKET_TYPE_LABELS: [&str; 3] = ["other", "stream", "seqpacket"];
 /// Labels of `queue`, in the order of the device's virtqueues.
 pub const QUEUE_LABELS: [&str; 3] = ["rx", "tx", "event"];
+
+/// How many rule names of one guest and direction get series of their own. A rule costs about 30 series, so a file with a
+/// thousand rules must not become a page with thirty thousand lines.
+pub const MAX_RULES: usize = 64;
+/// The rule label that all rules after the first [`MAX_RULES`] share.
+pub const OVERFLOW_RULE: &str = "_overflow";
 
 /// Label values that come from enums of other modules.
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +101,7 @@ pub(super) struct GuestFamilies {
     kicks_suppressed: IntCounterVec,
     interrupts: IntCounterVec,
     interrupts_suppressed: IntCounterVec,
+    rules: IntGaugeVec,
 }
 
 impl GuestFamilies {
@@ -108,7 +123,8 @@ impl GuestFamilies {
         };
         let histograms =
             |name: &str, help: &str, labels: &[&str], buckets: &[f64]| -> prometheus::Result<HistogramVec> {
-                let family = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?;
+                let family =
+                    HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?;
                 to.register(Box::new(family.clone()))?;
                 Ok(family)
             };
@@ -168,7 +184,9 @@ impl GuestFamilies {
                 "vsock_tcp_dial_duration_seconds",
                 "Time to connect to the target of an outbound rule, name resolution included, successes only.",
                 &["guest", "rule"],
-                &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
+                &[
+                    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+                ],
             )?,
             upstream_bytes: counters(
                 "vsock_upstream_bytes_total",
@@ -220,11 +238,20 @@ impl GuestFamilies {
                 "Rounds that found work in a ring without a notification.",
                 &["guest", "queue"],
             )?,
-            interrupts: counters("vsock_interrupts_total", "Interrupts sent to the guest.", &["guest", "queue"])?,
+            interrupts: counters(
+                "vsock_interrupts_total",
+                "Interrupts sent to the guest.",
+                &["guest", "queue"],
+            )?,
             interrupts_suppressed: counters(
                 "vsock_interrupts_suppressed_total",
                 "Bursts after which the guest wanted no interrupt.",
                 &["guest", "queue"],
+            )?,
+            rules: gauges(
+                "vsock_rules",
+                "Rules of the configuration.",
+                &["guest", "direction"],
             )?,
         })
     }
@@ -250,9 +277,11 @@ pub struct QueueMetrics {
 }
 
 /// Counters of one rule of the configuration.
+///
+/// Rules past [`MAX_RULES`] hold the same counters and gauges as each other, so gauges are added to, never set.
 #[derive(Clone, Debug)]
 pub struct RuleMetrics {
-    /// The rule's name.
+    /// The rule's name in the configuration, also when its label is [`OVERFLOW_RULE`].
     pub name: String,
     /// Connections established.
     pub opened: IntCounter,
@@ -283,7 +312,7 @@ pub struct GuestMetrics {
     pub outbound: Vec<RuleMetrics>,
     /// Inbound rules in the order of the configuration.
     pub inbound: Vec<RuleMetrics>,
-    /// Requests of the guest that no rule matches (`rule=""`).
+    /// Requests of the guest that no rule matches (`rule=""`); only `refused` is exported, the rest cannot happen.
     pub no_rule: RuleMetrics,
     /// Lifetime of established connections in seconds, indexed by [`Direction`].
     pub duration: [Histogram; 2],
@@ -302,10 +331,17 @@ pub struct GuestMetrics {
 impl GuestMetrics {
     /// A guest's metrics that no registry exports, for tests and benches.
     pub fn detached(rules: &RuleNames, labels: &LabelSets) -> Arc<GuestMetrics> {
-        Registry::new().expect("families have valid names").guest("detached", rules, labels)
+        Registry::new()
+            .expect("families have valid names")
+            .guest("detached", rules, labels)
     }
 
-    pub(super) fn resolve(f: &GuestFamilies, guest: &str, rules: &RuleNames, labels: &LabelSets) -> GuestMetrics {
+    pub(super) fn resolve(
+        f: &GuestFamilies,
+        guest: &str,
+        rules: &RuleNames,
+        labels: &LabelSets,
+    ) -> GuestMetrics {
         let mut packets = Vec::new();
         let mut payload_bytes = Vec::new();
         for direction in Direction::LABELS {
@@ -315,13 +351,28 @@ impl GuestMetrics {
                 }
             }
             for socket_type in SOCKET_TYPE_LABELS {
-                payload_bytes.push(f.payload_bytes.with_label_values(&[guest, direction, socket_type]));
+                payload_bytes.push(
+                    f.payload_bytes
+                        .with_label_values(&[guest, direction, socket_type]),
+                );
             }
         }
-        let rule = |name: &str, opened_by: Direction, dials: bool| {
+        f.rules
+            .with_label_values(&[guest, Direction::GuestToHost.label()])
+            .set(rules.outbound.len() as i64);
+        f.rules
+            .with_label_values(&[guest, Direction::HostToGuest.label()])
+            .set(rules.inbound.len() as i64);
+        let rule = |(index, name): (usize, &String), opened_by: Direction, dials: bool| {
             let by = opened_by.label();
+            let config_name = name.clone();
+            let name = if index < MAX_RULES {
+                name.as_str()
+            } else {
+                OVERFLOW_RULE
+            };
             RuleMetrics {
-                name: name.to_owned(),
+                name: config_name,
                 opened: f.opened.with_label_values(&[guest, by, name]),
                 active: f.active.with_label_values(&[guest, by, name]),
                 refused: labels
@@ -354,7 +405,8 @@ impl GuestMetrics {
                 .map(|reason| f.ring_errors.with_label_values(&[guest, name, reason]))
                 .collect(),
         };
-        let by_direction = |family: &IntCounterVec| Direction::LABELS.map(|d| family.with_label_values(&[guest, d]));
+        let by_direction =
+            |family: &IntCounterVec| Direction::LABELS.map(|d| family.with_label_values(&[guest, d]));
         GuestMetrics {
             packets,
             payload_bytes,
@@ -363,12 +415,23 @@ impl GuestMetrics {
                 .iter()
                 .map(|kind| f.misbehavior.with_label_values(&[guest, kind]))
                 .collect(),
-            outbound: rules.outbound.iter().map(|name| rule(name, Direction::GuestToHost, true)).collect(),
-            inbound: rules.inbound.iter().map(|name| rule(name, Direction::HostToGuest, false)).collect(),
-            no_rule: rule("", Direction::GuestToHost, false),
+            outbound: rules
+                .outbound
+                .iter()
+                .enumerate()
+                .map(|r| rule(r, Direction::GuestToHost, true))
+                .collect(),
+            inbound: rules
+                .inbound
+                .iter()
+                .enumerate()
+                .map(|r| rule(r, Direction::HostToGuest, false))
+                .collect(),
+            no_rule: no_rule(f, guest, labels),
             duration: Direction::LABELS.map(|d| f.duration.with_label_values(&[guest, d])),
             credit_stalls: by_direction(&f.credit_stalls),
-            credit_stall_seconds: Direction::LABELS.map(|d| f.credit_stall_seconds.with_label_values(&[guest, d])),
+            credit_stall_seconds: Direction::LABELS
+                .map(|d| f.credit_stall_seconds.with_label_values(&[guest, d])),
             backpressure_pauses: by_direction(&f.backpressure_pauses),
             buffered_bytes: Direction::LABELS.map(|d| f.buffered_bytes.with_label_values(&[guest, d])),
             queues: QUEUE_LABELS.map(queue),
@@ -378,8 +441,16 @@ impl GuestMetrics {
     /// Counts one packet. `op` and `socket_type` are the header's fields as sent; what the standard does not know
     /// is counted as `invalid` and `other`.
     pub fn packet(&self, direction: Direction, op: u16, socket_type: u16) {
-        let op = if usize::from(op) < OP_LABELS.len() { usize::from(op) } else { 0 };
-        let kind = if usize::from(socket_type) < SOCKET_TYPE_LABELS.len() { usize::from(socket_type) } else { 0 };
+        let op = if usize::from(op) < OP_LABELS.len() {
+            usize::from(op)
+        } else {
+            0
+        };
+        let kind = if usize::from(socket_type) < SOCKET_TYPE_LABELS.len() {
+            usize::from(socket_type)
+        } else {
+            0
+        };
         let index = (direction as usize * OP_LABELS.len() + op) * SOCKET_TYPE_LABELS.len() + kind;
         if let Some(counter) = self.packets.get(index) {
             counter.inc();
@@ -388,9 +459,40 @@ impl GuestMetrics {
 
     /// Counts payload bytes of RW packets.
     pub fn payload(&self, direction: Direction, socket_type: u16, bytes: u64) {
-        let kind = if usize::from(socket_type) < SOCKET_TYPE_LABELS.len() { usize::from(socket_type) } else { 0 };
-        if let Some(counter) = self.payload_bytes.get(direction as usize * SOCKET_TYPE_LABELS.len() + kind) {
+        let kind = if usize::from(socket_type) < SOCKET_TYPE_LABELS.len() {
+            usize::from(socket_type)
+        } else {
+            0
+        };
+        if let Some(counter) = self
+            .payload_bytes
+            .get(direction as usize * SOCKET_TYPE_LABELS.len() + kind)
+        {
             counter.inc_by(bytes);
         }
+    }
+}
+
+/// Requests that match no rule are refused and nothing else: only that family gets a series with `rule=""`, so that no
+/// sum over rules shows a row without a name.
+fn no_rule(f: &GuestFamilies, guest: &str, labels: &LabelSets) -> RuleMetrics {
+    let unexported = || IntCounter::new("unexported", "Not exported.").expect("a valid name");
+    RuleMetrics {
+        name: String::new(),
+        opened: unexported(),
+        active: IntGauge::new("unexported", "Not exported.").expect("a valid name"),
+        refused: labels
+            .refused
+            .iter()
+            .map(|reason| {
+                f.refused
+                    .with_label_values(&[guest, Direction::GuestToHost.label(), "", reason])
+            })
+            .collect(),
+        closed: labels.closed.iter().map(|_| unexported()).collect(),
+        upstream_bytes: Direction::LABELS.map(|_| unexported()),
+        dials: None,
+        dial_failures: None,
+        dial_duration: None,
     }
 }

@@ -1,0 +1,4 @@
+//! The guest against an independent device: proven before it judges ours.
+
+mod device;
+mod driver;
