@@ -11,7 +11,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 
 use super::*;
 use crate::vhost_user::Mode;
-use crate::vhost_user::message::{MAX_BODY, Message, REPLY, VERSION, request};
+use crate::vhost_user::message::{MAX_BODY, MAX_FDS, Message, REPLY, VERSION, request};
 use crate::vhost_user::testing;
 
 struct Wire {
@@ -140,7 +140,10 @@ proptest! {
             wire.settle().unwrap();
             got.extend(drain(&to));
         }
-        prop_assert_eq!(got, expected);
+        for (_, fds) in &mut expected {
+            fds.truncate(MAX_FDS);
+        }
+        prop_assert!(got == expected, "something else arrived");
     }
 }
 
