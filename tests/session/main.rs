@@ -910,3 +910,24 @@ fn a_vmm_that_goes_on_with_the_session_of_a_process_before_us_is_served() {
         "our own messages are not the VMM's"
     );
 }
+
+/// A listener that accepts nobody: connecting to it would block for ever once its queue is full.
+#[test]
+fn in_client_mode_a_vmm_that_accepts_nobody_does_not_keep_us_from_ending() {
+    let mut rig = Rig::new(Mode::Client);
+    let listener = UnixListener::bind(rig.socket()).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let mut waiting = Vec::new();
+    // As many as fit, ours perhaps among them.
+    loop {
+        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        match socket.connect(&socket2::SockAddr::unix(rig.socket()).unwrap()) {
+            Ok(()) => waiting.push(socket),
+            Err(_) => break,
+        }
+    }
+    let began = std::time::Instant::now();
+    rig.shutdown();
+    assert!(began.elapsed().as_secs() < 2);
+}
