@@ -3,7 +3,6 @@
 //! Why not `std::io::IoSlice`: it is a `&[u8]`, and a Rust reference to guest memory must never exist, since
 //! the guest changes that memory whenever it likes. An `iovec` is an address and a length which only the
 //! kernel dereferences.
-#![allow(unsafe_code)]
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;

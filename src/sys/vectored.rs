@@ -8,7 +8,6 @@
 //! ENOTSOCK.
 //!
 //! What `readv` wrote is marked dirty by the caller, who knows whose memory it was (`guest::rx`), not here.
-#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
