@@ -173,8 +173,8 @@ fn every_known_label_value_is_there_before_anything_happens() {
     assert_eq!(count("vsock_tcp_dial_duration_seconds_bucket", "le"), 15);
 }
 
-/// A guest and a rule cost a fixed number of series. These are budgets: when a new family breaks one, it is the moment to ask
-/// whether it earns its series.
+/// A guest and a rule cost a fixed number of series. These are budgets: when a new family breaks one, it is the
+/// moment to ask whether it earns its series.
 #[test]
 fn the_number_of_series_is_within_its_budget() {
     let count = |guests: usize, rules: usize| samples(&page::with(guests, rules).encode().unwrap()).count();
