@@ -1,0 +1,107 @@
+//! A virtual machine without a machine: the VMM's and the guest driver's halves of virtio-vsock in our own process.
+//!
+//! Tests, benchmarks and the demo need a guest that negotiates like QEMU, drives its rings like Linux (and as fast as
+//! they go), and can do wrong on purpose; none of them should need a VM or privileges for it. So this module lives in
+//! the library, and it shares nothing with the device but the packet codec: it is the other side, and an independent
+//! judge that counts the device's faults as [`Violation`]s.
+//!
+//! # Layers
+//!
+//! 1. [`FrontEnd`] speaks vhost-user over a unix socket, in a [`Profile`]'s order of messages, or sends anything raw.
+//! 2. [`Driver`] owns guest memory ([`GuestMemory`], one memfd a region) and three split [`Virtqueue`]s: posts
+//!    receive buffers in a [`RxLayout`], sends packets in a [`Shape`], notifies and is interrupted as in Linux.
+//! 3. [`Sockets`] is a small guest vsock stack with a thread of its own: connect, listen, credit, half-close.
+//!
+//! [`EmbeddedGuest`] puts 1 and 2 together: `EmbeddedGuest::boot(socket, Profile::qemu(), DriverOptions::default())`.
+//!
+//! # What holds
+//!
+//! 1. Whatever the device does, the guest goes on: a fault is counted and skipped as a Linux guest would.
+//! 2. Every wait has a deadline.
+//! 3. Nothing is asked of the device's code: a mistake made there is not made here again.
+
+mod driver;
+mod error;
+mod fd;
+mod front_end;
+pub mod memory;
+pub mod message;
+pub mod profile;
+mod shape;
+pub mod sockets;
+mod stats;
+mod virtqueue;
+
+use std::path::Path;
+
+pub use driver::{Driver, DriverOptions, EVENT, Packet, RX, Refill, Sent, TX};
+pub use error::{Error, Result};
+pub use fd::{EventFd, wait_readable};
+pub use front_end::{FrontEnd, Negotiated, RingSetup, recv_message};
+pub use memory::{GuestMemory, Region};
+pub use profile::{Order, Profile};
+pub use shape::{RxLayout, Shape};
+pub use sockets::{GuestListener, GuestStream, SocketOptions, Sockets};
+pub use stats::{Packets, QueueStats, Stats, Violation, Violations};
+pub use virtqueue::{
+    DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Segment, Table, Used, Virtqueue, descriptor,
+};
+
+/// A running guest: a front-end and the driver under it. Dropping it is `kill -9` of the VMM.
+#[derive(Debug)]
+pub struct EmbeddedGuest {
+    /// The VMM's connection.
+    pub front_end: FrontEnd,
+    /// The guest's driver.
+    pub driver: Driver,
+}
+
+impl EmbeddedGuest {
+    /// Connects to the back-end at `socket`, negotiates, starts the rings and posts receive buffers.
+    pub fn boot(socket: &Path, profile: Profile, options: DriverOptions) -> Result<EmbeddedGuest> {
+        EmbeddedGuest::boot_with(FrontEnd::connect(socket, profile)?, options)
+    }
+
+    /// The same over a front-end that is connected but has not spoken yet.
+    pub fn boot_with(mut front_end: FrontEnd, options: DriverOptions) -> Result<EmbeddedGuest> {
+        let negotiated = front_end.negotiate()?;
+        let driver = Driver::new(options, negotiated.features)?;
+        let mut guest = EmbeddedGuest { front_end, driver };
+        guest.start(&[])?;
+        guest.driver.fill_rx()?;
+        Ok(guest)
+    }
+
+    /// The guest's CID, as the device told it.
+    pub fn cid(&self) -> u64 {
+        self.front_end.negotiated().guest_cid
+    }
+
+    /// Starts the rings at `bases` (0 where missing): after [`EmbeddedGuest::pause`] those that it answered.
+    pub fn start(&mut self, bases: &[u16]) -> Result<()> {
+        let queues = self.front_end.profile().queues;
+        self.front_end
+            .start(self.driver.memory(), &self.driver.rings(queues, bases))
+    }
+
+    /// Stops the rings as a VMM does to pause or reset; the driver's state stays. Answers how far each ring got.
+    pub fn pause(&mut self) -> Result<Vec<u16>> {
+        self.front_end.stop(self.front_end.profile().queues)
+    }
+
+    /// Reboots the guest: rings stopped, everything forgotten, rings started from zero, buffers posted.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.pause()?;
+        self.driver.reset();
+        self.start(&[])?;
+        self.driver.fill_rx()
+    }
+
+    /// Ends the VMM in an orderly way: rings stopped, then the connection closed.
+    pub fn shut_down(mut self) -> Result<()> {
+        self.pause().map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,6 @@
+//! The guest against an independent device: proven before it judges ours.
+
+mod device;
+mod driver;
+mod host;
+mod sockets;
