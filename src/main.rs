@@ -50,7 +50,10 @@ fn run(file: &Path) -> Result<(), Failure> {
 /// What tells two effective configurations apart: comments and defaults that are written out make no difference.
 fn identity(config: &Config) -> Result<String, Failure> {
     let yaml = config.to_yaml().map_err(Failure::other)?;
-    Ok(Sha256::digest(yaml).iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(Sha256::digest(yaml)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 fn check(file: &Path) -> Result<(), Failure> {

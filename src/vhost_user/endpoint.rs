@@ -77,15 +77,24 @@ impl Endpoint {
             Mode::Client => {
                 let length = path.as_os_str().len();
                 if length > unix_socket::MAX_PATH {
-                    return Err(unix_socket::BindError::TooLong { path: path.clone(), length }.into());
+                    return Err(unix_socket::BindError::TooLong {
+                        path: path.clone(),
+                        length,
+                    }
+                    .into());
                 }
                 None
             }
         };
         // Each session needs such a pair; better to know now.
-        private_socket::pair(directory_of(path))
-            .map_err(|source| BindError::Private { path: path.clone(), source })?;
-        Ok(Endpoint { config: config.clone(), listener })
+        private_socket::pair(directory_of(path)).map_err(|source| BindError::Private {
+            path: path.clone(),
+            source,
+        })?;
+        Ok(Endpoint {
+            config: config.clone(),
+            listener,
+        })
     }
 
     /// The next connection that waits to be accepted; `WouldBlock` when there is none, or in client mode.
