@@ -1,12 +1,13 @@
 //! The log: structured events on stderr, as text for people or as one JSON object a line.
 //!
-//! What is an incident for a library is often an ordinary day here. The crates that parse the VMM's messages and the guest's
-//! rings write an error for each malformed one, which a guest could do a million times a second. Whatever matters of it comes back
-//! to us as an error value, and is counted and logged once with its context; so their own lines are off unless asked
-//! for by name ([`QUIET_CRATES`]).
+//! What is an incident for a library is often an ordinary day here. The crates that parse the VMM's messages
+//! and the guest's rings write an error for each malformed one, which a guest could do a million times a
+//! second. Whatever matters of it comes back to us as an error value, and is counted and logged once with its
+//! context; so their own lines are off unless asked for by name ([`QUIET_CRATES`]).
 //!
-//! Events are written by a thread of their own. Stderr is a pipe whose reader may stall, and a device thread that waits for it
-//! would be a guest that waits for it. A queue that is full drops events, counts them, and says so when it can.
+//! Events are written by a thread of their own. Stderr is a pipe whose reader may stall, and a device thread
+//! that waits for it would be a guest that waits for it. A queue that is full drops events, counts them, and
+//! says so when it can.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -54,9 +55,9 @@ pub enum LogError {
     Twice,
 }
 
-/// Sends all events from now on to stderr. `level` is the configured level or filter; `VSOCK_SIDECAR_LOG` overrides it if it
-/// is set and not empty. Warnings and errors that pass are counted in `messages`. What was logged is written at the latest
-/// when the guard is dropped.
+/// Sends all events from now on to stderr. `level` is the configured level or filter; `VSOCK_SIDECAR_LOG`
+/// overrides it if it is set and not empty. Warnings and errors that pass are counted in `messages`. What was
+/// logged is written at the latest when the guard is dropped.
 pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<LogGuard, LogError> {
     let variable = std::env::var(VARIABLE)
         .ok()
@@ -115,7 +116,8 @@ fn parse_filter(filter: &str, origin: &'static str) -> Result<EnvFilter, LogErro
 }
 
 fn directive(text: &str) -> Result<Directive, String> {
-    // A bare word that is no level would be taken for a module, at every level: `inof` would silence the whole log.
+    // A bare word that is no level would be taken for a module, at every level: `inof` would silence the whole
+    // log.
     if !text.contains(['=', '[']) && text.parse::<LevelFilter>().is_err() {
         return Err(format!("{text:?} is no level"));
     }

@@ -2,17 +2,19 @@
 
 use std::time::SystemTime;
 
+use vsock_sidecar::guest::RingFault;
 use vsock_sidecar::metrics::{
     Direction, LabelSets, MemoryMapChanges, Registry, RingSample, RuleNames, SessionSample, SessionState,
 };
+use vsock_sidecar::vsock::misbehavior::Misbehavior;
 use vsock_sidecar::vsock::reason::{CloseReason, RefuseReason};
 
-/// The program's lists; the two that grow with its checks are represented by a few values.
+/// The program's lists.
 pub const LABELS: LabelSets = LabelSets {
     refused: RefuseReason::LABELS,
     closed: CloseReason::LABELS,
-    misbehavior: &["bad_source_cid", "unknown_op", "credit_overrun"],
-    ring_errors: &["loop", "out_of_bounds", "indirect"],
+    misbehavior: Misbehavior::LABELS,
+    ring_errors: RingFault::LABELS,
 };
 
 /// Guests of which nothing has been heard yet.
