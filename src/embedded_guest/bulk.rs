@@ -50,9 +50,7 @@ impl Flow {
     ) -> Result<Flow> {
         let mut flow = Flow::new(cid, local_port, port, buf_alloc, wait);
         flow.send_control(driver, Op::Request, 0)?;
-        flow.pump_until(driver, "waiting for RESPONSE", |flow, op| {
-            flow.peer_closed || op == Some(Op::Response)
-        })?;
+        flow.pump_until(driver, |flow, op| flow.peer_closed || op == Some(Op::Response))?;
         if flow.peer_closed {
             return Err(Error::Protocol {
                 what: format!("the device reset the connection to port {port}"),
@@ -113,6 +111,7 @@ impl Flow {
     /// last one. Packets go out in bursts with one notification each, as far as ring and credit allow.
     pub fn send(&mut self, driver: &mut Driver, bytes: u64, packet: u32, shape: &Shape) -> Result<Duration> {
         let started = Instant::now();
+        let mut deadline = started + SILENCE;
         let packet = packet.clamp(1, MAX_PACKET_PAYLOAD);
         let mut left = bytes;
         while left > 0 {
@@ -143,8 +142,10 @@ impl Flow {
                 }
             }
             driver.notify_tx();
-            if !queued {
-                self.rest(driver, self.room() > 0)?;
+            if queued {
+                deadline = Instant::now() + SILENCE;
+            } else {
+                self.rest(driver, self.room() > 0, deadline)?;
             }
         }
         match self.wait {
@@ -152,7 +153,7 @@ impl Flow {
             Wait::Poll => {
                 while driver.queue(super::TX).outstanding() > 0 {
                     if driver.reclaim_tx() == 0 {
-                        self.rest(driver, true)?;
+                        self.rest(driver, true, deadline)?;
                     }
                 }
             }
@@ -172,12 +173,7 @@ impl Flow {
                         what: "the device closed the connection".into(),
                     });
                 }
-                None if Instant::now() > deadline => {
-                    return Err(Error::Timeout {
-                        what: "waiting for payload",
-                    });
-                }
-                None => self.rest(driver, false)?,
+                None => self.rest(driver, false, deadline)?,
             }
         }
         self.surplus -= bytes;
@@ -198,7 +194,7 @@ impl Flow {
     pub fn close(mut self, driver: &mut Driver) -> Result<()> {
         if !self.peer_closed {
             self.send_control(driver, Op::Shutdown, 3)?;
-            self.pump_until(driver, "waiting for RST", |flow, _| flow.peer_closed)?;
+            self.pump_until(driver, |flow, _| flow.peer_closed)?;
         }
         Ok(())
     }
@@ -208,19 +204,13 @@ impl Flow {
         self.send_control(driver, Op::Shutdown, 2)
     }
 
-    fn pump_until(
-        &mut self,
-        driver: &mut Driver,
-        what: &'static str,
-        done: impl Fn(&Flow, Option<Op>) -> bool,
-    ) -> Result<()> {
+    fn pump_until(&mut self, driver: &mut Driver, done: impl Fn(&Flow, Option<Op>) -> bool) -> Result<()> {
         let deadline = Instant::now() + SILENCE;
         loop {
             match self.receive_one(driver)? {
                 Some(op) if done(self, op) => return Ok(()),
                 Some(_) => {}
-                None if Instant::now() > deadline => return Err(Error::Timeout { what }),
-                None => self.rest(driver, false)?,
+                None => self.rest(driver, false, deadline)?,
             }
         }
     }
@@ -259,14 +249,17 @@ impl Flow {
     }
 
     /// Waits a little: for a packet, or for room in the transmit ring.
-    fn rest(&self, driver: &mut Driver, for_tx: bool) -> Result<()> {
+    fn rest(&self, driver: &mut Driver, for_tx: bool, deadline: Instant) -> Result<()> {
         match self.wait {
+            Wait::Poll if Instant::now() > deadline => Err(Error::Timeout {
+                what: "polling the rings",
+            }),
             Wait::Poll => {
                 std::thread::yield_now();
                 Ok(())
             }
-            Wait::Interrupt if for_tx => driver.wait_tx(Instant::now() + SILENCE),
-            Wait::Interrupt => driver.wait_rx(Instant::now() + SILENCE),
+            Wait::Interrupt if for_tx => driver.wait_tx(deadline),
+            Wait::Interrupt => driver.wait_rx(deadline),
         }
     }
 
