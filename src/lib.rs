@@ -1,10 +1,53 @@
-//! vsock-sidecar.
-#![deny(unsafe_code)]
+//! vsock-sidecar connects virtual machines to TCP services through virtio-vsock, from a container beside the VM.
+//!
+//! It is a vhost-user vsock backend: the VMM (QEMU, Cloud Hypervisor, crosvm, libkrun) connects to a unix socket and
+//! shares guest memory; applications in the guest use plain AF_VSOCK; a YAML file says which guest ports reach which
+//! services and which listeners reach which guest ports. What was negotiated and what flows is exported.
+//!
+//! # The house
+//!
+//! ```text
+//!            main: parse, load, run, drain                    demo ── embedded_guest
+//!                        │                                      │
+//!                       app ────────────────────────────────────┘
+//!      ┌───────────┬─────┴──────┬──────────────┬────────────┐
+//!   config      vhost_user    device         admin        metrics, drain, logging
+//!                  │   └───────▶│ (commands)
+//!                  │      ┌─────┼───────┐
+//!                  ▼      ▼     ▼       ▼
+//!                 guest ◀─┘   vsock    host
+//!                   └─────────▶ header   │
+//!                   └────▶  sys  ◀───────┘
+//! ```
+//!
+//! - [`vsock`] is the law: what packets mean. It performs no I/O and reads no clock.
+//! - [`guest`] reads and writes guest memory and rings; [`host`] reads and writes sockets; neither knows the other.
+//! - [`device`] is one thread a guest that owns all three and turns the crank.
+//! - [`vhost_user`] talks to the VMM and hands the device owned things: a ring to run, a memory map.
+//! - [`sys`] holds the few system calls that need `unsafe`.
+//! - [`embedded_guest`] is the other side, a VMM and a driver without a VM, for tests, benches and the demo.
+//!
+//! `tests/architecture.rs` holds the source to these arrows.
+//!
+//! # Words
+//!
+//! Ring words are the driver's, because the standard fixed them: `rx` is the ring that brings packets *to* the guest, `tx`
+//! the one that brings them from it. Endpoint words are ours: we *send* to the guest and *receive* from it. Metrics say
+//! `guest_to_host` and `host_to_guest`.
 
+#![deny(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod admin;
+pub mod app;
 pub mod config;
 pub mod device;
+pub mod drain;
 pub mod embedded_guest;
 pub mod guest;
 pub mod host;
+pub mod logging;
 pub mod metrics;
+pub mod sys;
+pub mod vhost_user;
 pub mod vsock;

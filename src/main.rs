@@ -1,2 +1,137 @@
-//! bin
-fn main() {}
+//! vsock-sidecar: the operator's story. Read the arguments, load the configuration, start the log, run.
+//!
+//! Exit codes: 0 fine, 64 bad configuration or usage (EX_USAGE of sysexits.h), 1 the rest. What went wrong is said
+//! once, on stderr.
+
+mod cli;
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+use vsock_sidecar::config::{self, Config, ConfigError, Warning};
+use vsock_sidecar::metrics::Registry;
+use vsock_sidecar::{app, logging};
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let outcome = Cli::from_args(std::env::args_os())
+        .map_err(Failure::Usage)
+        .and_then(|cli| match cli.command {
+            Command::Run { config } => run(&config),
+            Command::Check { file } => check(&file),
+            Command::Schema => schema(),
+            Command::Demo(options) => Err(Failure::Other(format!("{options:?}"))),
+        });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(file: &Path) -> Result<(), Failure> {
+    let (config, warnings) = config::load(file).map_err(Failure::Config)?;
+    let registry = Arc::new(Registry::new().map_err(Failure::other)?);
+    let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
+        .map_err(Failure::other)?;
+    for Warning(warning) in &warnings {
+        let (line, column) = warning.position.unwrap_or_default();
+        tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
+    }
+    registry.set_config(&identity(&config)?);
+    app::run(&config, registry).map_err(|error| match error.is_configuration() {
+        true => Failure::Surroundings(describe(&error)),
+        false => Failure::other(error),
+    })
+}
+
+/// What tells two effective configurations apart: comments and defaults that are written out make no difference.
+fn identity(config: &Config) -> Result<String, Failure> {
+    let yaml = config.to_yaml().map_err(Failure::other)?;
+    Ok(Sha256::digest(yaml)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+fn check(file: &Path) -> Result<(), Failure> {
+    let (config, warnings) = config::load(file).map_err(Failure::Config)?;
+    for warning in warnings {
+        eprintln!("{warning}");
+    }
+    let yaml = config.to_yaml().map_err(Failure::other)?;
+    print(&yaml)
+}
+
+fn schema() -> Result<(), Failure> {
+    let schema = serde_json::to_string_pretty(&config::json_schema()).map_err(Failure::other)?;
+    print(&(schema + "\n"))
+}
+
+/// Prints to stdout; a reader that has read enough (`| head`) is no failure.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::other(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Why the program ends with a code other than 0.
+enum Failure {
+    Usage(clap::Error),
+    Config(ConfigError),
+    /// The configuration asks for what cannot be had here: an address that is taken, a directory that is missing.
+    Surroundings(String),
+    Other(String),
+}
+
+/// An error and its sources, which are part of the one line that the operator gets.
+fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+impl Failure {
+    fn other(error: impl std::error::Error) -> Failure {
+        Failure::Other(describe(&error))
+    }
+
+    fn report(self) -> ExitCode {
+        const BAD_USAGE: u8 = 64;
+        match self {
+            Failure::Usage(error) => {
+                // Nothing is left to do when even stderr is closed.
+                let _ = error.print();
+                if error.use_stderr() {
+                    ExitCode::from(BAD_USAGE)
+                } else {
+                    ExitCode::SUCCESS
+                }
+            }
+            Failure::Config(error) => {
+                let _ = writeln!(io::stderr(), "{error}");
+                ExitCode::from(BAD_USAGE)
+            }
+            Failure::Surroundings(text) => {
+                let _ = writeln!(io::stderr(), "vsock-sidecar: {text}");
+                ExitCode::from(BAD_USAGE)
+            }
+            Failure::Other(text) => {
+                let _ = writeln!(io::stderr(), "vsock-sidecar: {text}");
+                ExitCode::FAILURE
+            }
+        }
+    }
+}

@@ -1,11 +1,38 @@
 //! Configuration: YAML as the user wrote it (schema) and the checked values that the program runs (here).
 //!
-//! Parse, don't validate: a [`Config`] can only be legal.
+//! Parse, don't validate: a [`Config`] can only be legal. The way there has four steps, none of which stops at the
+//! first mistake:
+//!
+//! 1. `source` reads the file: at most 1 MiB of UTF-8.
+//! 2. `document` makes a tree of nodes of the YAML, within a budget, so that aliases cannot multiply it.
+//! 3. `given` reads the types of `schema` from the tree; `values` and `address` hold what a scalar may say. Unknown
+//!    keys, repeated keys and wrong types are gathered here.
+//! 4. `resolve` (with `listeners`) holds the values against each other and fills in what follows from them; `files`
+//!    asks the file system whether the directories of the sockets are there.
+//!
+//! What was gathered is a [`ConfigError`]; what is odd but runs is a [`Warning`].
+
+mod address;
+mod diagnostic;
+mod document;
+mod effective;
+mod files;
+mod given;
+mod listeners;
+mod resolve;
+mod schema;
+mod source;
+mod values;
+
+pub use diagnostic::{ConfigError, Diagnostic, Excerpt, Warning};
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// Everything the program runs with.
 #[derive(Clone, PartialEq, Debug)]
@@ -20,6 +47,51 @@ pub struct Config {
     pub guests: Vec<Guest>,
 }
 
+/// Reads and checks the file at `path` (`-` is standard input), the directories of its sockets included.
+///
+/// Blocks on the file. The warnings do not keep the program from running.
+pub fn load(path: &Path) -> Result<(Config, Vec<Warning>), ConfigError> {
+    let (name, text) = source::read(path)?;
+    check(&text, &name, files::check)
+}
+
+/// Checks the text of a configuration that messages call `source_name`. Asks nothing of the file system.
+pub fn parse(text: &str, source_name: &str) -> Result<(Config, Vec<Warning>), ConfigError> {
+    check(text, source_name, |_, _, _| ())
+}
+
+/// The JSON Schema (draft 2020-12) of the file.
+pub fn json_schema() -> serde_json::Value {
+    schemars::schema_for!(schema::File).to_value()
+}
+
+fn check(
+    text: &str,
+    source_name: &str,
+    check_sockets: impl FnOnce(&[files::Socket], &document::Document, &mut diagnostic::Report<'_>),
+) -> Result<(Config, Vec<Warning>), ConfigError> {
+    // The parser skips a byte order mark too; places are counted without it.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    source::refuse_empty(text, source_name)?;
+    let mut report = diagnostic::Report::new(source_name, text);
+    let mut config = None;
+    if let Some(document) = document::Document::parse(text, &mut report) {
+        let file = given::read::<schema::File>(&document, &mut report);
+        let resolved = resolve::resolve(&file, &document, &mut report);
+        check_sockets(&resolved.sockets, &document, &mut report);
+        config = resolved.config;
+    }
+    let warnings = report.finish()?;
+    match config {
+        Some(config) => Ok((config, warnings)),
+        None => Err(ConfigError::of_file(
+            source_name,
+            "the configuration is incomplete".to_owned(),
+            "compare it with docs/configuration.md",
+        )),
+    }
+}
+
 /// Log settings.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Log {
@@ -30,7 +102,9 @@ pub struct Log {
 }
 
 /// Form of log events.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
 pub enum LogFormat {
     /// For people.
     Text,
@@ -65,7 +139,9 @@ pub struct VhostUser {
 }
 
 /// Who listens on the vhost-user socket.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
 pub enum VhostUserMode {
     /// We listen, the VMM connects.
     Server,

@@ -1,6 +1,429 @@
-//! The shell.
+//! The shell: one thread a guest that owns its connections, rings and sockets and turns the crank.
+//!
+//! ```text
+//!    session thread          admin            control runtime (DNS, dials, accepts)
+//!          \ Command, answer    | Command            / Command
+//!           v                   v                   v
+//!   +---------------------------------------------------------------+
+//!   |  device thread: mio::Poll, everything edge-triggered          |
+//!   |    rings (guest)  <->  Switchboard { Muxer (vsock), sockets } |
+//!   +---------------------------------------------------------------+
+//!        ^ kick, v call eventfds           ^ v host sockets
+//! ```
+//!
+//! A turn: take what is ready, take commands, let deadlines fire, take a burst of the guest's packets, give it a
+//! burst of packets. If there is more of either than the budget allows, the next turn comes at once, after a look at
+//! what has become ready meanwhile. Otherwise the thread asks the guest for a kick and sleeps.
+//!
+//! # Guest to host
+//!
+//! A packet's header is copied once and judged by the muxer. Payload of consecutive packets of one connection is
+//! gathered as slices of guest memory and leaves with one `writev`; what the socket refuses is copied into the flow's
+//! spill buffer, which credit bounds. The chains go back to the guest at the end of the burst, when nobody reads them
+//! any more, with one look at whether it wants an interrupt.
+//!
+//! # Host to guest
+//!
+//! While the muxer has something to say and the guest has posted buffers: a control packet takes one buffer; data
+//! reserves several, and one `readv` scatters the socket's bytes over them. What is not filled is given back in
+//! place. Kicks of the RX ring are wanted only while packets wait for buffers.
+//!
+//! # Invariants
+//!
+//! 1. Nothing here blocks but the poll. Sockets are non-blocking; dials and names are the control runtime's.
+//! 2. A ring, its memory and its descriptors are touched only between StartQueue and the answer to StopQueue.
+//! 3. When both data rings have stopped, every connection has ended: the guest has lost its memory of them.
+//! 4. Sockets are registered once, edge-triggered, for both directions. That a connection is not served (no credit,
+//!    no buffers) costs no wake-up.
+//! 5. A turn does a bounded amount of work (`budget`), and so does each connection in it.
+//! 6. A malformed chain costs that chain, a broken ring that ring, until it is stopped and started again.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Waker};
+use tracing::{debug, warn};
+
+use crate::config::Limits;
+use crate::guest::{GuestRam, Ring, RingParts, RingPosition};
+use crate::host::dial::Dialer;
+use crate::metrics::{GuestMetrics, QUEUE_LABELS};
+use crate::vsock::{Cid, Header, Muxer, MuxerConfig};
+
+mod budget;
+mod bursts;
+mod flow;
 pub mod handle;
+mod linger;
+mod logbook;
+mod router;
 pub mod snapshot;
+mod switchboard;
+mod token;
 
 pub use handle::{Command, DeviceGone, DeviceHandle};
+pub use router::Router;
 pub use snapshot::DeviceSnapshot;
+
+use snapshot::RingSnapshot;
+use switchboard::{Switchboard, SwitchboardParts};
+use token::Source;
+
+/// The queue that brings packets to the guest.
+const RX: usize = 0;
+/// The queue that brings packets from the guest.
+const TX: usize = 1;
+/// Queues of the device: rx, tx, event.
+const QUEUES: usize = 3;
+
+/// How much longer than its dial a connection waits for the dial's answer.
+const DIAL_GRACE: Duration = Duration::from_millis(100);
+
+/// What a device is made from.
+pub struct DeviceConfig {
+    /// The guest's name in metrics and logs.
+    pub name: String,
+    /// The guest's context identifier.
+    pub cid: u32,
+    /// Bounds.
+    pub limits: Limits,
+    /// Where the guest may connect.
+    pub router: Router,
+    /// Reaches targets.
+    pub dialer: Dialer,
+    /// What is counted.
+    pub metrics: Arc<GuestMetrics>,
+}
+
+/// A device whose thread runs.
+pub struct RunningDevice {
+    /// How to speak to it.
+    pub handle: DeviceHandle,
+    /// What it shows without being asked.
+    pub gauges: Arc<DeviceGauges>,
+    /// Ends after [`Command::Stop`].
+    pub thread: JoinHandle<()>,
+}
+
+/// What a device shows to readers on other threads; written by the device at the end of each turn.
+#[derive(Default, Debug)]
+pub struct DeviceGauges {
+    open_connections: AtomicUsize,
+    available: [AtomicU16; QUEUES],
+}
+
+impl DeviceGauges {
+    /// Connections whose host end is open or being opened.
+    pub fn open_connections(&self) -> usize {
+        self.open_connections.load(Ordering::Relaxed)
+    }
+
+    /// Entries of a ring (0 rx, 1 tx, 2 event) that the guest has made available and that have not been taken.
+    pub fn available(&self, queue: usize) -> u16 {
+        self.available
+            .get(queue)
+            .map_or(0, |available| available.load(Ordering::Relaxed))
+    }
+}
+
+/// Starts a guest's device thread.
+pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
+    let poll = Poll::new()?;
+    let waker = Arc::new(Waker::new(poll.registry(), token::WAKE)?);
+    let (commands, inbox) = mpsc::channel();
+    let handle = DeviceHandle::new(commands, waker);
+    let gauges = Arc::new(DeviceGauges::default());
+    let muxer = Muxer::new(MuxerConfig {
+        guest_cid: Cid(u64::from(config.cid)),
+        buf_alloc: config.limits.buffer,
+        max_connections: config.limits.connections,
+        connect_timeout: config.limits.connect_timeout + DIAL_GRACE,
+        guest_timeout: config.limits.guest_timeout,
+        idle_timeout: config.limits.idle_timeout,
+    });
+    let switchboard = Switchboard::new(SwitchboardParts {
+        name: config.name.as_str().into(),
+        cid: config.cid,
+        muxer,
+        metrics: config.metrics,
+        router: config.router,
+        dialer: config.dialer,
+        dial_timeout: config.limits.connect_timeout,
+        buf_alloc: config.limits.buffer,
+        max_lingering: config.limits.connections,
+        registry: poll.registry().try_clone()?,
+        handle: handle.clone(),
+    });
+    let device = Device {
+        poll,
+        inbox,
+        switchboard,
+        rings: Default::default(),
+        ram: None,
+        unsent: None,
+        rx_starved_since: None,
+        gauges: Arc::clone(&gauges),
+    };
+    let thread = std::thread::Builder::new()
+        .name(format!("device-{}", config.name).chars().take(15).collect())
+        .spawn(move || device.run())?;
+    Ok(RunningDevice {
+        handle,
+        gauges,
+        thread,
+    })
+}
+
+/// A ring that was started.
+struct RunningRing {
+    ring: Ring,
+    /// What is wrong with it: it is not served any more.
+    broken: bool,
+    /// The guest has kicked since the last burst.
+    kicked: bool,
+}
+
+struct Device {
+    poll: Poll,
+    inbox: mpsc::Receiver<Command>,
+    switchboard: Switchboard,
+    rings: [Option<RunningRing>; QUEUES],
+    ram: Option<GuestRam>,
+    /// A packet that the muxer has handed out and the guest had no buffer for.
+    unsent: Option<Header>,
+    /// Since when packets for the guest have waited for buffers.
+    rx_starved_since: Option<Instant>,
+    gauges: Arc<DeviceGauges>,
+}
+
+/// Whether the thread goes on.
+#[derive(PartialEq, Eq)]
+enum Flow {
+    Continue,
+    Stop,
+}
+
+impl Device {
+    fn run(mut self) {
+        let mut events = Events::with_capacity(budget::EVENTS);
+        let mut more = false;
+        loop {
+            let timeout = if more {
+                Some(Duration::ZERO)
+            } else {
+                self.time_to_sleep()
+            };
+            match self.poll.poll(&mut events, timeout) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::error!(guest = %self.switchboard.name, %error, "the device thread cannot wait for events");
+                    return;
+                }
+            }
+            let now = Instant::now();
+            for event in &events {
+                match token::source(event.token()) {
+                    Source::Wake => {}
+                    Source::Kick(queue) => self.handle_kick(queue),
+                    Source::Flow(slot) => self.switchboard.handle_ready(now, slot, event),
+                    Source::Lingering(index) => self.switchboard.handle_lingering_ready(index),
+                }
+            }
+            let (commands_left, flow) = self.handle_commands(now);
+            more = self.turn(now) | commands_left;
+            self.show();
+            if flow == Flow::Stop {
+                return;
+            }
+        }
+    }
+
+    /// One turn; whether another one should follow at once.
+    fn turn(&mut self, now: Instant) -> bool {
+        self.switchboard.handle_timeout(now);
+        let more_tx = self.take_packets(now);
+        let more_rx = self.give_packets(now);
+        more_tx | more_rx
+    }
+
+    fn time_to_sleep(&self) -> Option<Duration> {
+        self.switchboard.next_timeout().map(|at| {
+            // Rounded up: the poll counts in milliseconds, and waking early would mean waking twice.
+            at.saturating_duration_since(Instant::now()) + Duration::from_micros(999)
+        })
+    }
+
+    fn handle_kick(&mut self, queue: usize) {
+        if let Some(Some(running)) = self.rings.get_mut(queue) {
+            running.kicked = true;
+            if let Some(metrics) = self.switchboard.metrics.queues.get(queue) {
+                metrics.kicks.inc();
+            }
+        }
+    }
+
+    /// Takes commands; whether some are left, and whether one of them was to stop.
+    fn handle_commands(&mut self, now: Instant) -> (bool, Flow) {
+        for _ in 0..budget::COMMANDS {
+            match self.inbox.try_recv() {
+                Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
+                    self.switchboard.close_all(now);
+                    return (false, Flow::Stop);
+                }
+                Ok(command) => self.handle_command(now, command),
+                Err(mpsc::TryRecvError::Empty) => return (false, Flow::Continue),
+            }
+        }
+        (true, Flow::Continue)
+    }
+
+    /// Answers may find nobody: a session that was shut down no longer waits for them.
+    fn handle_command(&mut self, now: Instant, command: Command) {
+        match command {
+            Command::SetMemory { ram, done } => {
+                self.ram = ram;
+                let _ = done.send(());
+            }
+            Command::StartQueue { index, parts, done } => {
+                let _ = done.send(self.start_queue(index, parts));
+            }
+            Command::StopQueue { index, done } => {
+                let position = self.stop_queue(now, index);
+                let _ = done.send(position);
+            }
+            Command::SetCall { index, call, done } => {
+                if let Some(Some(running)) = self.rings.get_mut(index) {
+                    running.ring.set_call(call);
+                    // An interrupt may have gone to the old descriptor unseen; a needless one is harmless.
+                    if let Err(error) = running.ring.signal() {
+                        debug!(guest = %self.switchboard.name, %error, "cannot signal the new call descriptor");
+                    }
+                }
+                let _ = done.send(());
+            }
+            Command::EndSession { done } => {
+                for index in 0..QUEUES {
+                    self.stop_queue(now, index);
+                }
+                self.switchboard.session_ended(now);
+                self.ram = None;
+                let _ = done.send(());
+            }
+            Command::Incoming(incoming) => self.switchboard.handle_incoming(now, incoming),
+            Command::Dialed { token, result, took } => {
+                self.switchboard.handle_dialed(now, token, result, took)
+            }
+            Command::Snapshot(reply) => {
+                let _ = reply.send(self.snapshot(now));
+            }
+            Command::Ping(reply) => {
+                let _ = reply.send(());
+            }
+            Command::Drain => self.switchboard.draining = true,
+            // Taken by handle_commands.
+            Command::Stop => {}
+        }
+    }
+
+    fn start_queue(&mut self, index: usize, parts: RingParts) -> Result<(), String> {
+        let queue = QUEUE_LABELS.get(index).copied().unwrap_or("?");
+        let Some(slot) = self.rings.get_mut(index) else {
+            return Err(format!("queue {index} does not exist, this device has {QUEUES}"));
+        };
+        if let Some(old) = slot.take() {
+            let _ = self
+                .poll
+                .registry()
+                .deregister(&mut SourceFd(&old.ring.kick().as_raw_fd()));
+        }
+        let ring = Ring::new(parts).map_err(|error| error.to_string())?;
+        let Some(ram) = &self.ram else {
+            return Err("the ring was started before the VMM shared memory".into());
+        };
+        ring.check(ram).map_err(|error| error.to_string())?;
+        self.poll
+            .registry()
+            .register(
+                &mut SourceFd(&ring.kick().as_raw_fd()),
+                token::kick(index),
+                Interest::READABLE,
+            )
+            .map_err(|error| format!("cannot watch the kick descriptor: {error}"))?;
+        debug!(guest = %self.switchboard.name, queue, size = ring.size(), "ring started");
+        // The guest may have made buffers available before anybody listened for its kicks.
+        *slot = Some(RunningRing {
+            ring,
+            broken: false,
+            kicked: true,
+        });
+        Ok(())
+    }
+
+    fn stop_queue(&mut self, now: Instant, index: usize) -> Option<RingPosition> {
+        let running = self.rings.get_mut(index)?.take()?;
+        // The VMM keeps its copy of the descriptor open, so closing ours would not end the registration.
+        if let Err(error) = self
+            .poll
+            .registry()
+            .deregister(&mut SourceFd(&running.ring.kick().as_raw_fd()))
+        {
+            warn!(guest = %self.switchboard.name, %error, "cannot stop watching a kick descriptor");
+        }
+        debug!(guest = %self.switchboard.name, queue = QUEUE_LABELS[index], "ring stopped");
+        if index == RX {
+            self.rx_starved_since = None;
+        }
+        if self.rings[RX].is_none() && self.rings[TX].is_none() && index != QUEUES - 1 {
+            self.unsent = None;
+            self.switchboard.reset(now);
+        }
+        Some(running.ring.position())
+    }
+
+    fn show(&self) {
+        self.gauges
+            .open_connections
+            .store(self.switchboard.open(), Ordering::Relaxed);
+        for (running, shown) in self.rings.iter().zip(&self.gauges.available) {
+            shown.store(self.available(running.as_ref()), Ordering::Relaxed);
+        }
+    }
+
+    fn available(&self, running: Option<&RunningRing>) -> u16 {
+        match (running, &self.ram) {
+            (Some(running), Some(ram)) if !running.broken => running.ring.available(ram).unwrap_or(0),
+            _ => 0,
+        }
+    }
+
+    fn snapshot(&self, now: Instant) -> DeviceSnapshot {
+        let rings = self
+            .rings
+            .iter()
+            .zip(QUEUE_LABELS)
+            .filter_map(|(running, queue)| {
+                let running = running.as_ref()?;
+                let position = running.ring.position();
+                let available = self.available(Some(running));
+                Some(RingSnapshot {
+                    queue,
+                    size: running.ring.size(),
+                    next_avail: position.next_avail,
+                    next_used: position.next_used,
+                    available,
+                })
+            })
+            .collect();
+        DeviceSnapshot {
+            rings,
+            connections: self.switchboard.connections(now, DeviceSnapshot::MAX_CONNECTIONS),
+            connection_count: self.switchboard.open(),
+        }
+    }
+}

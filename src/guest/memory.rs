@@ -1,20 +1,157 @@
 //! Guest memory as the device sees it.
+//!
+//! Every access to guest memory by address goes through [`GuestRam::slices`], which is also where the IOTLB goes:
+//! with VIRTIO_F_ACCESS_PLATFORM the address is an IOVA, a range of it becomes several ranges of guest-physical memory,
+//! and a [`MemoryFault`] can also be "not mapped yet". Callers are written for that already: they take a range as
+//! several slices, they say what they want to do with it, and they hold slices no longer than a burst.
 
 use std::sync::Arc;
 
-use vhost_user_backend::bitmap::BitmapMmapRegion;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    VolatileSlice,
+};
+
+use super::dirty::{DirtyBitmap, DirtySlice};
 
 /// The guest memory of one memory table, dirty pages tracked.
-pub type Memory = GuestMemoryMmap<BitmapMmapRegion>;
+pub type Memory = GuestMemoryMmap<DirtyBitmap>;
+
+/// A piece of guest memory that is contiguous in ours. The guest may change its bytes at any time.
+pub type Slice<'m> = VolatileSlice<'m, DirtySlice<'m>>;
+
+/// What is to be done with guest memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Only read from it.
+    Read,
+    /// Write to it (and perhaps read).
+    Write,
+}
+
+/// Why a range of guest memory cannot be used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum MemoryFault {
+    /// No memory region covers the address.
+    #[error("guest address {addr:#x} is not in the memory table (range of {len} bytes)")]
+    Unmapped {
+        /// The first address that is not covered.
+        addr: u64,
+        /// Length of the range from there on in bytes.
+        len: usize,
+    },
+    /// The range goes beyond the end of the address space.
+    #[error("guest range {addr:#x}+{len} wraps around")]
+    Wraps {
+        /// First address of the range.
+        addr: u64,
+        /// Length of the range in bytes.
+        len: usize,
+    },
+}
 
 /// One memory table's guest memory: cheap to clone, mapped as long as a clone lives.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct GuestRam(Arc<Memory>);
 
 impl GuestRam {
     /// Guest memory in which addresses of rings and buffers are guest-physical.
     pub fn new(memory: Arc<Memory>) -> GuestRam {
         GuestRam(memory)
+    }
+
+    /// The range of `len` bytes from `addr` on, as the pieces it consists of, in order. Ends after the first fault. An
+    /// empty range has no pieces, wherever it is.
+    pub fn slices(&self, addr: u64, len: usize, access: Access) -> Slices<'_> {
+        let wraps = len > 0 && addr.checked_add(len as u64 - 1).is_none();
+        Slices {
+            ram: self,
+            addr,
+            left: len,
+            access,
+            fault: wraps.then_some(MemoryFault::Wraps { addr, len }),
+        }
+    }
+
+    /// Writes to the dirty log of every region from now on, or no longer; see [`DirtyBitmap::set_enabled`]. A region
+    /// that is added later starts with the log enabled.
+    pub fn set_dirty_log_enabled(&self, enabled: bool) {
+        for region in self.0.iter() {
+            region_bitmap(region).set_enabled(enabled);
+        }
+    }
+
+    /// Whether writes to any region are logged.
+    pub fn dirty_log_active(&self) -> bool {
+        self.0.iter().any(|region| region_bitmap(region).is_active())
+    }
+
+    /// How many regions the memory table has.
+    pub fn region_count(&self) -> usize {
+        self.0.num_regions()
+    }
+
+    /// Size of all regions together in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.regions().map(|(_, len)| len).sum()
+    }
+
+    /// Guest-physical start and length in bytes of each region, in the order of addresses.
+    pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.0
+            .iter()
+            .map(|region| (region.start_addr().raw_value(), region.len()))
+    }
+
+    /// The piece of memory at `addr`, at most `len` bytes long. `len` is not 0.
+    ///
+    /// The IOTLB's seam: translate `addr` for `access` first, and shorten `len` to what one mapping covers.
+    fn piece(&self, addr: u64, len: usize, _access: Access) -> Result<Slice<'_>, MemoryFault> {
+        let unmapped = MemoryFault::Unmapped { addr, len };
+        let region = self.0.find_region(GuestAddress(addr)).ok_or(unmapped)?;
+        let at = region.to_region_addr(GuestAddress(addr)).ok_or(unmapped)?;
+        let in_region = usize::try_from(region.len() - at.raw_value()).unwrap_or(usize::MAX);
+        region.get_slice(at, len.min(in_region)).map_err(|_| unmapped)
+    }
+}
+
+/// The log of a region itself. (`GuestMemoryRegion::bitmap`, which shadows this, gives a slice of it.)
+fn region_bitmap(region: &GuestRegionMmap<DirtyBitmap>) -> &DirtyBitmap {
+    (**region).bitmap()
+}
+
+/// The pieces of a range of guest memory; see [`GuestRam::slices`].
+#[derive(Debug)]
+pub struct Slices<'m> {
+    ram: &'m GuestRam,
+    /// Where the next piece begins.
+    addr: u64,
+    /// Bytes that are not yet in a piece.
+    left: usize,
+    access: Access,
+    /// What is to be said before anything else.
+    fault: Option<MemoryFault>,
+}
+
+impl<'m> Iterator for Slices<'m> {
+    type Item = Result<Slice<'m>, MemoryFault>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left == 0 {
+            return None;
+        }
+        let piece = match self.fault.take() {
+            Some(fault) => Err(fault),
+            None => self.ram.piece(self.addr, self.left, self.access),
+        };
+        match &piece {
+            // The last byte of the range has an address, so only the address behind the last piece can wrap.
+            Ok(slice) => {
+                self.left = self.left.saturating_sub(slice.len());
+                self.addr = self.addr.wrapping_add(slice.len() as u64);
+            }
+            Err(_) => self.left = 0,
+        }
+        Some(piece)
     }
 }

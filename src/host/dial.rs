@@ -1,8 +1,29 @@
 //! Reaching the target of an outbound rule.
+//!
+//! A dial is asked for by a device thread and ends with one call of `done`. What can be had without waiting (a unix
+//! socket, a numeric address on loopback) is done on the spot, on the caller's thread; the rest (names, slow peers,
+//! several addresses) is a task on the control runtime.
 
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use socket2::Socket;
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout_at};
+
 use super::HostStream;
+use super::connect::{self, Started};
+use super::resolve::{Lookup, Names, SystemResolver};
+use crate::config::Target;
+
+/// First and longest pause between attempts at a unix socket whose backlog is full.
+const UNIX_RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
 
 /// Why a target could not be reached.
 #[derive(Debug, thiserror::Error)]
@@ -13,9 +34,9 @@ pub enum DialError {
         /// What was dialled.
         target: String,
         /// The system's error.
-        source: std::io::Error,
+        source: io::Error,
     },
-    /// No answer in time.
+    /// No answer in time; for a unix socket, its backlog stayed full.
     #[error("{target} did not answer within {after:?}")]
     TimedOut {
         /// What was dialled.
@@ -23,13 +44,13 @@ pub enum DialError {
         /// The time that was given.
         after: Duration,
     },
-    /// The name could not be resolved.
+    /// The name could not be resolved, or not in time.
     #[error("cannot resolve {host}: {source}")]
     Resolve {
         /// The name.
         host: String,
         /// The resolver's error.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// No route, or another error of connect().
     #[error("cannot reach {target}: {source}")]
@@ -37,17 +58,335 @@ pub enum DialError {
         /// What was dialled.
         target: String,
         /// The system's error.
-        source: std::io::Error,
+        source: io::Error,
     },
-    /// The process is out of file descriptors or memory.
+    /// The process is out of file descriptors, memory or local ports.
     #[error("no resources to reach {target}: {source}")]
     Resources {
         /// What was dialled.
         target: String,
         /// The system's error.
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
 /// Outcome of a dial.
 pub type DialResult = Result<HostStream, DialError>;
+
+/// What to dial, and for whom.
+#[derive(Clone, Copy, Debug)]
+pub struct DialRequest<'a> {
+    /// The rule's target.
+    pub target: &'a Target,
+    /// First port of the rule's range: the one that goes to the target's own TCP port.
+    pub first_port: u32,
+    /// The port the guest connects to, in the rule's range.
+    pub guest_port: u32,
+    /// The guest.
+    pub cid: u32,
+    /// For all of it, name resolution included.
+    pub timeout: Duration,
+}
+
+/// Dials targets. Cheap to clone; clones share what names were looked up.
+#[derive(Clone)]
+pub struct Dialer {
+    runtime: Handle,
+    names: Arc<Names>,
+}
+
+impl Dialer {
+    /// A dialer that waits on `runtime`, whose I/O and time drivers are enabled, with the system's resolver.
+    pub fn new(runtime: Handle) -> Dialer {
+        Dialer::with_resolver(runtime, Arc::new(SystemResolver))
+    }
+
+    /// As [`Dialer::new`], with another resolver.
+    pub fn with_resolver(runtime: Handle, resolver: Arc<dyn Lookup>) -> Dialer {
+        Dialer {
+            runtime,
+            names: Names::new(resolver),
+        }
+    }
+
+    /// Dials, and calls `done` once with the outcome and the time it took, unless the task is dropped before.
+    ///
+    /// **`done` may be called before this returns**, on the calling thread, when there was nothing to wait for; else it
+    /// is called on the runtime's thread and must not block. From any thread; does not block either.
+    pub fn dial(
+        &self,
+        request: DialRequest<'_>,
+        done: impl FnOnce(DialResult, Duration) + Send + 'static,
+    ) -> DialTask {
+        let begun = Instant::now();
+        let waiting = match Waiting::begin(request) {
+            Ok(waiting) => waiting,
+            Err(outcome) => {
+                done(outcome, begun.elapsed());
+                return DialTask { task: None };
+            }
+        };
+        let names = Arc::clone(&self.names);
+        let timeout = request.timeout;
+        let task = self.runtime.spawn(async move {
+            let outcome = waiting.end(&names, timeout).await;
+            done(outcome, begun.elapsed());
+        });
+        DialTask {
+            task: Some(task.abort_handle()),
+        }
+    }
+}
+
+impl fmt::Debug for Dialer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Dialer").finish_non_exhaustive()
+    }
+}
+
+/// A dial under way. Dropping it gives the dial up and closes its sockets. `done` may have been called by then, or
+/// just be running on the runtime's thread: whoever drops a task must be able to ignore a late outcome.
+#[must_use = "dropping the task cancels the dial"]
+#[derive(Debug)]
+pub struct DialTask {
+    /// `None` when it ended on the spot.
+    task: Option<AbortHandle>,
+}
+
+impl Drop for DialTask {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+/// A dial that could not end on the spot, by what it waits for.
+#[derive(Debug)]
+enum Waiting {
+    /// A name's addresses, then the first of them that answers.
+    Name { host: String, port: u16 },
+    /// The answer of a numeric address.
+    Answer { socket: Socket, address: SocketAddr },
+    /// Room in a unix socket's backlog.
+    Backlog { path: PathBuf },
+}
+
+impl Waiting {
+    /// Does what can be done without waiting. `Err` is the outcome, good or bad, if that was all.
+    fn begin(request: DialRequest<'_>) -> Result<Waiting, DialResult> {
+        match Destination::new(request).map_err(Err)? {
+            Destination::Unix { path } => match connect::connect_unix(&path) {
+                Ok(stream) => Err(Ok(stream)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Waiting::Backlog { path }),
+                Err(error) => Err(Err(failure(unix_label(&path), error, request.timeout))),
+            },
+            Destination::Address(address) => match connect::start_tcp(address) {
+                Ok(Started::Connected(stream)) => Err(Ok(stream)),
+                Ok(Started::Pending(socket)) => Ok(Waiting::Answer { socket, address }),
+                Err(error) => Err(Err(address_failure(
+                    tcp_label(&address),
+                    address,
+                    error,
+                    request.timeout,
+                ))),
+            },
+            Destination::Name { host, port } => Ok(Waiting::Name { host, port }),
+        }
+    }
+
+    async fn end(self, names: &Arc<Names>, timeout: Duration) -> DialResult {
+        let deadline = Instant::now() + timeout;
+        match self {
+            Waiting::Backlog { path } => retry_unix(&path, deadline, timeout).await,
+            Waiting::Answer { socket, address } => {
+                let label = |_| tcp_label(&address);
+                race(Some((socket, address)), &[], label, deadline, timeout).await
+            }
+            Waiting::Name { host, port } => {
+                let found = match timeout_at(deadline, names.lookup(&host)).await {
+                    Ok(found) => found,
+                    // That the resolver is slow, and not the service, is what the operator needs to know.
+                    Err(_) => Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        format!("no answer within {timeout:?}"),
+                    )),
+                };
+                let mut addresses = match found {
+                    Ok(found) => found.to_vec(),
+                    Err(source) => return Err(DialError::Resolve { host, source }),
+                };
+                addresses.iter_mut().for_each(|address| address.set_port(port));
+                let label = |address: Option<SocketAddr>| match address {
+                    Some(address) => format!("tcp://{host}:{port} ({address})"),
+                    None => format!("tcp://{host}:{port}"),
+                };
+                race(None, &addresses, label, deadline, timeout).await
+            }
+        }
+    }
+}
+
+/// The first address that answers, or the most telling of the failures. `label` names the target, or one address of it.
+async fn race(
+    pending: Option<(Socket, SocketAddr)>,
+    addresses: &[SocketAddr],
+    label: impl Fn(Option<SocketAddr>) -> String,
+    deadline: Instant,
+    timeout: Duration,
+) -> DialResult {
+    let mut told: Option<DialError> = None;
+    let tell = |address, error| {
+        let failure = address_failure(label(Some(address)), address, error, timeout);
+        if told
+            .as_ref()
+            .is_none_or(|told| told_before(told) < told_before(&failure))
+        {
+            told = Some(failure);
+        }
+    };
+    let outcome = timeout_at(deadline, connect::race(pending, addresses, tell)).await;
+    let late = || DialError::TimedOut {
+        target: label(None),
+        after: timeout,
+    };
+    match outcome {
+        Ok(Some(stream)) => Ok(stream),
+        Ok(None) => Err(told.unwrap_or_else(late)),
+        // An address that is still silent tells more than one without a route, and less than one that refused.
+        Err(_) => Err(told
+            .filter(|told| told_before(told) > told_before(&late()))
+            .unwrap_or_else(late)),
+    }
+}
+
+/// Tries a unix socket with a full backlog until there is room. No event tells of room, hence the polling.
+async fn retry_unix(path: &Path, deadline: Instant, timeout: Duration) -> DialResult {
+    let (mut pause, longest) = UNIX_RETRY;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(DialError::TimedOut {
+                target: unix_label(path),
+                after: timeout,
+            });
+        }
+        sleep(pause.min(left)).await;
+        pause = (pause * 2).min(longest);
+        match connect::connect_unix(path) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(failure(unix_label(path), error, timeout)),
+        }
+    }
+}
+
+/// What `error` of a connect to one TCP address means.
+fn address_failure(target: String, address: SocketAddr, error: io::Error, timeout: Duration) -> DialError {
+    match Errno::from_io_error(&error) {
+        // The ephemeral ports towards this address are used up. For IPv6 the same number says that there is no IPv6.
+        Some(Errno::ADDRNOTAVAIL) if address.is_ipv4() => DialError::Resources {
+            target,
+            source: error,
+        },
+        Some(Errno::AGAIN) => DialError::Resources {
+            target,
+            source: error,
+        },
+        _ => failure(target, error, timeout),
+    }
+}
+
+/// What `error` of a connect means.
+fn failure(target: String, source: io::Error, timeout: Duration) -> DialError {
+    match Errno::from_io_error(&source) {
+        Some(Errno::CONNREFUSED | Errno::NOENT) => DialError::Refused { target, source },
+        Some(Errno::TIMEDOUT) => DialError::TimedOut {
+            target,
+            after: timeout,
+        },
+        // NOSPC is epoll's limit of watches (max_user_watches).
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS | Errno::NOSPC) => {
+            DialError::Resources { target, source }
+        }
+        _ => DialError::Unreachable { target, source },
+    }
+}
+
+/// Order of the failures of several addresses, the higher is told: what is our own lack first, then what shows that
+/// somebody is there.
+fn told_before(error: &DialError) -> u8 {
+    match error {
+        DialError::Resources { .. } => 4,
+        DialError::Refused { .. } => 3,
+        DialError::TimedOut { .. } => 2,
+        DialError::Unreachable { .. } => 1,
+        DialError::Resolve { .. } => 0,
+    }
+}
+
+fn tcp_label(target: &impl fmt::Display) -> String {
+    format!("tcp://{target}")
+}
+
+fn unix_label(path: &Path) -> String {
+    format!("unix://{}", path.display())
+}
+
+/// A target for one guest port: its range resolved, its placeholders filled in.
+#[derive(PartialEq, Eq, Debug)]
+enum Destination {
+    /// Needs no resolver.
+    Address(SocketAddr),
+    /// Needs one.
+    Name { host: String, port: u16 },
+    /// A unix stream socket.
+    Unix { path: PathBuf },
+}
+
+impl Destination {
+    fn new(request: DialRequest<'_>) -> Result<Destination, DialError> {
+        let DialRequest {
+            target,
+            first_port,
+            guest_port,
+            cid,
+            ..
+        } = request;
+        match target {
+            Target::Tcp { host, port } => {
+                // The configuration refuses ranges that do not fit; should one come here, no other service is dialled.
+                let offset = guest_port.checked_sub(first_port);
+                let shifted = offset.and_then(|offset| u32::from(*port).checked_add(offset));
+                let Some(port) = shifted.and_then(|shifted| u16::try_from(shifted).ok()) else {
+                    let text = format!(
+                        "guest port {guest_port} has no TCP port, counted from {first_port} as {port}"
+                    );
+                    let source = io::Error::new(io::ErrorKind::InvalidInput, text);
+                    return Err(DialError::Unreachable {
+                        target: format!("tcp://{host}"),
+                        source,
+                    });
+                };
+                Ok(match host.parse::<IpAddr>() {
+                    Ok(ip) => Destination::Address(SocketAddr::new(ip, port)),
+                    Err(_) => Destination::Name {
+                        host: host.clone(),
+                        port,
+                    },
+                })
+            }
+            Target::Unix { path } => {
+                let path = path
+                    .replace("{port}", &guest_port.to_string())
+                    .replace("{cid}", &cid.to_string());
+                Ok(Destination::Unix {
+                    path: PathBuf::from(path),
+                })
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -48,6 +48,12 @@ pub const SOCKET_TYPE_LABELS: [&str; 3] = ["other", "stream", "seqpacket"];
 /// Labels of `queue`, in the order of the device's virtqueues.
 pub const QUEUE_LABELS: [&str; 3] = ["rx", "tx", "event"];
 
+/// How many rule names of one guest and direction get series of their own. A rule costs about 30 series, so a file with a
+/// thousand rules must not become a page with thirty thousand lines.
+pub const MAX_RULES: usize = 64;
+/// The rule label that all rules after the first [`MAX_RULES`] share.
+pub const OVERFLOW_RULE: &str = "_overflow";
+
 /// Label values that come from enums of other modules.
 #[derive(Clone, Copy, Debug)]
 pub struct LabelSets {
@@ -95,6 +101,7 @@ pub(super) struct GuestFamilies {
     kicks_suppressed: IntCounterVec,
     interrupts: IntCounterVec,
     interrupts_suppressed: IntCounterVec,
+    rules: IntGaugeVec,
 }
 
 impl GuestFamilies {
@@ -241,6 +248,11 @@ impl GuestFamilies {
                 "Bursts after which the guest wanted no interrupt.",
                 &["guest", "queue"],
             )?,
+            rules: gauges(
+                "vsock_rules",
+                "Rules of the configuration.",
+                &["guest", "direction"],
+            )?,
         })
     }
 }
@@ -265,9 +277,11 @@ pub struct QueueMetrics {
 }
 
 /// Counters of one rule of the configuration.
+///
+/// Rules past [`MAX_RULES`] hold the same counters and gauges as each other, so gauges are added to, never set.
 #[derive(Clone, Debug)]
 pub struct RuleMetrics {
-    /// The rule's name.
+    /// The rule's name in the configuration, also when its label is [`OVERFLOW_RULE`].
     pub name: String,
     /// Connections established.
     pub opened: IntCounter,
@@ -298,7 +312,7 @@ pub struct GuestMetrics {
     pub outbound: Vec<RuleMetrics>,
     /// Inbound rules in the order of the configuration.
     pub inbound: Vec<RuleMetrics>,
-    /// Requests of the guest that no rule matches (`rule=""`).
+    /// Requests of the guest that no rule matches (`rule=""`); only `refused` is exported, the rest cannot happen.
     pub no_rule: RuleMetrics,
     /// Lifetime of established connections in seconds, indexed by [`Direction`].
     pub duration: [Histogram; 2],
@@ -343,10 +357,22 @@ impl GuestMetrics {
                 );
             }
         }
-        let rule = |name: &str, opened_by: Direction, dials: bool| {
+        f.rules
+            .with_label_values(&[guest, Direction::GuestToHost.label()])
+            .set(rules.outbound.len() as i64);
+        f.rules
+            .with_label_values(&[guest, Direction::HostToGuest.label()])
+            .set(rules.inbound.len() as i64);
+        let rule = |(index, name): (usize, &String), opened_by: Direction, dials: bool| {
             let by = opened_by.label();
+            let config_name = name.clone();
+            let name = if index < MAX_RULES {
+                name.as_str()
+            } else {
+                OVERFLOW_RULE
+            };
             RuleMetrics {
-                name: name.to_owned(),
+                name: config_name,
                 opened: f.opened.with_label_values(&[guest, by, name]),
                 active: f.active.with_label_values(&[guest, by, name]),
                 refused: labels
@@ -392,14 +418,16 @@ impl GuestMetrics {
             outbound: rules
                 .outbound
                 .iter()
-                .map(|name| rule(name, Direction::GuestToHost, true))
+                .enumerate()
+                .map(|r| rule(r, Direction::GuestToHost, true))
                 .collect(),
             inbound: rules
                 .inbound
                 .iter()
-                .map(|name| rule(name, Direction::HostToGuest, false))
+                .enumerate()
+                .map(|r| rule(r, Direction::HostToGuest, false))
                 .collect(),
-            no_rule: rule("", Direction::GuestToHost, false),
+            no_rule: no_rule(f, guest, labels),
             duration: Direction::LABELS.map(|d| f.duration.with_label_values(&[guest, d])),
             credit_stalls: by_direction(&f.credit_stalls),
             credit_stall_seconds: Direction::LABELS
@@ -442,5 +470,29 @@ impl GuestMetrics {
         {
             counter.inc_by(bytes);
         }
+    }
+}
+
+/// Requests that match no rule are refused and nothing else: only that family gets a series with `rule=""`, so that no
+/// sum over rules shows a row without a name.
+fn no_rule(f: &GuestFamilies, guest: &str, labels: &LabelSets) -> RuleMetrics {
+    let unexported = || IntCounter::new("unexported", "Not exported.").expect("a valid name");
+    RuleMetrics {
+        name: String::new(),
+        opened: unexported(),
+        active: IntGauge::new("unexported", "Not exported.").expect("a valid name"),
+        refused: labels
+            .refused
+            .iter()
+            .map(|reason| {
+                f.refused
+                    .with_label_values(&[guest, Direction::GuestToHost.label(), "", reason])
+            })
+            .collect(),
+        closed: labels.closed.iter().map(|_| unexported()).collect(),
+        upstream_bytes: Direction::LABELS.map(|_| unexported()),
+        dials: None,
+        dial_failures: None,
+        dial_duration: None,
     }
 }

@@ -1,18 +1,40 @@
 //! The metric families and the registry that `/metrics` prints. Knows nothing of who counts.
+//!
+//! Three kinds of families, by where their truth is:
+//! - the data path counts into handles that were resolved once ([`GuestMetrics`]): a relaxed add, no lock, no look-up;
+//! - a session keeps its own state, which is *sampled* at each scrape ([`SessionSample`]);
+//! - the rest (build, rules, log messages, process) is set once or read from `/proc`.
+//!
+//! What bounds the number of series: labels take values from closed lists and from the configuration, never from a guest
+//! or a peer, and at most [`MAX_RULES`] rule names of a guest and direction are told apart.
+//!
+//! `docs/metrics.md` lists every family; a test holds it against this module.
 
 use std::sync::Arc;
 
+use prometheus::{IntCounter, IntCounterVec, IntGaugeVec, Opts};
+
 mod guest;
+pub mod names;
+mod page;
+mod process;
+mod session;
+#[cfg(test)]
+mod tests;
 
 pub use guest::{
-    Direction, GuestMetrics, LabelSets, OP_LABELS, QUEUE_LABELS, QueueMetrics, RuleMetrics, RuleNames,
-    SOCKET_TYPE_LABELS,
+    Direction, GuestMetrics, LabelSets, MAX_RULES, OP_LABELS, OVERFLOW_RULE, QUEUE_LABELS, QueueMetrics,
+    RuleMetrics, RuleNames, SOCKET_TYPE_LABELS,
 };
+pub use session::{MemoryMapChanges, RingSample, SESSION_ERROR_REASONS, SessionSample, SessionState};
 
 /// All families of the process.
 pub struct Registry {
     registry: prometheus::Registry,
     guests: guest::GuestFamilies,
+    sessions: session::Sessions,
+    log_messages: LogMessages,
+    config_info: IntGaugeVec,
 }
 
 impl Registry {
@@ -20,7 +42,25 @@ impl Registry {
     pub fn new() -> prometheus::Result<Registry> {
         let registry = prometheus::Registry::new();
         let guests = guest::GuestFamilies::register(&registry)?;
-        Ok(Registry { registry, guests })
+        let sessions = session::Sessions::register(&registry)?;
+        process::Process::register(&registry)?;
+        let log_messages = LogMessages::register(&registry)?;
+        BuildInfo::CURRENT.register(&registry)?;
+        let config_info = IntGaugeVec::new(
+            Opts::new(
+                "vsock_config_info",
+                "Fingerprint of the configuration in use, constant 1.",
+            ),
+            &["sha256"],
+        )?;
+        registry.register(Box::new(config_info.clone()))?;
+        Ok(Registry {
+            registry,
+            guests,
+            sessions,
+            log_messages,
+            config_info,
+        })
     }
 
     /// The metrics of one guest, every known label value initialised to 0.
@@ -28,8 +68,96 @@ impl Registry {
         Arc::new(GuestMetrics::resolve(&self.guests, name, rules, labels))
     }
 
+    /// Exports a guest's session: `sample` is called at each scrape, on the scraping thread, one call at a time. It must
+    /// not block for long and must not scrape. A second call for the same guest replaces the first sampler; the counters go on.
+    pub fn add_session(&self, guest: &str, sample: impl Fn() -> SessionSample + Send + Sync + 'static) {
+        self.sessions.add(guest, Box::new(sample));
+    }
+
+    /// Exports which configuration runs. `sha256` is the digest of the file in hexadecimal; its first 12 digits are shown.
+    pub fn set_config(&self, sha256: &str) {
+        self.config_info.reset();
+        self.config_info
+            .with_label_values(&[sha256.get(..12).unwrap_or(sha256)])
+            .set(1);
+    }
+
+    /// The counters of warnings and errors in the log.
+    pub fn log_messages(&self) -> LogMessages {
+        self.log_messages.clone()
+    }
+
     /// The text form of all families (Prometheus text format 0.0.4).
     pub fn encode(&self) -> prometheus::Result<String> {
         prometheus::TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+/// Counters of log events by level.
+#[derive(Clone, Debug)]
+pub struct LogMessages {
+    /// Warnings.
+    pub warn: IntCounter,
+    /// Errors.
+    pub error: IntCounter,
+    /// Events of any level that were not written because the log was not read fast enough.
+    pub dropped: IntCounter,
+}
+
+impl LogMessages {
+    fn register(to: &prometheus::Registry) -> prometheus::Result<LogMessages> {
+        let family = IntCounterVec::new(
+            Opts::new(
+                "vsock_log_messages_total",
+                "Warnings and errors written to the log.",
+            ),
+            &["level"],
+        )?;
+        to.register(Box::new(family.clone()))?;
+        let dropped = IntCounter::new(
+            "vsock_log_messages_dropped_total",
+            "Log events that were dropped because whoever reads the log was too slow.",
+        )?;
+        to.register(Box::new(dropped.clone()))?;
+        let [warn, error] = ["warn", "error"].map(|level| family.with_label_values(&[level]));
+        Ok(LogMessages { warn, error, dropped })
+    }
+}
+
+/// What was built, from what, by what.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BuildInfo {
+    /// Version of the package.
+    pub version: &'static str,
+    /// Commit of the source, `unknown` if it was built from no repository.
+    pub revision: &'static str,
+    /// Version of the compiler.
+    pub rustc: &'static str,
+    /// Target triple.
+    pub target: &'static str,
+}
+
+impl BuildInfo {
+    /// This build.
+    pub const CURRENT: BuildInfo = BuildInfo {
+        version: env!("CARGO_PKG_VERSION"),
+        revision: env!("VSOCK_SIDECAR_REVISION"),
+        rustc: env!("VSOCK_SIDECAR_RUSTC"),
+        target: env!("VSOCK_SIDECAR_TARGET"),
+    };
+
+    fn register(&self, to: &prometheus::Registry) -> prometheus::Result<()> {
+        let family = IntGaugeVec::new(
+            Opts::new(
+                "vsock_build_info",
+                "Version, commit, compiler and target of this build, constant 1.",
+            ),
+            &["version", "revision", "rustc", "target"],
+        )?;
+        to.register(Box::new(family.clone()))?;
+        family
+            .with_label_values(&[self.version, self.revision, self.rustc, self.target])
+            .set(1);
+        Ok(())
     }
 }

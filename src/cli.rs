@@ -1,0 +1,63 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Connects a virtual machine to TCP services through virtio-vsock.
+///
+/// vsock-sidecar is a vhost-user vsock backend: the VMM connects to its unix socket, applications in the guest use
+/// AF_VSOCK, and the configuration says which ports lead to which services.
+#[derive(Parser, Debug)]
+#[command(
+    name = "vsock-sidecar",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run the sidecar until SIGTERM
+    Run {
+        /// Configuration in YAML; `-` reads standard input
+        #[arg(short, long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Check a configuration and print it with every default filled in
+    Check {
+        /// Configuration in YAML; `-` reads standard input
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Print the JSON Schema of the configuration (draft 2020-12), for editors and CI
+    Schema,
+    /// Show everything in one process: a service, the sidecar and an embedded guest; no VM, no root
+    Demo(Demo),
+}
+
+/// Options of the demo.
+#[derive(Args, Clone, Debug)]
+pub struct Demo {
+    /// Leave it running at the end, to look at /metrics and /state
+    #[arg(long)]
+    pub keep: bool,
+    /// Boot a real Linux guest in QEMU instead of the embedded one
+    #[arg(long)]
+    pub vm: bool,
+}
+
+impl Cli {
+    /// Reads the arguments of the process. `Err` is what to print and whether it is the user's mistake; `--help` and
+    /// `--version` are none.
+    pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(args)
+    }
+}

@@ -1,0 +1,90 @@
+//! A checked configuration as YAML again, with every default filled in.
+
+use super::given::Given;
+use super::schema;
+use super::values::{ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange, SocketPath};
+use super::{Config, Guest, InboundProtocol, InboundRule, OutboundRule};
+
+impl Config {
+    /// The file that says this configuration with every key written out. Reading it gives an equal `Config`.
+    pub fn to_yaml(&self) -> Result<String, serde_saphyr::SerializeError> {
+        serde_saphyr::to_string(&schema::File::from(self))
+    }
+}
+
+fn list<'a, T: 'a, S: From<&'a T>>(items: &'a [T]) -> Given<Vec<Given<S>>> {
+    Given::new(items.iter().map(|item| Given::new(S::from(item))).collect())
+}
+
+impl From<&Config> for schema::File {
+    fn from(config: &Config) -> schema::File {
+        let listen = config.admin.iter().cloned().map(Given::new).collect();
+        schema::File {
+            admin: Given::new(schema::Admin {
+                listen: Given::new(listen),
+            }),
+            log: Given::new(schema::Log {
+                format: Given::new(config.log.format),
+                level: Given::new(LogLevel(config.log.level.clone())),
+            }),
+            drain: Given::new(schema::Drain {
+                timeout: Given::new(Period(config.drain_timeout)),
+            }),
+            guests: list(&config.guests),
+        }
+    }
+}
+
+impl From<&Guest> for schema::Guest {
+    fn from(guest: &Guest) -> schema::Guest {
+        let limits = &guest.limits;
+        schema::Guest {
+            name: Given::new(Name(guest.name.clone())),
+            cid: Given::new(Cid(guest.cid)),
+            vhost_user: Given::new(schema::VhostUser {
+                socket: Given::new(SocketPath(guest.vhost_user.socket.display().to_string())),
+                mode: Given::new(guest.vhost_user.mode),
+            }),
+            outbound: list(&guest.outbound),
+            inbound: list(&guest.inbound),
+            limits: Given::new(schema::Limits {
+                connections: Given::new(Connections(u32::try_from(limits.connections).unwrap_or(u32::MAX))),
+                buffer: Given::new(ByteSize(limits.buffer.into())),
+                connect_timeout: Given::new(Period(limits.connect_timeout)),
+                guest_timeout: Given::new(Period(limits.guest_timeout)),
+                idle_timeout: Given::new(Period(limits.idle_timeout)),
+            }),
+        }
+    }
+}
+
+impl From<&OutboundRule> for schema::Outbound {
+    fn from(rule: &OutboundRule) -> schema::Outbound {
+        let (port, ports) = if rule.ports.start() == rule.ports.end() {
+            (Given::new(GuestPort(*rule.ports.start())), Given::Absent)
+        } else {
+            (Given::Absent, Given::new(PortRange(rule.ports.clone())))
+        };
+        schema::Outbound {
+            name: Given::new(Name(rule.name.clone())),
+            port,
+            ports,
+            to: Given::new(rule.target.clone()),
+        }
+    }
+}
+
+impl From<&InboundRule> for schema::Inbound {
+    fn from(rule: &InboundRule) -> schema::Inbound {
+        let (port, protocol) = match rule.protocol {
+            InboundProtocol::Plain { port } => (Given::new(GuestPort(port)), Given::Absent),
+            InboundProtocol::Connect => (Given::Absent, Given::new(schema::Protocol::Connect)),
+        };
+        schema::Inbound {
+            name: Given::new(Name(rule.name.clone())),
+            listen: Given::new(rule.listen.clone()),
+            port,
+            protocol,
+        }
+    }
+}

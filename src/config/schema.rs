@@ -1,0 +1,264 @@
+//! The configuration as the user writes it. The comments of this file are the reference text: the JSON Schema and
+//! `docs/configuration.md` are made of them.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::given::Given;
+use super::values::{ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange, SocketPath};
+use super::{ListenAddress, LogFormat, Target, VhostUserMode};
+
+/// How many guests one file may have: each has a thread.
+pub(super) const MAX_GUESTS: usize = 256;
+
+/// How many rules a guest may have in each direction.
+pub(super) const MAX_RULES: usize = 1024;
+
+/// The configuration of vsock-sidecar. Keys that are not named here are errors.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(title = "Configuration of vsock-sidecar")]
+pub struct File {
+    /// The admin server: metrics, probes and state over HTTP.
+    #[serde(default = "Given::<Admin>::default_value")]
+    pub admin: Given<Admin>,
+    /// The log, which goes to stderr.
+    #[serde(default = "Given::<Log>::default_value")]
+    pub log: Given<Log>,
+    /// What happens on SIGTERM.
+    #[serde(default = "Given::<Drain>::default_value")]
+    pub drain: Given<Drain>,
+    /// The guests, each with a vhost-user socket of its own.
+    #[schemars(length(min = 1, max = 256))]
+    pub guests: Given<Vec<Given<Guest>>>,
+}
+
+/// The admin server.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Admin {
+    /// Where it listens: any number of `tcp://ADDRESS:PORT` and `unix:///PATH`. The address is an IP address; `[::]`
+    /// takes the port for IPv4 too. Empty: there is no admin server.
+    #[serde(default = "Given::<Vec<Given<ListenAddress>>>::default_value")]
+    #[schemars(example = ["tcp://0.0.0.0:9464", "unix:///run/vsock-sidecar/admin.sock"])]
+    pub listen: Given<Vec<Given<ListenAddress>>>,
+}
+
+/// The log.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Log {
+    /// `text` for people, `json` for one JSON object a line. Left out: `text` when stderr is a terminal, else `json`.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"json")]
+    pub format: Given<LogFormat>,
+    /// The least level that is written: `off`, `error`, `warn`, `info`, `debug` or `trace`; or a list by module,
+    /// such as `info,vsock_sidecar::device=debug`.
+    #[serde(default = "default_level")]
+    #[schemars(example = &"info,vsock_sidecar::device=debug")]
+    pub level: Given<LogLevel>,
+}
+
+/// What happens on SIGTERM.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Drain {
+    /// How long open connections may go on after SIGTERM, at most 1h; what is left then is cut off. Keep it below
+    /// the pod's `terminationGracePeriodSeconds`.
+    #[serde(default = "default_drain_timeout")]
+    #[schemars(example = &"25s")]
+    pub timeout: Given<Period>,
+}
+
+/// A guest: a virtual machine whose VMM speaks vhost-user to one socket.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Guest {
+    /// Unique in the file; the label in metrics and logs. Lower-case letters, digits and `-`, at most 63 characters.
+    #[schemars(example = &"web")]
+    pub name: Given<Name>,
+    /// The guest's context identifier, unique in the file. 0, 1, 2 and 4294967295 have a meaning of their own.
+    #[schemars(example = 3)]
+    pub cid: Given<Cid>,
+    /// How the VMM is reached.
+    pub vhost_user: Given<VhostUser>,
+    /// Connections from the guest to services. The first rule whose ports match decides; what matches no rule is
+    /// refused at once (RST).
+    #[serde(default = "Given::<Vec<Given<Outbound>>>::default_value")]
+    #[schemars(length(max = 1024))]
+    pub outbound: Given<Vec<Given<Outbound>>>,
+    /// Connections from services to the guest.
+    #[serde(default = "Given::<Vec<Given<Inbound>>>::default_value")]
+    #[schemars(length(max = 1024))]
+    pub inbound: Given<Vec<Given<Inbound>>>,
+    /// Bounds of this guest.
+    #[serde(default = "Given::<Limits>::default_value")]
+    pub limits: Given<Limits>,
+}
+
+/// The vhost-user socket of a guest.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VhostUser {
+    /// Absolute path of the socket, at most 107 bytes, of no other guest. Its directory must exist.
+    #[schemars(example = &"/run/vsock-sidecar/web.sock")]
+    pub socket: Given<SocketPath>,
+    /// `server`: the sidecar listens and the VMM connects. `client`: the VMM listens and the sidecar connects, with
+    /// retry.
+    #[serde(default = "default_mode")]
+    #[schemars(example = &"client")]
+    pub mode: Given<VhostUserMode>,
+}
+
+/// A rule for connections from the guest: either `port` or `ports`, and `to`.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{"required": ["port"]}, {"required": ["ports"]}]))]
+pub struct Outbound {
+    /// Unique among the guest's outbound rules; the label in metrics and logs. Left out: `port-5432`,
+    /// `ports-8000-8099`.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"db")]
+    pub name: Given<Name>,
+    /// The port that the guest connects to.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = 5432)]
+    pub port: Given<GuestPort>,
+    /// A range of ports that the guest connects to, both ends included.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"8000-8099")]
+    pub ports: Given<PortRange>,
+    /// Where the connection goes: `tcp://HOST:PORT` or `unix:///PATH`. With `ports`, the first port of the range goes
+    /// to `PORT` and the others keep their distance to it. `{port}` and `{cid}` in `PATH` are replaced by the port
+    /// that the guest connects to and by its CID.
+    #[schemars(example = &"unix:///run/vm/web.sock_{port}")]
+    pub to: Given<Target>,
+}
+
+/// A rule for connections to the guest: `listen`, and either `port` or `protocol`.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(extend("oneOf" = [{"required": ["port"]}, {"required": ["protocol"]}]))]
+pub struct Inbound {
+    /// Unique among the guest's inbound rules; the label in metrics and logs. Left out: `port-22`, `connect`.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"ssh")]
+    pub name: Given<Name>,
+    /// Where clients connect: `tcp://ADDRESS:PORT` with an IP address, or `unix:///PATH`.
+    #[schemars(example = &"tcp://0.0.0.0:2222")]
+    pub listen: Given<ListenAddress>,
+    /// The port in the guest that every client of this listener reaches.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = 22)]
+    pub port: Given<GuestPort>,
+    /// `connect`: the client says which port it wants with a first line `CONNECT 22`, and reads `OK` and a number
+    /// when the guest has accepted (the protocol of Firecracker's vsock).
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"connect")]
+    pub protocol: Given<Protocol>,
+}
+
+/// How a client of an inbound rule names the guest's port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum Protocol {
+    /// With a line `CONNECT <port>`.
+    Connect,
+}
+
+/// Bounds of a guest.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Limits {
+    /// Connections at once, both directions together; more are refused.
+    #[serde(default = "default_connections")]
+    #[schemars(example = 10000)]
+    pub connections: Given<Connections>,
+    /// Bytes that the guest may send ahead of a slow service on each connection (its credit), from 4KiB to 16MiB.
+    #[serde(default = "default_buffer")]
+    #[schemars(example = &"1MiB")]
+    pub buffer: Given<ByteSize>,
+    /// Time to reach the target of an outbound rule, name resolution included; from 1ms to less than 2s, after which
+    /// the guest has given up.
+    #[serde(default = "default_connect_timeout")]
+    #[schemars(example = &"900ms")]
+    pub connect_timeout: Given<Period>,
+    /// Time that the guest has to accept an inbound connection, from 1ms to 1h.
+    #[serde(default = "default_guest_timeout")]
+    #[schemars(example = &"10s")]
+    pub guest_timeout: Given<Period>,
+    /// A connection on which nothing moves for so long is ended; at most 720h. `0s`: never.
+    #[serde(default = "default_idle_timeout")]
+    #[schemars(example = &"1h")]
+    pub idle_timeout: Given<Period>,
+}
+
+impl Default for Admin {
+    fn default() -> Admin {
+        Admin {
+            listen: Given::default_value(),
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Log {
+        Log {
+            format: Given::Absent,
+            level: default_level(),
+        }
+    }
+}
+
+impl Default for Drain {
+    fn default() -> Drain {
+        Drain {
+            timeout: default_drain_timeout(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            connections: default_connections(),
+            buffer: default_buffer(),
+            connect_timeout: default_connect_timeout(),
+            guest_timeout: default_guest_timeout(),
+            idle_timeout: default_idle_timeout(),
+        }
+    }
+}
+
+fn default_level() -> Given<LogLevel> {
+    Given::new(LogLevel("info".to_owned()))
+}
+
+fn default_drain_timeout() -> Given<Period> {
+    Given::new(Period::from_millis(25_000))
+}
+
+fn default_mode() -> Given<VhostUserMode> {
+    Given::new(VhostUserMode::Server)
+}
+
+fn default_connections() -> Given<Connections> {
+    Given::new(Connections(4096))
+}
+
+fn default_buffer() -> Given<ByteSize> {
+    Given::new(ByteSize(256 * 1024))
+}
+
+fn default_connect_timeout() -> Given<Period> {
+    Given::new(Period::from_millis(1_500))
+}
+
+fn default_guest_timeout() -> Given<Period> {
+    Given::new(Period::from_millis(5_000))
+}
+
+fn default_idle_timeout() -> Given<Period> {
+    Given::new(Period::from_millis(0))
+}

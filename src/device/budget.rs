@@ -1,0 +1,19 @@
+//! How much work a turn of the device may do, so that a flood on one connection is latency for no other.
+
+/// Packets of the guest taken in one turn. A whole ring of Linux (128) and more fits.
+pub(super) const TX_PACKETS: usize = 256;
+
+/// Packets given to the guest in one turn.
+pub(super) const RX_PACKETS: usize = 512;
+
+/// Bytes read from one connection's socket before the next connection has its turn.
+pub(super) const CONNECTION_BYTES: u32 = 128 * 1024;
+
+/// RX chains taken for one read.
+pub(super) const CHAINS_PER_READ: usize = 64;
+
+/// Commands taken in one turn; the rest wait for the next.
+pub(super) const COMMANDS: usize = 256;
+
+/// Ready sockets taken from the kernel at once.
+pub(super) const EVENTS: usize = 1024;

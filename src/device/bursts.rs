@@ -1,0 +1,287 @@
+//! Rings against the switchboard: a burst of packets from the guest, a burst of packets to it.
+
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use tracing::{debug, warn};
+
+use crate::guest::{Finished, GuestRam, RingError, RxBurst, TxBurst};
+use crate::metrics::{Direction, QUEUE_LABELS};
+use crate::sys::iovec::IoVecs;
+use crate::sys::vectored::readv;
+use crate::vsock::{Disposition, HEADER_LEN, Header, Op, Outgoing, SocketType};
+
+use super::switchboard::{Gather, ReadOutcome, Switchboard};
+use super::{Device, RX, RunningRing, TX, budget};
+
+/// What a burst to the guest ended with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Given {
+    /// There is nothing more to give.
+    All,
+    /// The budget is used up.
+    SomeLeft,
+    /// The guest has no buffers for the rest.
+    NoBuffers,
+}
+
+impl Device {
+    /// Takes a burst of the guest's packets; whether there may be more.
+    pub(super) fn take_packets(&mut self, now: Instant) -> bool {
+        let Device {
+            rings,
+            switchboard,
+            ram,
+            ..
+        } = self;
+        let (Some(running), Some(ram)) = (&mut rings[TX], ram.clone()) else {
+            return false;
+        };
+        if running.broken || !switchboard.muxer.accepts_input() {
+            return false;
+        }
+        let result = take_burst(running, switchboard, &ram, now);
+        after_burst(running, switchboard, TX, result).unwrap_or(false)
+    }
+
+    /// Gives the guest a burst of packets; whether there are more and buffers for them.
+    pub(super) fn give_packets(&mut self, now: Instant) -> bool {
+        let Device {
+            rings,
+            switchboard,
+            ram,
+            unsent,
+            rx_starved_since,
+            ..
+        } = self;
+        let (Some(running), Some(ram)) = (&mut rings[RX], ram.clone()) else {
+            return false;
+        };
+        if running.broken || (unsent.is_none() && !switchboard.muxer.has_outgoing()) {
+            return false;
+        }
+        let accepted_input = switchboard.muxer.accepts_input();
+        let result = give_burst(running, switchboard, &ram, unsent, now);
+        let given = after_burst(running, switchboard, RX, result);
+        switchboard.handle_events(now);
+
+        let queue = &switchboard.metrics.queues[RX];
+        if given == Some(Given::NoBuffers) {
+            if rx_starved_since.is_none() {
+                *rx_starved_since = Some(now);
+                queue.full.inc();
+            }
+        } else if let Some(since) = rx_starved_since.take() {
+            queue
+                .full_seconds
+                .inc_by(now.saturating_duration_since(since).as_secs_f64());
+        }
+        let notified = match given {
+            Some(Given::NoBuffers) => running.ring.enable_notifications(&ram),
+            _ => running.ring.disable_notifications(&ram).map(|()| false),
+        };
+        let buffers_came = after_burst(running, switchboard, RX, notified).unwrap_or(false);
+        // Packets of the guest that waited for room among our replies can be taken now; no kick will come for them.
+        let input_opened = !accepted_input && switchboard.muxer.accepts_input();
+        given == Some(Given::SomeLeft) || buffers_came || input_opened
+    }
+}
+
+/// Counts what was wrong with chains, and stops serving a ring that is broken.
+fn after_burst<T>(
+    running: &mut RunningRing,
+    switchboard: &Switchboard,
+    queue: usize,
+    result: Result<T, RingError>,
+) -> Option<T> {
+    let metrics = &switchboard.metrics.queues[queue];
+    for (fault, count) in running.ring.take_faults().iter() {
+        if let Some(counter) = metrics.errors.get(fault as usize) {
+            counter.inc_by(u64::from(count));
+        }
+        debug!(guest = %switchboard.name, queue = QUEUE_LABELS[queue], fault = fault.label(), count, "malformed chains");
+    }
+    match result {
+        Ok(value) => Some(value),
+        Err(error) => {
+            if !running.broken {
+                running.broken = true;
+                if let Some(counter) = metrics.errors.get(error.reason() as usize) {
+                    counter.inc();
+                }
+                warn!(
+                    guest = %switchboard.name, queue = QUEUE_LABELS[queue], %error,
+                    "the ring is broken and is not served until the guest restarts it"
+                );
+            }
+            None
+        }
+    }
+}
+
+fn interrupt(running: &RunningRing, switchboard: &Switchboard, queue: usize, finished: Finished) {
+    if finished.used == 0 {
+        return;
+    }
+    let metrics = &switchboard.metrics.queues[queue];
+    if !finished.interrupt {
+        metrics.interrupts_suppressed.inc();
+        return;
+    }
+    metrics.interrupts.inc();
+    if let Err(error) = running.ring.signal() {
+        debug!(guest = %switchboard.name, queue = QUEUE_LABELS[queue], %error, "cannot interrupt the guest");
+    }
+}
+
+fn take_burst(
+    running: &mut RunningRing,
+    switchboard: &mut Switchboard,
+    ram: &GuestRam,
+    now: Instant,
+) -> Result<bool, RingError> {
+    running.ring.disable_notifications(ram)?;
+    let mut burst = TxBurst::begin(&mut running.ring, ram)?;
+    let mut gather = Gather {
+        id: None,
+        slices: IoVecs::new(),
+    };
+    let mut taken = 0;
+    let mut drained = false;
+    while taken < budget::TX_PACKETS && switchboard.muxer.accepts_input() {
+        let Some(popped) = burst.pop() else {
+            drained = true;
+            break;
+        };
+        taken += 1;
+        // A fault was counted; its chain goes back with the others.
+        let Ok(packet) = popped else { continue };
+        let header = Header::decode(&packet.header);
+        switchboard
+            .metrics
+            .packet(Direction::GuestToHost, header.op, header.socket_type);
+        let continues = gather.id.is_some_and(|id| switchboard.is_data_of(id, &header));
+        if !continues {
+            // The muxer must know of all that was taken before it hears what comes next.
+            switchboard.flush(now, &mut gather);
+            gather.id = None;
+        }
+        match switchboard.muxer.handle_packet(now, &header, packet.payload_len) {
+            Disposition::Consumed => {}
+            Disposition::Payload { id, len } => {
+                switchboard
+                    .metrics
+                    .payload(Direction::GuestToHost, header.socket_type, u64::from(len));
+                gather.id = Some(id);
+                for slice in packet.payload(len) {
+                    if !gather.slices.push(&slice) {
+                        switchboard.flush(now, &mut gather);
+                        // An empty list has room for one.
+                        let _ = gather.slices.push(&slice);
+                    }
+                }
+            }
+        }
+        if switchboard.muxer.has_events() {
+            switchboard.flush(now, &mut gather);
+            gather.id = None;
+            switchboard.handle_events(now);
+        }
+    }
+    switchboard.flush(now, &mut gather);
+    switchboard.handle_events(now);
+    let finished = burst.finish()?;
+    if taken > 0 && !std::mem::take(&mut running.kicked) {
+        switchboard.metrics.queues[TX].kicks_suppressed.inc();
+    }
+    interrupt(running, switchboard, TX, finished);
+    if drained {
+        running.ring.enable_notifications(ram)
+    } else {
+        Ok(switchboard.muxer.accepts_input())
+    }
+}
+
+fn give_burst(
+    running: &mut RunningRing,
+    switchboard: &mut Switchboard,
+    ram: &GuestRam,
+    unsent: &mut Option<Header>,
+    now: Instant,
+) -> Result<Given, RingError> {
+    let mut burst = RxBurst::begin(&mut running.ring, ram)?;
+    let mut packets = 0;
+    let given = loop {
+        if packets >= budget::RX_PACKETS {
+            break Given::SomeLeft;
+        }
+        let outgoing = match unsent.take() {
+            Some(header) => Some(Outgoing::Control(header)),
+            None => switchboard.muxer.poll_outgoing(now),
+        };
+        match outgoing {
+            None => break Given::All,
+            Some(Outgoing::Control(header)) => {
+                if !burst.control(&header.encode())? {
+                    *unsent = Some(header);
+                    break Given::NoBuffers;
+                }
+                switchboard
+                    .metrics
+                    .packet(Direction::HostToGuest, header.op, header.socket_type);
+                packets += 1;
+            }
+            Some(Outgoing::Data { id, limit }) => {
+                let most = limit.min(budget::CONNECTION_BYTES) as usize;
+                let room = burst.reserve(most, budget::CHAINS_PER_READ)?;
+                if room == 0 {
+                    switchboard.muxer.host_readable(id);
+                    break Given::NoBuffers;
+                }
+                packets += give_data(&mut burst, switchboard, now, id, most.min(room))?;
+            }
+        }
+    };
+    let finished = burst.finish()?;
+    if finished.used > 0 && !std::mem::take(&mut running.kicked) {
+        switchboard.metrics.queues[RX].kicks_suppressed.inc();
+    }
+    interrupt(running, switchboard, RX, finished);
+    Ok(given)
+}
+
+/// Fills reserved buffers with up to `most` bytes of a connection's host end; tells how many packets that made.
+fn give_data(
+    burst: &mut RxBurst<'_, '_>,
+    switchboard: &mut Switchboard,
+    now: Instant,
+    id: crate::vsock::ConnectionId,
+    most: usize,
+) -> Result<usize, RingError> {
+    // Headers announce credit as of now, and are counted as sent by what follows them.
+    let header = |switchboard: &mut Switchboard, len: u32| -> [u8; HEADER_LEN] {
+        switchboard
+            .metrics
+            .packet(Direction::HostToGuest, Op::Rw as u16, SocketType::Stream as u16);
+        switchboard
+            .muxer
+            .data_header(id, len)
+            .map_or([0; HEADER_LEN], |header| header.encode())
+    };
+    if let Some(preface) = switchboard.preface(id) {
+        let n = burst.fill(preface.get(..most.min(preface.len())).unwrap_or_default());
+        let packets = burst.commit(0, |len| header(switchboard, len))?;
+        switchboard.preface_sent(now, id, n as u32);
+        return Ok(packets);
+    }
+    let mut list = IoVecs::new();
+    let asked = burst.push_payload(&mut list, most);
+    let outcome = switchboard.read(now, id, asked, |stream| readv(stream.as_fd(), &list));
+    match outcome {
+        ReadOutcome::Bytes(n) => burst.commit(n as usize, |len| header(switchboard, len)),
+        ReadOutcome::Nothing => {
+            burst.give_back();
+            Ok(0)
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The host ends of connections: what the device keeps for each, beside what the muxer keeps.
+
+use std::time::Instant;
+
+use crate::host::dial::DialTask;
+use crate::host::{HostStream, SpillBuf};
+use crate::metrics::{Direction, GuestMetrics, RuleMetrics};
+use crate::vsock::ConnectionId;
+
+/// Which rule allowed a connection. `None` as index: no rule did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct RuleRef {
+    /// Who asked for the connection: outbound rules serve the guest, inbound rules the host side.
+    pub(super) opened_by: Direction,
+    /// Position in the configuration.
+    pub(super) index: Option<usize>,
+}
+
+impl RuleRef {
+    pub(super) fn outbound(index: Option<usize>) -> RuleRef {
+        RuleRef {
+            opened_by: Direction::GuestToHost,
+            index,
+        }
+    }
+
+    pub(super) fn inbound(index: usize) -> RuleRef {
+        RuleRef {
+            opened_by: Direction::HostToGuest,
+            index: Some(index),
+        }
+    }
+
+    pub(super) fn metrics(self, of: &GuestMetrics) -> &RuleMetrics {
+        let rules = match self.opened_by {
+            Direction::GuestToHost => &of.outbound,
+            Direction::HostToGuest => &of.inbound,
+        };
+        self.index
+            .and_then(|index| rules.get(index))
+            .unwrap_or(&of.no_rule)
+    }
+}
+
+/// The host end of a connection.
+#[derive(Debug)]
+pub(super) enum HostEnd {
+    /// No socket yet; dropping the task cancels the dial.
+    Dialing {
+        /// Held for its drop.
+        _task: Option<DialTask>,
+    },
+    /// A connected socket, registered with the poll under the flow's token.
+    Connected(HostStream),
+}
+
+/// One connection's host end and its bookkeeping.
+#[derive(Debug)]
+pub(super) struct Flow {
+    pub(super) id: ConnectionId,
+    pub(super) rule: RuleRef,
+    pub(super) end: HostEnd,
+    /// Guest bytes the socket did not take; bounded by `buf_alloc` (invariant 1 of the law).
+    pub(super) spill: SpillBuf,
+    /// Bytes a client sent together with its CONNECT line, to be sent before the socket's.
+    pub(super) preface: Vec<u8>,
+    /// How many bytes of `preface` have been sent.
+    pub(super) preface_sent: usize,
+    /// The client waits for `OK <port>\n`.
+    pub(super) wants_ok: bool,
+    /// The socket's end of file is known to be near: a short read does not mean that it is drained.
+    pub(super) read_closed: bool,
+    /// Its end of file has been read.
+    pub(super) eof: bool,
+    /// When it was asked for; when established, from then on.
+    pub(super) since: Instant,
+    /// Whether it is established, and so counted as active.
+    pub(super) established: bool,
+    /// Payload bytes from the guest.
+    pub(super) bytes_from_guest: u64,
+    /// Payload bytes to the guest.
+    pub(super) bytes_to_guest: u64,
+    /// The guest's port.
+    pub(super) guest_port: u32,
+    /// The host side's port.
+    pub(super) host_port: u32,
+    /// The host end, for logs.
+    pub(super) peer: String,
+}
+
+impl Flow {
+    pub(super) fn stream(&self) -> Option<&HostStream> {
+        match &self.end {
+            HostEnd::Connected(stream) => Some(stream),
+            HostEnd::Dialing { .. } => None,
+        }
+    }
+
+    /// Bytes of the preface still to be sent.
+    pub(super) fn preface_left(&self) -> &[u8] {
+        self.preface.get(self.preface_sent..).unwrap_or_default()
+    }
+}
+
+/// All flows, at their connection's slot.
+#[derive(Default, Debug)]
+pub(super) struct Flows {
+    slots: Vec<Option<Box<Flow>>>,
+    live: usize,
+}
+
+impl Flows {
+    pub(super) fn insert(&mut self, flow: Flow) {
+        let slot = flow.id.slot();
+        if slot >= self.slots.len() {
+            self.slots.resize_with(slot + 1, || None);
+        }
+        if let Some(place) = self.slots.get_mut(slot)
+            && place.replace(Box::new(flow)).is_none()
+        {
+            self.live += 1;
+        }
+    }
+
+    pub(super) fn get(&self, id: ConnectionId) -> Option<&Flow> {
+        self.slots.get(id.slot())?.as_deref().filter(|flow| flow.id == id)
+    }
+
+    pub(super) fn get_mut(&mut self, id: ConnectionId) -> Option<&mut Flow> {
+        self.slots
+            .get_mut(id.slot())?
+            .as_deref_mut()
+            .filter(|flow| flow.id == id)
+    }
+
+    /// Whoever lives at this slot now.
+    pub(super) fn at(&self, slot: usize) -> Option<ConnectionId> {
+        self.slots.get(slot)?.as_deref().map(|flow| flow.id)
+    }
+
+    pub(super) fn remove(&mut self, id: ConnectionId) -> Option<Flow> {
+        self.get(id)?;
+        let flow = self.slots.get_mut(id.slot())?.take()?;
+        self.live -= 1;
+        Some(*flow)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.live
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Flow> {
+        self.slots.iter().filter_map(Option::as_deref)
+    }
+}

@@ -1,0 +1,714 @@
+//! Where connections meet their host ends: the muxer's events become socket calls, socket readiness becomes input of
+//! the muxer. Knows nothing of rings.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::event::Event as Readiness;
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use tracing::{debug, info, warn};
+
+use crate::host::dial::{DialError, DialRequest, Dialer};
+use crate::host::listen::Incoming;
+use crate::host::{HostStream, SpillBuf};
+use crate::metrics::{Direction, GuestMetrics};
+use crate::sys::iovec::IoVecs;
+use crate::sys::vectored::writev;
+use crate::vsock::{
+    Cid, CloseReason, ConnectionId, ConnectionKey, Event, Header, Misbehavior, Muxer, Op, Port, RefuseReason,
+    ShutdownFlags, SocketType,
+};
+
+use super::flow::{Flow, Flows, HostEnd, RuleRef};
+use super::handle::{Command, DeviceHandle};
+use super::linger::Lingering;
+use super::logbook::Logbook;
+use super::router::Router;
+use super::snapshot::ConnectionSnapshot;
+use super::token;
+
+/// Guest packets' payload on its way to one host socket: slices of guest memory, gathered over packets.
+pub(super) struct Gather<'m> {
+    pub(super) id: Option<ConnectionId>,
+    pub(super) slices: IoVecs<'m>,
+}
+
+/// What [`Switchboard::read`] got for the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum ReadOutcome {
+    /// So many bytes.
+    Bytes(u32),
+    /// None: the connection's turn is over.
+    Nothing,
+}
+
+/// The connections of one guest and their host ends.
+pub(super) struct Switchboard {
+    pub(super) name: Arc<str>,
+    pub(super) cid: u32,
+    pub(super) muxer: Muxer,
+    pub(super) metrics: Arc<GuestMetrics>,
+    flows: Flows,
+    lingering: Lingering,
+    router: Router,
+    dialer: Dialer,
+    dial_timeout: Duration,
+    buf_alloc: u32,
+    registry: Registry,
+    /// Of our own thread: dials are answered through it.
+    handle: DeviceHandle,
+    logbook: Logbook,
+    /// New inbound connections are refused.
+    pub(super) draining: bool,
+}
+
+/// What a switchboard is made from.
+pub(super) struct SwitchboardParts {
+    pub(super) name: Arc<str>,
+    pub(super) cid: u32,
+    pub(super) muxer: Muxer,
+    pub(super) metrics: Arc<GuestMetrics>,
+    pub(super) router: Router,
+    pub(super) dialer: Dialer,
+    pub(super) dial_timeout: Duration,
+    pub(super) buf_alloc: u32,
+    pub(super) max_lingering: usize,
+    pub(super) registry: Registry,
+    pub(super) handle: DeviceHandle,
+}
+
+impl Switchboard {
+    pub(super) fn new(parts: SwitchboardParts) -> Switchboard {
+        Switchboard {
+            name: parts.name,
+            cid: parts.cid,
+            muxer: parts.muxer,
+            metrics: parts.metrics,
+            flows: Flows::default(),
+            lingering: Lingering::new(parts.max_lingering),
+            router: parts.router,
+            dialer: parts.dialer,
+            dial_timeout: parts.dial_timeout,
+            buf_alloc: parts.buf_alloc,
+            registry: parts.registry,
+            handle: parts.handle,
+            logbook: Logbook::default(),
+            draining: false,
+        }
+    }
+
+    /// Connections whose host end is open or being opened, those that linger left out.
+    pub(super) fn open(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// When [`Switchboard::handle_timeout`] wants to be called.
+    pub(super) fn next_timeout(&self) -> Option<Instant> {
+        match (self.muxer.poll_timeout(), self.lingering.next_timeout()) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        self.lingering.handle_timeout(now, &self.registry);
+        self.muxer.handle_timeout(now);
+        self.handle_events(now);
+    }
+
+    /// A socket is ready.
+    pub(super) fn handle_ready(&mut self, now: Instant, slot: usize, ready: &Readiness) {
+        let Some(id) = self.flows.at(slot) else { return };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        let ended = ready.is_read_closed() || ready.is_error();
+        flow.read_closed |= ended;
+        if !flow.established && ended && ready.is_write_closed() {
+            // The client of an inbound rule hung up before the guest answered.
+            self.muxer.host_failed(id, CloseReason::PeerRst);
+        } else {
+            if ready.is_readable() || ended {
+                self.muxer.host_readable(id);
+            }
+            if ready.is_writable() || ready.is_write_closed() {
+                self.flush_spill(now, id);
+            }
+        }
+        self.handle_events(now);
+    }
+
+    /// A lingering socket is ready.
+    pub(super) fn handle_lingering_ready(&mut self, index: usize) {
+        self.lingering.handle_ready(index, &self.registry);
+    }
+
+    /// A client of an inbound rule wants a guest port.
+    pub(super) fn handle_incoming(&mut self, now: Instant, incoming: Incoming) {
+        let rule = RuleRef::inbound(incoming.rule);
+        if self.draining {
+            self.refuse_incoming(rule, incoming, RefuseReason::Draining);
+            return;
+        }
+        let Ok(id) = self.muxer.connect(now, Port(incoming.port)) else {
+            self.refuse_incoming(rule, incoming, RefuseReason::Limit);
+            return;
+        };
+        let host_port = self.muxer.connection(id).map_or(0, |c| c.key().peer_port.0);
+        let peer = incoming.peer;
+        let mut flow = self.new_flow(id, rule, incoming.port, host_port, now, peer);
+        flow.preface = incoming.preface;
+        flow.wants_ok = incoming.wants_ok;
+        if let Err(error) = self.register(&incoming.stream, id) {
+            warn!(guest = %self.name, %error, "cannot watch an inbound client's socket");
+            self.flows.insert(flow);
+            self.muxer.refused(id, RefuseReason::Limit);
+        } else {
+            let has_preface = !flow.preface.is_empty();
+            flow.end = HostEnd::Connected(incoming.stream);
+            self.flows.insert(flow);
+            if has_preface {
+                self.muxer.host_readable(id);
+            }
+        }
+        self.handle_events(now);
+    }
+
+    /// A dial ended.
+    pub(super) fn handle_dialed(
+        &mut self,
+        now: Instant,
+        token: u64,
+        result: Result<HostStream, DialError>,
+        took: Duration,
+    ) {
+        // The connection may have ended while its target was being reached; then the socket closes here.
+        let Some(id) = self
+            .flows
+            .at(token as u32 as usize)
+            .filter(|id| id.token() == token)
+        else {
+            return;
+        };
+        let Some(flow) = self.flows.get(id) else { return };
+        let rule = flow.rule;
+        let port = flow.host_port;
+        let outcome = result
+            .map_err(|error| (refuse_reason(&error), error.to_string()))
+            .and_then(|stream| match self.register(&stream, id) {
+                Ok(()) => Ok(stream),
+                Err(error) => Err((RefuseReason::Limit, format!("cannot watch the socket: {error}"))),
+            });
+        let metrics = Arc::clone(&self.metrics);
+        let rule_metrics = rule.metrics(&metrics);
+        match outcome {
+            Ok(stream) => {
+                if let Some(histogram) = &rule_metrics.dial_duration {
+                    histogram.observe(took.as_secs_f64());
+                }
+                self.logbook.target_reached(rule.index);
+                if let Some(flow) = self.flows.get_mut(id) {
+                    flow.peer = stream.peer().to_owned();
+                    flow.end = HostEnd::Connected(stream);
+                }
+                if self.muxer.connected(now, id) {
+                    self.established(now, id);
+                }
+            }
+            Err((reason, error)) => {
+                if let Some(failures) = &rule_metrics.dial_failures {
+                    failures.inc();
+                }
+                let (guest, rule) = (&*self.name, rule_metrics.name.as_str());
+                if self.logbook.target_failed(self.rule_index(id)) {
+                    warn!(
+                        guest,
+                        rule,
+                        port,
+                        reason = reason.label(),
+                        error,
+                        "target of a rule cannot be reached"
+                    );
+                } else {
+                    debug!(guest, rule, port, reason = reason.label(), error, "dial failed");
+                }
+                self.muxer.refused(id, reason);
+            }
+        }
+        self.handle_events(now);
+    }
+
+    /// Does what the muxer's events ask for, until there are none.
+    pub(super) fn handle_events(&mut self, now: Instant) {
+        while let Some(event) = self.muxer.poll_event() {
+            match event {
+                Event::Dial { id, key } => self.dial(now, id, key),
+                Event::Accepted { id, key } => self.accepted(now, id, key),
+                Event::Refused { id, reason } => self.forget_refused(id, reason),
+                Event::LimitReached { key } => self.limit_reached(key),
+                Event::ShutdownHost { id, flags } => self.shutdown_host(id, flags),
+                Event::Closed { id, reason, abort } => self.close(now, id, reason, abort),
+                Event::Misbehaved { kind, key } => self.misbehaved(kind, key),
+                Event::CreditStalled { .. } => {
+                    self.metrics.credit_stalls[Direction::HostToGuest as usize].inc();
+                }
+                Event::CreditResumed { waited, .. } => {
+                    self.metrics.credit_stall_seconds[Direction::HostToGuest as usize]
+                        .inc_by(waited.as_secs_f64());
+                }
+            }
+        }
+    }
+
+    /// Whether a packet goes on with the payload of `id`, so that both may leave with one system call.
+    pub(super) fn is_data_of(&self, id: ConnectionId, header: &Header) -> bool {
+        header.op == Op::Rw as u16
+            && self.muxer.connection(id).is_some_and(|connection| {
+                let key = connection.key();
+                key.guest_port == header.src_port
+                    && key.peer_port == header.dst_port
+                    && key.peer_cid == header.dst_cid
+            })
+    }
+
+    /// Writes gathered payload to its socket; what the socket refuses goes to the flow's spill buffer. The slices may
+    /// be reused when this returns.
+    pub(super) fn flush(&mut self, now: Instant, gather: &mut Gather<'_>) {
+        let Some(id) = gather.id else { return };
+        let bytes = gather.slices.bytes();
+        if bytes > 0 {
+            self.send_to_host(now, id, &gather.slices, bytes);
+        }
+        gather.slices.clear();
+    }
+
+    fn send_to_host(&mut self, now: Instant, id: ConnectionId, slices: &IoVecs<'_>, bytes: usize) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.bytes_from_guest += bytes as u64;
+        let HostEnd::Connected(stream) = &flow.end else {
+            return;
+        };
+        let written = if flow.spill.is_empty() {
+            match writev(stream.as_fd(), slices) {
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(error) => {
+                    self.write_failed(now, id, &error);
+                    return;
+                }
+            }
+        } else {
+            0
+        };
+        let rest = bytes - written;
+        if rest > 0 {
+            // Credit bounds what is held (invariant 1 of the law), so this fits.
+            let mut taken = written;
+            let spilled = flow.spill.extend_with(rest, |piece| {
+                taken += slices.copy_to(taken, piece);
+                Ok::<(), crate::host::SpillFull>(())
+            });
+            let direction = Direction::GuestToHost as usize;
+            match spilled {
+                Ok(()) => {
+                    self.metrics.buffered_bytes[direction].add(rest as i64);
+                    self.metrics.backpressure_pauses[direction].inc();
+                }
+                Err(error) => {
+                    warn!(guest = %self.name, %error, "the spill buffer is smaller than the credit");
+                    self.muxer.host_failed(id, CloseReason::Error);
+                    return;
+                }
+            }
+        }
+        let rule = flow.rule;
+        self.wrote(now, id, rule, written);
+    }
+
+    fn wrote(&mut self, now: Instant, id: ConnectionId, rule: RuleRef, written: usize) {
+        if written > 0 {
+            rule.metrics(&self.metrics).upstream_bytes[Direction::GuestToHost as usize]
+                .inc_by(written as u64);
+            self.muxer.host_wrote(now, id, written as u32);
+        }
+    }
+
+    fn flush_spill(&mut self, now: Instant, id: ConnectionId) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        let HostEnd::Connected(stream) = &flow.end else {
+            return;
+        };
+        if flow.spill.is_empty() {
+            return;
+        }
+        let flush = flow.spill.write_to(stream);
+        let rule = flow.rule;
+        self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(flush.written as i64);
+        self.wrote(now, id, rule, flush.written);
+        if let Some(error) = flush.error {
+            self.write_failed(now, id, &error);
+        }
+    }
+
+    fn write_failed(&mut self, now: Instant, id: ConnectionId, error: &io::Error) {
+        debug!(guest = %self.name, %error, "a host socket takes no more");
+        if let Some(flow) = self.flows.get_mut(id) {
+            let lost = std::mem::replace(&mut flow.spill, SpillBuf::new(self.buf_alloc as usize)).len();
+            self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(lost as i64);
+            flow.read_closed = true;
+        }
+        self.muxer.host_write_failed(now, id);
+        // Its last bytes, then the end of file or the error, are read in the usual way.
+        self.muxer.host_readable(id);
+    }
+
+    /// Bytes of a CONNECT preface still to be sent, if any: they go before the socket's.
+    pub(super) fn preface(&self, id: ConnectionId) -> Option<&[u8]> {
+        self.flows
+            .get(id)
+            .map(Flow::preface_left)
+            .filter(|left| !left.is_empty())
+    }
+
+    /// `n` bytes of the preface went to the guest.
+    pub(super) fn preface_sent(&mut self, now: Instant, id: ConnectionId, n: u32) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.preface_sent += n as usize;
+        flow.bytes_to_guest += u64::from(n);
+        if flow.preface_left().is_empty() {
+            flow.preface = Vec::new();
+            flow.preface_sent = 0;
+        }
+        self.muxer.host_read(now, id, n, true);
+    }
+
+    /// Reads from a flow's socket into guest memory through `read`, which is given the socket.
+    pub(super) fn read(
+        &mut self,
+        now: Instant,
+        id: ConnectionId,
+        asked: usize,
+        read: impl FnOnce(&HostStream) -> io::Result<usize>,
+    ) -> ReadOutcome {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return ReadOutcome::Nothing;
+        };
+        let HostEnd::Connected(stream) = &flow.end else {
+            return ReadOutcome::Nothing;
+        };
+        match read(stream) {
+            Ok(0) => {
+                flow.eof = true;
+                self.muxer.host_eof(now, id);
+            }
+            Ok(n) => {
+                flow.bytes_to_guest += n as u64;
+                // A short read of a stream socket means that it is drained, and its next bytes will be an edge
+                // (epoll(7)); an end of file that is there already will be none.
+                let more = n == asked || flow.read_closed;
+                let rule = flow.rule;
+                rule.metrics(&self.metrics).upstream_bytes[Direction::HostToGuest as usize].inc_by(n as u64);
+                self.metrics
+                    .payload(Direction::HostToGuest, SocketType::Stream as u16, n as u64);
+                self.muxer.host_read(now, id, n as u32, more);
+                return ReadOutcome::Bytes(n as u32);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.muxer.host_drained(id),
+            Err(error) => {
+                debug!(guest = %self.name, %error, "a host socket failed");
+                self.muxer.host_failed(id, CloseReason::PeerRst);
+            }
+        }
+        ReadOutcome::Nothing
+    }
+
+    /// The VMM is gone, and with it whatever its guest was told about.
+    pub(super) fn session_ended(&mut self, now: Instant) {
+        self.reset(now);
+        self.logbook.forget();
+    }
+
+    /// The guest has lost its connections: so do their host ends.
+    pub(super) fn reset(&mut self, now: Instant) {
+        self.muxer.reset();
+        self.handle_events(now);
+    }
+
+    /// Ends all connections at the end of the drain period.
+    pub(super) fn close_all(&mut self, now: Instant) {
+        self.muxer.close_all(CloseReason::Drain, RefuseReason::Draining);
+        self.handle_events(now);
+    }
+
+    /// The first `most` connections, for people.
+    pub(super) fn connections(&self, now: Instant, most: usize) -> Vec<ConnectionSnapshot> {
+        self.flows
+            .iter()
+            .take(most)
+            .map(|flow| self.describe(now, flow))
+            .collect()
+    }
+
+    fn describe(&self, now: Instant, flow: &Flow) -> ConnectionSnapshot {
+        let connection = self.muxer.connection(flow.id);
+        ConnectionSnapshot {
+            rule: flow.rule.metrics(&self.metrics).name.clone(),
+            opened_by: flow.rule.opened_by.label(),
+            guest_port: flow.guest_port,
+            host_port: flow.host_port,
+            peer: flow.peer.clone(),
+            state: connection.map_or("gone", |c| c.state().label()),
+            bytes_from_guest: flow.bytes_from_guest,
+            bytes_to_guest: flow.bytes_to_guest,
+            buffered: flow.spill.len(),
+            credit: connection.map_or(0, |c| c.room()),
+            age_seconds: now.saturating_duration_since(flow.since).as_secs_f64(),
+        }
+    }
+
+    fn dial(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
+        let port = key.peer_port.0;
+        let route = if key.peer_cid == Cid::HOST {
+            self.router.route(port)
+        } else {
+            None
+        };
+        let Some((index, outbound)) = route else {
+            let flow = self.new_flow(
+                id,
+                RuleRef::outbound(None),
+                key.guest_port.0,
+                port,
+                now,
+                String::new(),
+            );
+            self.flows.insert(flow);
+            if self.logbook.no_rule(port) {
+                warn!(
+                    guest = %self.name, port, cid = %key.peer_cid, reason = "no_rule",
+                    "the guest asked for a port that no outbound rule matches"
+                );
+            } else {
+                debug!(guest = %self.name, port, cid = %key.peer_cid, reason = "no_rule", "refused");
+            }
+            self.muxer.refused(id, RefuseReason::NoRule);
+            return;
+        };
+        let rule = RuleRef::outbound(Some(index));
+        if let Some(dials) = &rule.metrics(&self.metrics).dials {
+            dials.inc();
+        }
+        let handle = self.handle.clone();
+        let token = id.token();
+        let request = DialRequest {
+            target: &outbound.target,
+            first_port: *outbound.ports.start(),
+            guest_port: port,
+            cid: self.cid,
+            timeout: self.dial_timeout,
+        };
+        let task = self.dialer.dial(request, move |result, took| {
+            // A device that is gone needs no answer.
+            let _ = handle.send(Command::Dialed { token, result, took });
+        });
+        let mut flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
+        flow.end = HostEnd::Dialing { _task: Some(task) };
+        self.flows.insert(flow);
+    }
+
+    fn accepted(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
+        let Some(flow) = self.flows.get(id) else { return };
+        if flow.wants_ok {
+            let line = format!("OK {}\n", key.peer_port);
+            // The first bytes of a fresh socket: one that cannot take so few has lost its client.
+            let written = flow
+                .stream()
+                .map(|stream| stream.write(&[io::IoSlice::new(line.as_bytes())]));
+            if !matches!(written, Some(Ok(n)) if n == line.len()) {
+                self.muxer.host_failed(id, CloseReason::PeerRst);
+                return;
+            }
+        }
+        self.established(now, id);
+    }
+
+    fn established(&mut self, now: Instant, id: ConnectionId) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.established = true;
+        flow.since = now;
+        let metrics = flow.rule.metrics(&self.metrics);
+        metrics.opened.inc();
+        metrics.active.inc();
+        debug!(
+            guest = %self.name, rule = metrics.name, opened_by = flow.rule.opened_by.label(),
+            guest_port = flow.guest_port, host_port = flow.host_port, peer = flow.peer, "connection established"
+        );
+    }
+
+    fn limit_reached(&mut self, key: ConnectionKey) {
+        let port = key.peer_port.0;
+        let index = self.router.route(port).map(|(index, _)| index);
+        RuleRef::outbound(index).metrics(&self.metrics).refused[RefuseReason::Limit as usize].inc();
+        if self.logbook.limit() {
+            warn!(guest = %self.name, port, reason = "limit", "refused: limits.connections is reached");
+        } else {
+            debug!(guest = %self.name, port, reason = "limit", "refused");
+        }
+    }
+
+    fn refuse_incoming(&mut self, rule: RuleRef, incoming: Incoming, reason: RefuseReason) {
+        let metrics = rule.metrics(&self.metrics);
+        metrics.refused[reason as usize].inc();
+        debug!(
+            guest = %self.name, rule = metrics.name, port = incoming.port, peer = incoming.peer,
+            reason = reason.label(), "inbound connection refused"
+        );
+        incoming.stream.abort();
+    }
+
+    fn forget_refused(&mut self, id: ConnectionId, reason: RefuseReason) {
+        let Some(flow) = self.flows.remove(id) else { return };
+        let metrics = flow.rule.metrics(&self.metrics);
+        metrics.refused[reason as usize].inc();
+        debug!(
+            guest = %self.name, rule = metrics.name, guest_port = flow.guest_port, host_port = flow.host_port,
+            peer = flow.peer, reason = reason.label(), "connection refused"
+        );
+        if let HostEnd::Connected(stream) = flow.end {
+            self.deregister(&stream);
+            stream.abort();
+        }
+    }
+
+    fn shutdown_host(&mut self, id: ConnectionId, flags: ShutdownFlags) {
+        let Some(stream) = self.flows.get(id).and_then(Flow::stream) else {
+            return;
+        };
+        // ENOTCONN: the peer was faster; its reset is read in the usual way.
+        let result = if flags.contains(ShutdownFlags::SEND) {
+            stream.shutdown_write()
+        } else {
+            stream.shutdown_read()
+        };
+        if let Err(error) = result {
+            debug!(guest = %self.name, %error, ?flags, "shutdown of a host socket");
+        }
+    }
+
+    fn close(&mut self, now: Instant, id: ConnectionId, reason: CloseReason, abort: bool) {
+        let Some(flow) = self.flows.remove(id) else { return };
+        let metrics = flow.rule.metrics(&self.metrics);
+        metrics.active.dec();
+        metrics.closed[reason as usize].inc();
+        let lasted = now.saturating_duration_since(flow.since);
+        self.metrics.duration[flow.rule.opened_by as usize].observe(lasted.as_secs_f64());
+        self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(flow.spill.len() as i64);
+        info!(
+            guest = %self.name,
+            rule = metrics.name,
+            opened_by = flow.rule.opened_by.label(),
+            guest_port = flow.guest_port,
+            host_port = flow.host_port,
+            peer = flow.peer,
+            bytes_from_guest = flow.bytes_from_guest,
+            bytes_to_guest = flow.bytes_to_guest,
+            duration_ms = lasted.as_millis() as u64,
+            reason = reason.label(),
+            "connection ended"
+        );
+        let HostEnd::Connected(stream) = flow.end else {
+            return;
+        };
+        if abort {
+            self.deregister(&stream);
+            stream.abort();
+        } else if flow.eof || !stream.is_tcp() {
+            self.deregister(&stream);
+        } else {
+            self.lingering.add(now, stream, &self.registry);
+        }
+    }
+
+    fn misbehaved(&mut self, kind: Misbehavior, key: ConnectionKey) {
+        if let Some(counter) = self.metrics.misbehavior.get(kind as usize) {
+            counter.inc();
+        }
+        if self.logbook.misbehavior(kind) {
+            warn!(
+                guest = %self.name, kind = kind.label(), guest_port = %key.guest_port, cid = %key.peer_cid,
+                port = %key.peer_port, "the guest broke the vsock protocol (further ones are counted and logged at debug)"
+            );
+        } else {
+            debug!(guest = %self.name, kind = kind.label(), guest_port = %key.guest_port, "misbehavior");
+        }
+    }
+
+    fn new_flow(
+        &self,
+        id: ConnectionId,
+        rule: RuleRef,
+        guest_port: u32,
+        host_port: u32,
+        now: Instant,
+        peer: String,
+    ) -> Flow {
+        Flow {
+            id,
+            rule,
+            end: HostEnd::Dialing { _task: None },
+            spill: SpillBuf::new(self.buf_alloc as usize),
+            preface: Vec::new(),
+            preface_sent: 0,
+            wants_ok: false,
+            read_closed: false,
+            eof: false,
+            since: now,
+            established: false,
+            bytes_from_guest: 0,
+            bytes_to_guest: 0,
+            guest_port,
+            host_port,
+            peer,
+        }
+    }
+
+    fn rule_index(&self, id: ConnectionId) -> Option<usize> {
+        self.flows.get(id).and_then(|flow| flow.rule.index)
+    }
+
+    /// One registration for the socket's life, edge-triggered in both directions: interest never changes, so nothing
+    /// can spin on a socket that is not served for want of credit or buffers.
+    fn register(&self, stream: &HostStream, id: ConnectionId) -> io::Result<()> {
+        self.registry.register(
+            &mut SourceFd(&stream.as_raw_fd()),
+            Token(token::flow(id.slot())),
+            Interest::READABLE | Interest::WRITABLE,
+        )
+    }
+
+    fn deregister(&self, stream: &HostStream) {
+        // Closing the only descriptor removes it from the poll as well; this is for order.
+        let _ = self.registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
+    }
+}
+
+fn refuse_reason(error: &DialError) -> RefuseReason {
+    match error {
+        DialError::Refused { .. } => RefuseReason::DialRefused,
+        DialError::TimedOut { .. } => RefuseReason::DialTimeout,
+        DialError::Resolve { .. } => RefuseReason::Dns,
+        DialError::Unreachable { .. } => RefuseReason::Unreachable,
+        DialError::Resources { .. } => RefuseReason::Limit,
+    }
+}

@@ -1,0 +1,230 @@
+//! What the crate's thread uses to reach the others: commands to the device thread, and the alarm that ends a session.
+
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use tokio::sync::oneshot;
+
+use crate::device::handle::Reply;
+use crate::device::{Command, DeviceGone, DeviceHandle};
+
+use super::negotiation::{NegotiationWatch, SessionError};
+
+/// How long the device thread may take for a command. It answers within a turn; when it does not, the VMM, which waits
+/// for us with its global lock held, is better served by a closed connection.
+const DEVICE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Locks a mutex, poisoned or not: what it protects are values that no panic leaves half written.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Wakes a thread out of `poll`.
+#[derive(Debug)]
+pub(super) struct WakeFd(OwnedFd);
+
+impl WakeFd {
+    pub(super) fn new() -> io::Result<WakeFd> {
+        Ok(WakeFd(eventfd(
+            0,
+            EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
+        )?))
+    }
+
+    /// Makes the descriptor readable until [`WakeFd::clear`].
+    pub(super) fn wake(&self) {
+        // Fails only when the counter is full, and then the descriptor is readable already.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    pub(super) fn clear(&self) {
+        let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
+    }
+}
+
+impl AsFd for WakeFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Why a session has to end, as found by a thread that cannot end it.
+#[derive(Clone, Debug)]
+pub(super) struct Failure {
+    pub(super) kind: SessionError,
+    pub(super) detail: String,
+}
+
+/// One session's link to the device thread, used by the crate's thread.
+pub(super) struct DeviceLink {
+    /// Name of the guest, for logs.
+    pub(super) guest: Arc<str>,
+    /// Where ring starts and stops are told.
+    pub(super) watch: Arc<NegotiationWatch>,
+    device: DeviceHandle,
+    deadline: Duration,
+    /// The first failure; later ones follow from it.
+    failure: Mutex<Option<Failure>>,
+    /// Wakes the session thread.
+    wake: Arc<WakeFd>,
+    /// Whether the crate's thread runs (no longer).
+    thread_ended: Arc<AtomicBool>,
+}
+
+impl DeviceLink {
+    pub(super) fn new(
+        guest: Arc<str>,
+        device: DeviceHandle,
+        watch: Arc<NegotiationWatch>,
+        wake: Arc<WakeFd>,
+    ) -> DeviceLink {
+        DeviceLink {
+            guest,
+            watch,
+            device,
+            deadline: DEVICE_DEADLINE,
+            failure: Mutex::new(None),
+            wake,
+            thread_ended: Arc::new(AtomicBool::new(false)),
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn with_deadline(mut self, deadline: Duration) -> DeviceLink {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Sends a command and blocks until the device has answered. An error has raised the alarm.
+    pub(super) fn call<T>(
+        &self,
+        what: &str,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T, DeviceGone> {
+        if self.failure().is_some() {
+            // The device did not answer before; waiting for it again would only double the time.
+            return Err(DeviceGone);
+        }
+        self.call_after_failure(what, command)
+    }
+
+    /// [`DeviceLink::call`] even when the alarm has been raised: the end of a session is told in any case.
+    pub(super) fn call_after_failure<T>(
+        &self,
+        what: &str,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T, DeviceGone> {
+        let (reply, answer) = oneshot::channel();
+        let answer = match self.device.send(command(reply)) {
+            Ok(()) => block_on(answer, Instant::now() + self.deadline),
+            Err(DeviceGone) => Answer::Gone,
+        };
+        match answer {
+            Answer::Value(value) => Ok(value),
+            Answer::Gone => {
+                self.alarm(
+                    SessionError::Io,
+                    format!("the device thread has ended, {what} was not done"),
+                );
+                Err(DeviceGone)
+            }
+            Answer::Late => {
+                let after = self.deadline;
+                self.alarm(
+                    SessionError::Timeout,
+                    format!("the device thread did not {what} within {after:?}"),
+                );
+                Err(DeviceGone)
+            }
+        }
+    }
+
+    /// Ends the session, from any thread.
+    pub(super) fn alarm(&self, kind: SessionError, detail: String) {
+        lock(&self.failure).get_or_insert(Failure { kind, detail });
+        self.wake.wake();
+    }
+
+    /// The first failure, if there is one.
+    pub(super) fn failure(&self) -> Option<Failure> {
+        lock(&self.failure).clone()
+    }
+
+    /// Whether the crate's thread has ended.
+    pub(super) fn thread_ended(&self) -> bool {
+        self.thread_ended.load(Ordering::Acquire)
+    }
+
+    /// To be called first on every entry from the crate's thread.
+    ///
+    /// Should that thread panic, the daemon keeps a duplicate of its socket open and nobody would see the end
+    /// (`ConnectionState` in vhost-user-backend); a thread-local value's destructor runs however a thread ends.
+    pub(super) fn enter(&self) {
+        thread_local! {
+            static END: std::cell::RefCell<Option<EndOfThread>> = const { std::cell::RefCell::new(None) };
+        }
+        let _ = END.try_with(|end| {
+            if let Ok(mut end) = end.try_borrow_mut()
+                && !end
+                    .as_ref()
+                    .is_some_and(|end| Arc::ptr_eq(&end.ended, &self.thread_ended))
+            {
+                *end = Some(EndOfThread {
+                    ended: self.thread_ended.clone(),
+                    wake: self.wake.clone(),
+                });
+            }
+        });
+    }
+}
+
+/// Tells the session thread that the thread it lives in has ended.
+struct EndOfThread {
+    ended: Arc<AtomicBool>,
+    wake: Arc<WakeFd>,
+}
+
+impl Drop for EndOfThread {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Release);
+        self.wake.wake();
+    }
+}
+
+enum Answer<T> {
+    Value(T),
+    Gone,
+    Late,
+}
+
+/// Waits for an answer by parking this thread: `blocking_recv` knows no deadline.
+fn block_on<T>(mut answer: oneshot::Receiver<T>, deadline: Instant) -> Answer<T> {
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut context = Context::from_waker(&waker);
+    loop {
+        match Pin::new(&mut answer).poll(&mut context) {
+            Poll::Ready(Ok(value)) => return Answer::Value(value),
+            Poll::Ready(Err(_)) => return Answer::Gone,
+            Poll::Pending => {}
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Answer::Late;
+        }
+        std::thread::park_timeout(left);
+    }
+}

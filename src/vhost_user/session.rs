@@ -1,0 +1,597 @@
+//! One thread a guest that serves one VMM after the other.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::RecvFlags;
+use tracing::{debug, error, info, warn};
+use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vm_memory::GuestMemoryAtomic;
+
+use crate::device::{Command, DeviceHandle};
+use crate::guest::Memory;
+use crate::sys::peercred::peer_credentials;
+
+use super::backend::Backend;
+use super::endpoint::{Endpoint, directory_of};
+use super::gate::Gate;
+use super::link::{DeviceLink, WakeFd};
+use super::negotiation::{NegotiationWatch, Peer, SessionEnd, SessionError};
+use super::private_socket;
+use super::relay::{Relay, RelayEnd};
+use super::vring::Vring;
+use super::wire::WireError;
+use super::{Mode, SessionConfig};
+
+/// Connections that may be open at once without having said anything. The oldest gives way: a VMM speaks at once, and
+/// whoever only looks whether we listen must not keep it out.
+const MAX_SILENT: usize = 8;
+/// Connections that are refused in one go.
+const REFUSE_BUDGET: usize = 16;
+/// First and longest pause between attempts to connect to a VMM that does not listen.
+const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+/// Pause after accept() failed for lack of descriptors or memory, as the listener stays ready.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// How long a VMM may take to read the last words of a session that has failed.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// A guest's session: see the module's description.
+pub struct Session;
+
+impl Session {
+    /// Starts the thread that serves the endpoint until [`SessionHandle::shutdown`].
+    pub fn spawn(
+        endpoint: Endpoint,
+        device: DeviceHandle,
+        watch: Arc<NegotiationWatch>,
+    ) -> io::Result<SessionHandle> {
+        let wake = Arc::new(WakeFd::new()?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let name = format!("vhost {}", endpoint.config.guest);
+        let server = Server {
+            guest: endpoint.config.guest.as_str().into(),
+            endpoint,
+            device,
+            watch,
+            wake: wake.clone(),
+            stop: stop.clone(),
+        };
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || server.run())?;
+        Ok(SessionHandle {
+            wake,
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+/// A running session thread. Dropping it shuts it down, too.
+pub struct SessionHandle {
+    wake: Arc<WakeFd>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SessionHandle {
+    /// Ends the current session, closes and removes the socket, and waits for the thread. Blocks, normally for
+    /// milliseconds: as long as the device thread takes to let go.
+    pub fn shutdown(mut self) {
+        self.end();
+    }
+
+    /// Whether the thread has ended without having been asked to, which it never should.
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    fn end(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        self.wake.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            error!("a session thread has panicked");
+        }
+    }
+}
+
+impl Drop for SessionHandle {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// How a session ended, before it is told to anybody.
+struct End {
+    error: Option<SessionError>,
+    /// The request that is counted as failed, unless its answer was.
+    request: Option<u32>,
+    reason: &'static str,
+    detail: String,
+}
+
+impl End {
+    fn fine(reason: &'static str, detail: &str) -> End {
+        End {
+            error: None,
+            request: None,
+            reason,
+            detail: detail.into(),
+        }
+    }
+
+    fn error(error: SessionError, detail: String) -> End {
+        End {
+            error: Some(error),
+            request: None,
+            reason: error.label(),
+            detail,
+        }
+    }
+}
+
+struct Server {
+    guest: Arc<str>,
+    endpoint: Endpoint,
+    device: DeviceHandle,
+    watch: Arc<NegotiationWatch>,
+    wake: Arc<WakeFd>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Server {
+    fn run(self) {
+        let mut pause = None;
+        while let Some(vmm) = self.next_vmm(pause) {
+            self.serve(vmm);
+            // A VMM that we connect to and that drops us at once shall not make us spin.
+            pause = Some(RETRY.0);
+        }
+        debug!(guest = %self.guest, "session thread ends");
+    }
+
+    fn config(&self) -> &SessionConfig {
+        &self.endpoint.config
+    }
+
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Waits for a VMM that has something to say; after a pause, if it is us who connects. `None` at shutdown.
+    fn next_vmm(&self, pause: Option<Duration>) -> Option<UnixStream> {
+        match self.config().mode {
+            Mode::Server => self.accept_vmm(),
+            Mode::Client => {
+                if pause.is_some() {
+                    self.pause(pause);
+                }
+                self.reach_vmm()
+            }
+        }
+    }
+
+    /// Waits until somebody wakes the thread.
+    fn pause(&self, at_most: Option<Duration>) {
+        wait(&mut [PollFd::new(&*self.wake, PollFlags::IN)], at_most);
+        if !self.stopping() {
+            self.wake.clear();
+        }
+    }
+
+    /// Server mode. Connections are looked at until one of them speaks; that is the VMM.
+    fn accept_vmm(&self) -> Option<UnixStream> {
+        let mut silent: Vec<UnixStream> = Vec::new();
+        let mut pause = None;
+        loop {
+            if self.stopping() {
+                return None;
+            }
+            let (listener, _) = self.endpoint.listener.as_ref()?;
+            let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
+            fds.extend(silent.iter().map(|stream| PollFd::new(stream, PollFlags::IN)));
+            if pause.is_none() {
+                fds.push(PollFd::new(listener, PollFlags::IN));
+            }
+            wait(&mut fds, pause);
+            pause = None;
+            self.wake.clear();
+            silent.retain(|stream| {
+                let is_open = has_spoken(stream).is_some();
+                if !is_open {
+                    debug!(guest = %self.guest, "a connection ended without a message");
+                    self.watch.silent();
+                }
+                is_open
+            });
+            if let Some(speaker) = silent.iter().position(|stream| has_spoken(stream) == Some(true)) {
+                let vmm = silent.remove(speaker);
+                self.refuse(silent.len(), &mut false);
+                return Some(vmm);
+            }
+            match self.endpoint.accept() {
+                Ok(stream) => {
+                    if silent.len() == MAX_SILENT {
+                        silent.remove(0);
+                        self.refuse(1, &mut true);
+                    }
+                    silent.push(stream);
+                }
+                Err(error) if is_transient(&error) => {}
+                Err(error) => {
+                    warn!(guest = %self.guest, %error, "cannot accept a VMM, trying again");
+                    pause = Some(ACCEPT_PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Client mode: connects, again and again, and waits until the VMM speaks.
+    fn reach_vmm(&self) -> Option<UnixStream> {
+        let path = &self.config().socket;
+        let mut pause = RETRY.0;
+        let mut last_error = None;
+        loop {
+            if self.stopping() {
+                return None;
+            }
+            match UnixStream::connect(path) {
+                Ok(stream) => {
+                    info!(guest = %self.guest, socket = %path.display(), "connected, waiting for the VMM to speak");
+                    (pause, last_error) = (RETRY.0, None);
+                    self.watch.connected(peer_of(&stream));
+                    loop {
+                        wait(
+                            &mut [
+                                PollFd::new(&*self.wake, PollFlags::IN),
+                                PollFd::new(&stream, PollFlags::IN),
+                            ],
+                            None,
+                        );
+                        self.wake.clear();
+                        if self.stopping() {
+                            return None;
+                        }
+                        match has_spoken(&stream) {
+                            Some(true) => return Some(stream),
+                            Some(false) => {}
+                            None => break,
+                        }
+                    }
+                    debug!(guest = %self.guest, "the VMM closed the connection without a message");
+                    self.watch.silent();
+                }
+                Err(error) => {
+                    // Once per state, however often it is tried.
+                    if last_error != Some(error.kind()) {
+                        info!(guest = %self.guest, socket = %path.display(), %error, "no VMM to connect to yet, retrying");
+                        last_error = Some(error.kind());
+                    }
+                }
+            }
+            self.pause(Some(pause));
+            pause = (pause * 2).min(RETRY.1);
+        }
+    }
+
+    /// Serves one VMM from its first message to the end.
+    fn serve(&self, vmm: UnixStream) {
+        let peer = peer_of(&vmm);
+        let began = Instant::now();
+        let session = self.watch.session_started(peer.clone());
+        let from = peer.map_or_else(|| "unknown".to_owned(), |peer| peer.to_string());
+        info!(guest = %self.guest, session, peer = from, "session begins");
+        let end = self.run_session(vmm);
+        let seconds = began.elapsed().as_secs_f64();
+        match end.error {
+            None => {
+                info!(guest = %self.guest, session, seconds, reason = end.reason, detail = end.detail, "session ends")
+            }
+            Some(_) => {
+                warn!(guest = %self.guest, session, seconds, reason = end.reason, detail = end.detail, "session ends by an error")
+            }
+        }
+        let told = SessionEnd {
+            session,
+            reason: end.reason,
+            detail: end.detail,
+        };
+        self.watch
+            .session_ended(end.error.map(|error| (error, end.request)), told);
+    }
+
+    fn run_session(&self, vmm: UnixStream) -> End {
+        let link = Arc::new(DeviceLink::new(
+            self.guest.clone(),
+            self.device.clone(),
+            self.watch.clone(),
+            self.wake.clone(),
+        ));
+        let (mut daemon, private) = match self.start_daemon(&link) {
+            Ok(started) => started,
+            Err(error) => return End::error(SessionError::Io, error),
+        };
+        let mut relay = Relay::new(vmm, private, Gate::new(self.config().mode));
+        let end = self.pump(&mut relay, &link);
+        // Whether it was a crash of the VMM has to be known before its rings are stopped.
+        let ran = self.watch.any_ring_started();
+        let (vmm, gate) = relay.close_backend();
+        // Either the crate has ended by itself, or it does now that its socket is closed, once the device has answered
+        // what it is waiting for.
+        let outcome = daemon.wait();
+        // However the session ended, the device lets go of everything. It tells errors itself.
+        let _ = link.call_after_failure("end the session", |done| Command::EndSession { done });
+        drop(daemon);
+        let end = self.explain(end, outcome, &gate, &link, ran);
+        // The VMM sees the end only now that nothing of its memory is in use.
+        drop(vmm);
+        end
+    }
+
+    fn start_daemon(
+        &self,
+        link: &Arc<DeviceLink>,
+    ) -> Result<(VhostUserDaemon<Arc<Backend>>, UnixStream), String> {
+        let (listener, private) =
+            private_socket::pair(directory_of(&self.config().socket)).map_err(|error| error.to_string())?;
+        let backend = Arc::new(Backend::new(self.config().cid, self.config().mode, link.clone()));
+        let memory = GuestMemoryAtomic::new(Memory::new());
+        let (daemon, vrings) = Vring::hatch(link.clone(), || {
+            VhostUserDaemon::new(format!("crate {}", self.guest), backend.clone(), memory)
+        });
+        let mut daemon = daemon.map_err(|error| error.to_string())?;
+        backend.adopt(vrings);
+        // Does not block: our connection is waiting to be accepted.
+        daemon
+            .start(&mut listener.into())
+            .map_err(|error| error.to_string())?;
+        Ok((daemon, private))
+    }
+
+    /// Moves messages until something ends the session.
+    fn pump(&self, relay: &mut Relay, link: &DeviceLink) -> PumpEnd {
+        let mut refused = false;
+        let mut deadline = None;
+        let mut accept_pause: Option<Instant> = None;
+        loop {
+            let more = match relay.turn(&self.watch) {
+                Ok(more) => more,
+                Err(end) => return PumpEnd::Relay(end),
+            };
+            if self.stopping() {
+                return PumpEnd::Shutdown;
+            }
+            if let Some(failure) = link.failure() {
+                return PumpEnd::Failure(End::error(failure.kind, failure.detail));
+            }
+            if link.thread_ended() {
+                // By itself after a last answer, or by a panic: whatever is on its socket now is all there will be.
+                relay.backend_hung_up();
+                match relay.turn(&self.watch) {
+                    Err(end) => return PumpEnd::Relay(end),
+                    Ok(_) if !relay.is_draining() => return PumpEnd::Relay(RelayEnd::CrateClosed),
+                    Ok(_) => {}
+                }
+            }
+            if relay.is_draining()
+                && Instant::now() >= *deadline.get_or_insert_with(|| Instant::now() + LAST_WORDS)
+            {
+                return PumpEnd::Relay(RelayEnd::CrateClosed);
+            }
+            accept_pause = accept_pause.filter(|until| Instant::now() < *until);
+
+            let listener = self.endpoint.listener.as_ref().filter(|_| accept_pause.is_none());
+            let timeout = match [deadline, accept_pause].into_iter().flatten().min() {
+                _ if more => Some(Duration::ZERO),
+                until => until.map(|until| until.saturating_duration_since(Instant::now())),
+            };
+            let mut fds = vec![
+                PollFd::new(&*self.wake, PollFlags::IN),
+                PollFd::from_borrowed_fd(relay.vmm(), relay.vmm_interest()),
+            ];
+            let backend_at = relay.backend_interest().map(|interest| {
+                fds.push(PollFd::from_borrowed_fd(relay.backend(), interest));
+                fds.len() - 1
+            });
+            let listener_at = listener.map(|(listener, _)| {
+                fds.push(PollFd::new(listener, PollFlags::IN));
+                fds.len() - 1
+            });
+            wait(&mut fds, timeout);
+            let ready = |at: Option<usize>| {
+                at.and_then(|at| fds.get(at))
+                    .map_or(PollFlags::empty(), |fd| fd.revents())
+            };
+            let vmm_ready = ready(Some(1));
+            let backend_ready = ready(backend_at);
+            let listener_ready = ready(listener_at);
+            drop(fds);
+            self.wake.clear();
+            let hung_up = PollFlags::HUP | PollFlags::ERR;
+            if vmm_ready.intersects(hung_up) && !relay.vmm_interest().contains(PollFlags::IN) {
+                // It is gone, and what it has said last cannot be delivered: the crate takes nothing more.
+                return PumpEnd::Relay(RelayEnd::VmmClosed);
+            }
+            if backend_ready.intersects(hung_up) {
+                relay.backend_hung_up();
+            }
+            if !listener_ready.is_empty() && !self.refuse_newcomers(&mut refused) {
+                accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
+            }
+        }
+    }
+
+    /// Closes connections of others while a VMM is served. False when accept() fails.
+    fn refuse_newcomers(&self, told: &mut bool) -> bool {
+        for _ in 0..REFUSE_BUDGET {
+            match self.endpoint.accept() {
+                Ok(_closed_at_once) => self.refuse(1, told),
+                Err(error) if is_transient(&error) => return true,
+                Err(error) => {
+                    warn!(guest = %self.guest, %error, "cannot accept a second connection to refuse it");
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Counts refused connections, and logs the first of a session.
+    fn refuse(&self, count: usize, told: &mut bool) {
+        for _ in 0..count {
+            self.watch.rejected();
+            if std::mem::replace(told, true) {
+                debug!(guest = %self.guest, "another connection refused");
+            } else {
+                warn!(guest = %self.guest, "a second connection refused: one VMM is served at a time");
+            }
+        }
+    }
+
+    /// Puts together why a session ended from what the threads involved have seen of it.
+    fn explain(
+        &self,
+        end: PumpEnd,
+        outcome: Result<(), DaemonError>,
+        gate: &Gate,
+        link: &DeviceLink,
+        ran: bool,
+    ) -> End {
+        if let Err(DaemonError::WaitDaemon(panic)) = &outcome {
+            let detail = format!(
+                "the protocol handler panicked{}: {}",
+                at(gate),
+                panic_text(panic.as_ref())
+            );
+            error!(guest = %self.guest, detail, "contained a panic");
+            return End {
+                request: gate.culprit().map(|culprit| culprit.request),
+                ..End::error(SessionError::Protocol, detail)
+            };
+        }
+        match end {
+            PumpEnd::Shutdown => End::fine("shutdown", "the sidecar ends"),
+            PumpEnd::Failure(end) => end,
+            PumpEnd::Relay(RelayEnd::VmmClosed) if ran => End::error(
+                SessionError::PeerClosed,
+                "the VMM closed the connection while rings were running".into(),
+            ),
+            PumpEnd::Relay(RelayEnd::VmmClosed) => End::fine("vmm_closed", "the VMM closed the connection"),
+            PumpEnd::Relay(RelayEnd::Vmm(WireError::Io(error))) => {
+                End::error(SessionError::Io, format!("the VMM's socket: {error}"))
+            }
+            PumpEnd::Relay(RelayEnd::Vmm(WireError::DescriptorsLost)) => {
+                End::error(SessionError::Io, WireError::DescriptorsLost.to_string())
+            }
+            PumpEnd::Relay(RelayEnd::Vmm(error)) => End::error(SessionError::Protocol, error.to_string()),
+            PumpEnd::Relay(RelayEnd::Crate(error)) => End::error(
+                SessionError::Io,
+                format!("the protocol handler's socket: {error}"),
+            ),
+            // The device failed, and the crate ended because of it.
+            PumpEnd::Relay(RelayEnd::CrateClosed) if link.failure().is_some() => {
+                let failure = link.failure();
+                failure.map_or_else(
+                    || End::error(SessionError::Io, String::new()),
+                    |failure| End::error(failure.kind, failure.detail),
+                )
+            }
+            PumpEnd::Relay(RelayEnd::CrateClosed) => {
+                let said = match outcome {
+                    Ok(()) => "the connection was ended".to_owned(),
+                    Err(error) => error.to_string(),
+                };
+                match gate.culprit() {
+                    Some(culprit) => End {
+                        request: (!culprit.answered).then_some(culprit.request),
+                        ..End::error(
+                            SessionError::of_request(culprit.request),
+                            format!("{culprit} ({said})"),
+                        )
+                    },
+                    None => End::error(SessionError::Protocol, said),
+                }
+            }
+        }
+    }
+}
+
+/// Why pumping stopped.
+enum PumpEnd {
+    Shutdown,
+    Failure(End),
+    Relay(RelayEnd),
+}
+
+/// `, serving SET_VRING_ADDR`.
+fn at(gate: &Gate) -> String {
+    gate.culprit()
+        .map_or_else(String::new, |culprit| format!(", serving {culprit}"))
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no text")
+}
+
+/// Polls, and takes an interruption for readiness of nothing.
+fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) {
+    let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+    if let Err(error) = poll(fds, timeout.as_ref())
+        && error != rustix::io::Errno::INTR
+    {
+        // Out of memory, at most; do not spin on it.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Whether there is something to read; `None` if the peer has closed instead.
+fn has_spoken(stream: &UnixStream) -> Option<bool> {
+    let mut byte = [0u8; 1];
+    match rustix::net::recv(stream, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        Ok((0, _)) => None,
+        Ok(_) => Some(true),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Some(false),
+        Err(_) => None,
+    }
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+    )
+}
+
+/// Who is at the other end, as far as the kernel and /proc tell.
+fn peer_of(stream: &UnixStream) -> Option<Peer> {
+    let credentials = peer_credentials(stream.as_fd()).ok()?;
+    let program = credentials.pid.and_then(|pid| {
+        let exe = std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+        let exe = exe.and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        // Programs of other users hide their path, but not their name.
+        exe.or_else(|| {
+            Some(
+                std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                    .ok()?
+                    .trim()
+                    .to_owned(),
+            )
+        })
+    });
+    Some(Peer {
+        pid: credentials.pid,
+        uid: credentials.uid,
+        gid: credentials.gid,
+        program,
+    })
+}

@@ -1,0 +1,290 @@
+//! One stream connection: its states, its credit, what is owed to the guest for it.
+
+use std::time::{Duration, Instant};
+
+use super::credit::{RecvCredit, SendCredit};
+use super::header::{Cid, Header, Op, Port, ShutdownFlags, SocketType};
+use super::reason::CloseReason;
+
+/// What identifies a connection of one guest: the guest's own CID is implied.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ConnectionKey {
+    /// The guest's port.
+    pub guest_port: Port,
+    /// The other end's CID, as the guest addresses it: 2 for the host.
+    pub peer_cid: Cid,
+    /// The other end's port.
+    pub peer_port: Port,
+}
+
+/// Who asked for a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// The guest sent REQUEST.
+    Guest,
+    /// We sent REQUEST for a client of the host side.
+    Host,
+}
+
+/// Where a connection stands. See the picture in the documentation of [`crate::vsock`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// The guest asked; the host end is being dialled.
+    Dialing,
+    /// We asked; the guest has not answered.
+    Requested,
+    /// Bytes may flow.
+    Established,
+    /// The guest has closed both directions; the host socket has still to take what it sent.
+    Draining,
+    /// Both directions are finished and the host end is closed; the guest's RST is awaited.
+    Closing,
+    /// Over; only an RST is owed.
+    Dead,
+}
+
+impl State {
+    /// The word for snapshots.
+    pub fn label(self) -> &'static str {
+        match self {
+            State::Dialing => "dialing",
+            State::Requested => "requested",
+            State::Established => "established",
+            State::Draining => "draining",
+            State::Closing => "closing",
+            State::Dead => "dead",
+        }
+    }
+}
+
+/// The kinds of packet that can be owed for a connection: a set, so each is owed at most once.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Owed(u8);
+
+impl Owed {
+    /// Asks the guest for a connection.
+    pub(super) const REQUEST: Owed = Owed(1);
+    /// Accepts the guest's request.
+    pub(super) const RESPONSE: Owed = Owed(1 << 1);
+    /// Tells the guest of room.
+    pub(super) const CREDIT_UPDATE: Owed = Owed(1 << 2);
+    /// Asks the guest for room.
+    pub(super) const CREDIT_REQUEST: Owed = Owed(1 << 3);
+    /// Tells the guest what we will do no more.
+    pub(super) const SHUTDOWN: Owed = Owed(1 << 4);
+    /// Ends the connection.
+    pub(super) const RST: Owed = Owed(1 << 5);
+
+    /// In this order they leave.
+    const ORDER: [(Owed, Op); 6] = [
+        (Owed::REQUEST, Op::Request),
+        (Owed::RESPONSE, Op::Response),
+        (Owed::CREDIT_UPDATE, Op::CreditUpdate),
+        (Owed::CREDIT_REQUEST, Op::CreditRequest),
+        (Owed::SHUTDOWN, Op::Shutdown),
+        (Owed::RST, Op::Rst),
+    ];
+
+    pub(super) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    pub(super) fn contains(self, kind: Owed) -> bool {
+        self.0 & kind.0 != 0
+    }
+
+    fn pop(&mut self) -> Option<Op> {
+        let (kind, op) = Owed::ORDER.into_iter().find(|(kind, _)| self.contains(*kind))?;
+        self.0 &= !kind.0;
+        Some(op)
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Connection {
+    pub(super) key: ConnectionKey,
+    pub(super) origin: Origin,
+    pub(super) state: State,
+    pub(super) socket_type: SocketType,
+    pub(super) send: SendCredit,
+    pub(super) recv: RecvCredit,
+    /// What the guest will do no more; only grows.
+    pub(super) guest_shut: ShutdownFlags,
+    /// What the host end will do no more, told to the guest or owed; only grows.
+    pub(super) host_shut: ShutdownFlags,
+    /// The guest's SEND shutdown was passed on to the host socket.
+    pub(super) host_write_closed: bool,
+    /// The host socket takes no more; what the guest sends is discarded.
+    pub(super) host_write_failed: bool,
+    /// The host socket has, or may have, bytes to read.
+    pub(super) readable: bool,
+    /// Packets owed to the guest.
+    pub(super) owed: Owed,
+    /// REQUEST was put into a ring: the guest may know of this connection.
+    pub(super) introduced: bool,
+    /// The guest has reset it: no packet may be sent for it any more.
+    pub(super) silent: bool,
+    /// Since when there have been bytes and no credit.
+    pub(super) stalled_since: Option<Instant>,
+    /// In the backlog's list of replies.
+    pub(super) in_replies: bool,
+    /// In the backlog's list of data.
+    pub(super) in_data: bool,
+    /// When the state's time is up.
+    pub(super) deadline: Option<Instant>,
+    /// The wake-up that the timer holds for it; never later than the deadline.
+    pub(super) armed: Option<Instant>,
+    /// When bytes last moved.
+    pub(super) last_activity: Instant,
+    /// The reason to report at the end of [`State::Draining`].
+    pub(super) close_reason: CloseReason,
+}
+
+impl std::fmt::Debug for Owed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set()
+            .entries(
+                Owed::ORDER
+                    .iter()
+                    .filter(|(kind, _)| self.contains(*kind))
+                    .map(|(_, op)| op),
+            )
+            .finish()
+    }
+}
+
+impl Connection {
+    pub(super) fn new(
+        key: ConnectionKey,
+        origin: Origin,
+        socket_type: SocketType,
+        buf_alloc: u32,
+        now: Instant,
+        within: Duration,
+    ) -> Connection {
+        Connection {
+            key,
+            origin,
+            state: if origin == Origin::Guest {
+                State::Dialing
+            } else {
+                State::Requested
+            },
+            socket_type,
+            send: SendCredit::new(),
+            recv: RecvCredit::new(buf_alloc),
+            guest_shut: ShutdownFlags::NONE,
+            host_shut: ShutdownFlags::NONE,
+            host_write_closed: false,
+            host_write_failed: false,
+            readable: false,
+            owed: Owed::default(),
+            introduced: origin == Origin::Guest,
+            silent: false,
+            stalled_since: None,
+            in_replies: false,
+            in_data: false,
+            deadline: Some(now + within),
+            armed: None,
+            last_activity: now,
+            close_reason: CloseReason::GuestShutdown,
+        }
+    }
+
+    pub(super) fn owe(&mut self, kind: Owed) {
+        if self.silent {
+            return;
+        }
+        if kind == Owed::RST {
+            // Whatever else was to be said has become pointless.
+            self.owed = Owed::RST;
+        } else if !self.owed.contains(Owed::RST) {
+            self.owed.0 |= kind.0;
+        }
+    }
+
+    /// The next packet owed, with credit fields filled in.
+    pub(super) fn next_reply(&mut self, guest_cid: Cid) -> Option<Header> {
+        let op = self.owed.pop()?;
+        if op == Op::Request {
+            self.introduced = true;
+        }
+        let flags = if op == Op::Shutdown {
+            self.host_shut.bits()
+        } else {
+            0
+        };
+        Some(self.header(guest_cid, op, 0, flags))
+    }
+
+    /// A header of this connection towards the guest. Every packet of a flow carries valid credit fields, so every
+    /// header announces them and settles an owed CREDIT_UPDATE.
+    pub(super) fn header(&mut self, guest_cid: Cid, op: Op, len: u32, flags: u32) -> Header {
+        let (buf_alloc, fwd_cnt) = self.recv.announce();
+        self.owed.0 &= !Owed::CREDIT_UPDATE.0;
+        Header {
+            src_cid: self.key.peer_cid,
+            dst_cid: guest_cid,
+            src_port: self.key.peer_port,
+            dst_port: self.key.guest_port,
+            len,
+            socket_type: self.socket_type as u16,
+            op: op as u16,
+            flags,
+            buf_alloc,
+            fwd_cnt,
+        }
+    }
+
+    /// Whether bytes of the host socket may go to the guest, credit aside.
+    pub(super) fn may_send(&self) -> bool {
+        self.state == State::Established
+            && self.readable
+            && !self.host_shut.contains(ShutdownFlags::SEND)
+            && !self.guest_shut.contains(ShutdownFlags::RCV)
+    }
+
+    /// Whether the guest has no answer yet to its REQUEST. Another one is the same then: Linux's connect() gives up
+    /// after 2 s without a word, and the application may try again with the same socket while we still dial.
+    pub(super) fn awaits_answer(&self) -> bool {
+        self.state == State::Dialing || self.owed.contains(Owed::RESPONSE)
+    }
+
+    /// Whether a REQUEST for the same flow begins a new connection. Two kinds of finished flow have ports that the
+    /// guest may use again: one whose RST still waits for a buffer, where the old RST would kill the new connection;
+    /// and one that got SHUTDOWN of both directions, which Linux forgets at once although its RST may take until the
+    /// application has read the rest (`virtio_transport_recv_connected`).
+    pub(super) fn is_replaceable(&self) -> bool {
+        match self.state {
+            State::Dead => true,
+            State::Closing => !self.owed.contains(Owed::SHUTDOWN),
+            State::Dialing | State::Requested | State::Established | State::Draining => false,
+        }
+    }
+
+    /// What identifies it.
+    pub fn key(&self) -> ConnectionKey {
+        self.key
+    }
+
+    /// Who asked for it.
+    pub fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    /// Where it stands.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Payload bytes that may be sent to the guest now.
+    pub fn room(&self) -> u32 {
+        self.send.room()
+    }
+
+    /// Payload bytes of the guest that the host socket has not taken yet.
+    pub fn held(&self) -> u32 {
+        self.recv.held()
+    }
+}

@@ -1,0 +1,127 @@
+//! What only the kernel can do for an init program: mounts, modules, terminals, the end.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountFlags, mount};
+use rustix::system::{RebootCommand, delete_module, finit_module, reboot};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+
+const TRANSPORT: &str = "vmw_vsock_virtio_transport";
+const DRIVER: &str = "/sys/bus/virtio/drivers/vmw_vsock_virtio_transport";
+
+/// Mounts what a program may expect below the root.
+pub fn mount_all() -> io::Result<()> {
+    for (kind, target) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
+        mount(kind, target, kind, MountFlags::empty(), None)?;
+    }
+    Ok(())
+}
+
+/// Loads `/modules/NN-name.ko` in the order of NN.
+pub fn load_modules() -> io::Result<()> {
+    for path in module_files()? {
+        load(&path)?;
+    }
+    Ok(())
+}
+
+/// Unloads the vsock transport and loads it again. The kernel refuses while a socket uses it.
+pub fn reload_transport() -> io::Result<()> {
+    delete_module(&CString::new(TRANSPORT)?, 0)?;
+    let end = format!("-{TRANSPORT}.ko");
+    match module_files()?
+        .into_iter()
+        .find(|path| path.to_string_lossy().ends_with(&end))
+    {
+        Some(path) => load(&path),
+        None => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
+/// Takes the vsock device from its driver and gives it back: the device is reset, open sockets end, the system runs on.
+pub fn rebind_transport() -> io::Result<()> {
+    let device = fs::read_dir(DRIVER)?
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .find(|name| name.starts_with("virtio"))
+        .ok_or(io::ErrorKind::NotFound)?;
+    fs::write(Path::new(DRIVER).join("unbind"), &device)?;
+    fs::write(Path::new(DRIVER).join("bind"), &device)
+}
+
+/// Opens a serial port without echo or line editing: bytes are bytes.
+pub fn open_raw(path: &str) -> io::Result<File> {
+    let port = OpenOptions::new().read(true).write(true).open(path)?;
+    let mut settings = tcgetattr(&port)?;
+    settings.make_raw();
+    tcsetattr(&port, OptionalActions::Now, &settings)?;
+    Ok(port)
+}
+
+/// The CID that the driver read from the device.
+pub fn local_cid() -> io::Result<u32> {
+    /// `IOCTL_VM_SOCKETS_GET_LOCAL_CID`, `_IO(7, 0xb9)` in Linux's include/uapi/linux/vm_sockets.h.
+    const LOCAL_CID: rustix::ioctl::Opcode = rustix::ioctl::opcode::none(7, 0xb9);
+    let device = File::open("/dev/vsock")?;
+    // SAFETY: the request writes one `unsigned int` through its argument (`vsock_dev_do_ioctl` in Linux's
+    // net/vmw_vsock/af_vsock.c), which is what `Getter` with `u32` provides room for.
+    let cid = unsafe { rustix::ioctl::ioctl(&device, rustix::ioctl::Getter::<LOCAL_CID, u32>::new())? };
+    Ok(cid)
+}
+
+/// The release of the running kernel.
+pub fn release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+/// Writes the kernel's log to the console, which `quiet` kept it from.
+pub fn dump_log() -> io::Result<()> {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    const O_NONBLOCK: i32 = 0o4000;
+    let mut log = OpenOptions::new()
+        .read(true)
+        .custom_flags(O_NONBLOCK)
+        .open("/dev/kmsg")?;
+    let mut console = OpenOptions::new().write(true).open("/dev/console")?;
+    let mut record = [0; 8192];
+    // One read is one record; EAGAIN is the end, EPIPE a record that was overwritten meanwhile.
+    loop {
+        match log.read(&mut record) {
+            Ok(n) => console.write_all(&record[..n])?,
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
+            Err(_) => return Ok(()),
+        }
+    }
+}
+
+/// Free memory as the kernel estimates it, in KiB.
+pub fn available_memory() -> io::Result<u64> {
+    let info = fs::read_to_string("/proc/meminfo")?;
+    let value = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    value
+        .and_then(|v| v.trim().strip_suffix(" kB")?.parse().ok())
+        .ok_or(io::ErrorKind::InvalidData.into())
+}
+
+/// Switches the machine off.
+pub fn power_off() -> io::Result<()> {
+    Ok(reboot(RebootCommand::PowerOff)?)
+}
+
+fn module_files() -> io::Result<Vec<PathBuf>> {
+    let mut files: Vec<PathBuf> = fs::read_dir("/modules")?
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+fn load(path: &Path) -> io::Result<()> {
+    finit_module(File::open(path)?, c"", 0)
+        .map_err(|e| io::Error::other(format!("loading {}: {}", path.display(), io::Error::from(e))))
+}

@@ -1,0 +1,33 @@
+#!/bin/sh
+# Installs what the tests use besides Rust: QEMU and tools to make a guest, guest kernels, promtool and Prometheus.
+# For Debian and Ubuntu. Does nothing if everything is there. Run again at will.
+set -eu
+
+missing=
+need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
+need qemu-system-x86_64 qemu-system-x86
+need cpio cpio
+need depmod kmod
+need xz xz-utils
+need promtool prometheus
+
+if [ -n "$missing" ]; then
+    if ! command -v apt-get >/dev/null 2>&1; then
+        echo "setup: please install:$missing (this script knows apt-get only)" >&2
+        exit 1
+    fi
+    sudo=
+    if [ "$(id -u)" -ne 0 ]; then
+        sudo=sudo
+        command -v sudo >/dev/null 2>&1 || {
+            echo "setup: please install as root:$missing" >&2
+            exit 1
+        }
+    fi
+    echo "setup: installing$missing"
+    $sudo apt-get update -qq
+    # shellcheck disable=SC2086 # a list of words
+    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
+fi
+
+sh "$(dirname "$0")/vm/fetch-kernels.sh"
