@@ -8,8 +8,8 @@
 
 use std::collections::VecDeque;
 
-use super::ConnectionId;
 use super::header::Header;
+use super::{ConnectionId, ConnectionKey};
 
 /// The waiting lists.
 #[derive(Default, Debug)]
@@ -34,6 +34,13 @@ impl Backlog {
         if self.has_room_for_stray() {
             self.strays.push_back(header);
         }
+    }
+
+    /// Forgets resets for a flow that begins now: they are of the past, and would kill it.
+    pub(super) fn forget_strays_of(&mut self, key: &ConnectionKey) {
+        self.strays.retain(|rst| {
+            (rst.dst_port, rst.src_cid, rst.src_port) != (key.guest_port, key.peer_cid, key.peer_port)
+        });
     }
 
     pub(super) fn push_reply(&mut self, id: ConnectionId) {

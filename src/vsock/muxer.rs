@@ -573,6 +573,7 @@ impl Muxer {
             self.misbehaved(kind, key);
         } else if op == Some(Op::Request) {
             if self.entries.len() < self.config.max_connections {
+                self.backlog.forget_strays_of(&key);
                 let id = self.insert(now, key, Origin::Guest, self.config.connect_timeout);
                 if let Some(connection) = self.connection_mut(id) {
                     // A fresh flow has sent nothing; a claim to the contrary is judged with the next packet.

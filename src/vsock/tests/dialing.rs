@@ -199,3 +199,23 @@ fn beyond_the_limit_a_request_is_reset_and_told() {
     assert_eq!(s.sent(), [third.gets_stray_rst(), FLOW.gets(Op::Rst)]);
     s.dialing(third);
 }
+
+/// An RST for a flow that we did not know waits for a buffer; then the guest opens a connection from the same port.
+#[test]
+fn a_fresh_request_takes_back_the_strays_of_its_flow() {
+    let mut s = Scene::new();
+    let other = Flow::new(1025, 80);
+    s.guest(FLOW.sends_rw(1));
+    s.guest(other.sends_rw(1));
+    s.guest(FLOW.sends_rw(1));
+    let id = s.dialing(FLOW);
+    assert_eq!(
+        s.sent(),
+        [other.gets_stray_rst()],
+        "an RST of the past would kill the new flow"
+    );
+    s.mux.refused(id, RefuseReason::NoRule);
+    s.events();
+    assert_eq!(s.sent(), [FLOW.gets(Op::Rst)]);
+    s.assert_over();
+}
