@@ -245,6 +245,12 @@ impl Connection {
             && !self.guest_shut.contains(ShutdownFlags::RCV)
     }
 
+    /// Whether the guest has no answer yet to its REQUEST. Another one is the same then: Linux's connect() gives up
+    /// after 2 s without a word, and the application may try again with the same socket while we still dial.
+    pub(super) fn awaits_answer(&self) -> bool {
+        self.state == State::Dialing || self.owed.contains(Owed::RESPONSE)
+    }
+
     /// What identifies it.
     pub fn key(&self) -> ConnectionKey {
         self.key

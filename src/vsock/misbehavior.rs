@@ -16,11 +16,12 @@ labelled! {
         UnsupportedType => "unsupported_type",
         /// `op` is no operation of the standard. Answered with RST.
         UnknownOp => "unknown_op",
-        /// REQUEST for a connection that exists.
+        /// REQUEST for a connection that exists, and that is no repetition of an unanswered one.
         DuplicateRequest => "duplicate_request",
         /// RESPONSE that answers no REQUEST.
         UnexpectedResponse => "unexpected_response",
-        /// RW, SHUTDOWN or credit operations before the connection is established.
+        /// RW or SHUTDOWN before the connection is established. (Linux sends CREDIT_UPDATE then, when an application
+        /// sets its buffer size while it connects.)
         NotEstablished => "not_established",
         /// RW after SHUTDOWN(SEND).
         DataAfterShutdown => "data_after_shutdown",

@@ -624,7 +624,7 @@ impl Muxer {
             (Some(socket_type), _) if socket_type != connection.socket_type => {
                 Some(Misbehavior::UnsupportedType)
             }
-            (_, Some(Op::Request)) => Some(Misbehavior::DuplicateRequest),
+            (_, Some(Op::Request)) if !connection.awaits_answer() => Some(Misbehavior::DuplicateRequest),
             (_, Some(Op::Response)) if connection.state != State::Requested => {
                 Some(Misbehavior::UnexpectedResponse)
             }

@@ -219,3 +219,34 @@ fn a_fresh_request_takes_back_the_strays_of_its_flow() {
     assert_eq!(s.sent(), [FLOW.gets(Op::Rst)]);
     s.assert_over();
 }
+
+/// Linux's connect() gives up after 2 s without a word to us. If we take longer, its next try from the same socket
+/// comes while we still dial for the first: it is the same wish, and nobody's fault.
+#[test]
+fn a_request_again_while_we_dial_is_the_same_request() {
+    let mut s = Scene::with(MuxerConfig {
+        connect_timeout: Duration::from_secs(10),
+        ..config()
+    });
+    let id = s.dialing(FLOW);
+    s.pass(Duration::from_secs(3));
+    s.guest(Header {
+        buf_alloc: 1000,
+        ..FLOW.sends(Op::Request)
+    });
+    assert_eq!((s.sent(), s.events()), (vec![], vec![]));
+    assert!(s.mux.connected(s.now, id));
+    assert_eq!(s.room(id), 1000, "the new socket's buffer");
+    s.guest(FLOW.sends(Op::Request));
+    assert_eq!(s.events(), [], "nor while the RESPONSE waits for a buffer");
+    assert_eq!(s.sent(), [FLOW.gets(Op::Response)]);
+    s.guest(FLOW.sends(Op::Request));
+    assert_eq!(
+        s.events()[0],
+        Event::Misbehaved {
+            kind: crate::vsock::Misbehavior::DuplicateRequest,
+            key: FLOW.key()
+        },
+        "once answered, it is another"
+    );
+}

@@ -125,7 +125,7 @@ fn a_trick_costs_its_connection_and_no_other() {
 fn the_same_tricks_while_we_dial_are_a_refusal() {
     for trick in tricks() {
         if trick.counted == Misbehavior::DuplicateRequest {
-            continue; // told in dialing.rs
+            continue; // the same request again, and no trick: dialing.rs
         }
         let mut s = Scene::new();
         let id = s.dialing(FLOW);
