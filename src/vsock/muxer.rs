@@ -315,12 +315,17 @@ impl Muxer {
             return;
         };
         connection.readable = false;
-        if connection.state != State::Established || connection.host_shut.contains(ShutdownFlags::SEND) {
-            return;
+        let told = connection.host_shut.contains(ShutdownFlags::SEND);
+        match connection.state {
+            // A client that said nothing and is done before the guest answered: told when it has.
+            State::Requested => connection.host_shut = connection.host_shut.with(ShutdownFlags::SEND),
+            State::Established if !told => {
+                connection.host_shut = connection.host_shut.with(ShutdownFlags::SEND);
+                self.owe(id, Owed::SHUTDOWN);
+                self.finish_if_over(now, id, CloseReason::PeerFin);
+            }
+            _ => {}
         }
-        connection.host_shut = connection.host_shut.with(ShutdownFlags::SEND);
-        self.owe(id, Owed::SHUTDOWN);
-        self.finish_if_over(now, id, CloseReason::PeerFin);
     }
 
     /// The host end takes no more bytes (EPIPE, ECONNRESET). What it has not taken is lost; it may still have some
@@ -337,6 +342,7 @@ impl Muxer {
                 connection.close_reason = CloseReason::PeerRst;
                 self.drained(id);
             }
+            State::Requested => connection.host_shut = connection.host_shut.with(ShutdownFlags::RCV),
             State::Established if !connection.host_shut.contains(ShutdownFlags::RCV) => {
                 connection.host_shut = connection.host_shut.with(ShutdownFlags::RCV);
                 self.owe(id, Owed::SHUTDOWN);
@@ -666,8 +672,13 @@ impl Muxer {
         };
         connection.state = State::Established;
         connection.last_activity = now;
+        let host_shut = connection.host_shut;
         self.events.push_back(Event::Accepted { id, key });
         self.arm_idle(now, id);
+        if host_shut != ShutdownFlags::NONE {
+            self.owe(id, Owed::SHUTDOWN);
+            self.finish_if_over(now, id, CloseReason::PeerRst);
+        }
     }
 
     fn handle_rw(

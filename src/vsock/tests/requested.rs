@@ -194,3 +194,50 @@ fn our_ports_wrap_and_skip_those_in_use() {
     let (_, flow) = s.requested(23);
     assert_eq!(flow.peer_port, 1 << 30, "but not for its port 23");
 }
+
+/// `echo hello | nc host 2222`: the client is done before the guest has answered.
+#[test]
+fn a_client_that_ends_before_the_response_is_told_after_it() {
+    let mut s = Scene::new();
+    let (id, flow) = s.requested(22);
+    s.mux.host_eof(s.now, id);
+    assert_eq!(s.sent(), [], "SHUTDOWN for a connection that is none yet");
+    s.guest(flow.sends(Op::Response));
+    assert_eq!(s.events(), [Event::Accepted { id, key: flow.key() }]);
+    assert_eq!(s.sent(), [flow.gets_shutdown(ShutdownFlags::SEND, 0)]);
+    s.guest_sends(id, flow, 10);
+    s.mux.host_wrote(s.now, id, 10);
+    s.guest(flow.sends_shutdown(ShutdownFlags::BOTH));
+    s.events();
+    s.sent();
+    s.assert_over();
+}
+
+#[test]
+fn a_client_that_takes_nothing_before_the_response_is_told_after_it() {
+    let mut s = Scene::new();
+    let (id, flow) = s.requested(22);
+    s.mux.host_write_failed(s.now, id);
+    assert_eq!(s.sent(), []);
+    s.guest(flow.sends(Op::Response));
+    assert_eq!(s.sent(), [flow.gets_shutdown(ShutdownFlags::RCV, 0)]);
+    assert_eq!(s.state(id), Some(State::Established));
+
+    let (id, flow) = s.requested(22);
+    s.mux.host_write_failed(s.now, id);
+    s.mux.host_eof(s.now, id);
+    s.events();
+    s.guest(flow.sends(Op::Response));
+    assert_eq!(
+        s.events(),
+        [
+            Event::Accepted { id, key: flow.key() },
+            Event::Closed {
+                id,
+                reason: CloseReason::PeerRst,
+                abort: false
+            }
+        ]
+    );
+    assert_eq!(s.sent(), [flow.gets_shutdown(ShutdownFlags::BOTH, 0)]);
+}
