@@ -631,7 +631,7 @@ impl Muxer {
                 Some(Misbehavior::UnsupportedType)
             }
             (_, Some(Op::Request)) if !connection.awaits_answer() => Some(Misbehavior::DuplicateRequest),
-            (_, Some(Op::Response)) if connection.state != State::Requested => {
+            (_, Some(Op::Response)) if connection.state != State::Requested || !connection.introduced => {
                 Some(Misbehavior::UnexpectedResponse)
             }
             _ => connection
@@ -807,6 +807,10 @@ impl Muxer {
     /// The guest broke the protocol on a connection, which ends.
     fn offend(&mut self, id: ConnectionId, key: ConnectionKey, kind: Misbehavior) {
         self.misbehaved(kind, key);
+        if let Some(connection) = self.connection_mut(id) {
+            // It spoke on this flow: it hears of the end even if our REQUEST has not left.
+            connection.introduced = true;
+        }
         match self.state(id) {
             Some(State::Dialing | State::Requested) => {
                 self.events.push_back(Event::Refused {

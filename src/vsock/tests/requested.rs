@@ -241,3 +241,38 @@ fn a_client_that_takes_nothing_before_the_response_is_told_after_it() {
     );
     assert_eq!(s.sent(), [flow.gets_shutdown(ShutdownFlags::BOTH, 0)]);
 }
+
+/// Our ports are easily guessed, so a guest may speak on a flow before our REQUEST has found a buffer.
+#[test]
+fn an_answer_to_a_request_that_never_left_is_no_answer() {
+    use crate::vsock::Misbehavior;
+    for (op, kind) in [
+        (Op::Response, Misbehavior::UnexpectedResponse),
+        (Op::Rw, Misbehavior::NotEstablished),
+        (Op::Request, Misbehavior::DuplicateRequest),
+    ] {
+        let mut s = Scene::new();
+        let id = s.mux.connect(s.now, Port(22)).unwrap();
+        let flow = Flow::new(22, 1 << 30);
+        s.guest(flow.sends(op));
+        assert_eq!(
+            s.events(),
+            [
+                Event::Misbehaved {
+                    kind,
+                    key: flow.key()
+                },
+                Event::Refused {
+                    id,
+                    reason: RefuseReason::Misbehavior
+                }
+            ]
+        );
+        assert_eq!(
+            s.sent(),
+            [flow.gets(Op::Rst)],
+            "{op:?}: never silence, and no REQUEST any more"
+        );
+        s.assert_over();
+    }
+}
