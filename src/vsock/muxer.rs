@@ -954,7 +954,7 @@ impl Muxer {
         let Some(connection) = self.connection_mut(id) else {
             return;
         };
-        if connection.send.room() == 0 {
+        if connection.state != State::Established || connection.send.room() == 0 {
             return;
         }
         if let Some(since) = connection.stalled_since.take() {

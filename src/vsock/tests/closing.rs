@@ -288,3 +288,24 @@ fn an_rst_is_never_answered_with_rst() {
     s.events();
     s.assert_over();
 }
+
+/// Linux forgets a socket at SHUTDOWN of both directions, so its port may be used again; but the old socket still
+/// speaks: CREDIT_UPDATE as the application reads what is left, RST when it closes. A new connection would be cut off
+/// in its middle. It is refused in its beginning, as the standard has it: no reuse before RST or the timeout.
+#[test]
+fn a_flow_that_waits_for_its_rst_is_not_begun_anew() {
+    let mut s = Scene::new();
+    closing(&mut s);
+    s.guest(FLOW.sends(Op::Request));
+    assert_eq!(
+        s.events(),
+        [Event::Misbehaved {
+            kind: crate::vsock::Misbehavior::DuplicateRequest,
+            key: FLOW.key()
+        }]
+    );
+    assert_eq!(s.sent(), [FLOW.gets(Op::Rst)]);
+    s.guest(FLOW.sends(Op::CreditUpdate));
+    assert_eq!(s.sent(), [FLOW.gets_stray_rst()]);
+    s.assert_over();
+}
