@@ -4,8 +4,15 @@
 //! rings write an error for each malformed one, which a guest could do a million times a second. Whatever matters of it comes back
 //! to us as an error value, and is counted and logged once with its context; so their own lines are off unless asked
 //! for by name ([`QUIET_CRATES`]).
+//!
+//! Events are written by a thread of their own. Stderr is a pipe whose reader may stall, and a device thread that waits for it
+//! would be a guest that waits for it. A queue that is full drops events, counts them, and says so when it can.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
+
+use prometheus::IntCounter;
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
@@ -39,14 +46,18 @@ pub enum LogError {
         /// What is wrong with it.
         problem: String,
     },
+    /// The thread that writes could not be made.
+    #[error("cannot start the log's thread: {0}")]
+    Thread(io::Error),
     /// The process has a log already.
     #[error("the log is set up twice")]
     Twice,
 }
 
 /// Sends all events from now on to stderr. `level` is the configured level or filter; `VSOCK_SIDECAR_LOG` overrides it if it
-/// is set and not empty. Warnings and errors that are written are counted in `messages`.
-pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<(), LogError> {
+/// is set and not empty. Warnings and errors that pass are counted in `messages`. What was logged is written at the latest
+/// when the guard is dropped.
+pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<LogGuard, LogError> {
     let variable = std::env::var(VARIABLE)
         .ok()
         .filter(|filter| !filter.trim().is_empty());
@@ -54,31 +65,27 @@ pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<(),
         Some(filter) => parse_filter(filter, "the variable VSOCK_SIDECAR_LOG")?,
         None => parse_filter(level, "the configuration (log.level)")?,
     };
+    let (queue, guard) = Queue::start(messages.dropped.clone()).map_err(LogError::Thread)?;
     let subscriber = tracing_subscriber::registry().with(filter).with(Count(messages));
     let set = match format {
         LogFormat::Text => {
             let text = fmt::layer()
-                .with_writer(io::stderr)
+                .with_writer(queue)
                 .with_ansi(io::stderr().is_terminal());
             subscriber.with(text).try_init()
         }
-        LogFormat::Json => subscriber.with(json(io::stderr)).try_init(),
+        LogFormat::Json => {
+            // One flat object: the event's fields beside `timestamp` (RFC 3339, UTC), `level` and `target`.
+            let json = fmt::layer()
+                .json()
+                .flatten_event(true)
+                .with_current_span(false)
+                .with_span_list(false);
+            subscriber.with(json.with_writer(queue)).try_init()
+        }
     };
-    set.map_err(|_| LogError::Twice)
-}
-
-/// One object a line, the event's fields beside `timestamp` (RFC 3339, UTC), `level` and `target`.
-fn json<S, W>(writer: W) -> impl Layer<S>
-where
-    S: Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
-    W: for<'w> fmt::MakeWriter<'w> + 'static,
-{
-    fmt::layer()
-        .json()
-        .flatten_event(true)
-        .with_current_span(false)
-        .with_span_list(false)
-        .with_writer(writer)
+    set.map_err(|_| LogError::Twice)?;
+    Ok(guard)
 }
 
 /// Checks that a filter would be taken, for the configuration's sake.
@@ -125,6 +132,148 @@ impl<S: Subscriber> Layer<S> for Count {
             Level::ERROR => self.0.error.inc(),
             Level::WARN => self.0.warn.inc(),
             _ => {}
+        }
+    }
+}
+
+/// Events that wait to be written; one is a few hundred bytes.
+const QUEUE: usize = 4096;
+/// How long the end of the program waits for a reader that stalls.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+enum Line {
+    Event(Vec<u8>),
+    /// Answered when everything before it is written.
+    Flush(SyncSender<()>),
+}
+
+/// The way to the thread that writes. Never blocks.
+struct Queue {
+    lines: SyncSender<Line>,
+    dropped: IntCounter,
+}
+
+/// Sees to it that the log is complete: keep it until the end of the program.
+#[must_use = "events that wait to be written are lost if it is not kept"]
+#[derive(Debug)]
+pub struct LogGuard(SyncSender<Line>);
+
+impl Queue {
+    fn start(dropped: IntCounter) -> io::Result<(Queue, LogGuard)> {
+        let (lines, queue) = sync_channel(QUEUE);
+        let counted = dropped.clone();
+        std::thread::Builder::new()
+            .name("log".to_owned())
+            .spawn(move || write_lines(&queue, &counted))?;
+        Ok((
+            Queue {
+                lines: lines.clone(),
+                dropped,
+            },
+            LogGuard(lines),
+        ))
+    }
+}
+
+impl Write for &Queue {
+    /// One whole event: the formatting layers write each with one call.
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        if let Err(TrySendError::Full(_)) = self.lines.try_send(Line::Event(event.to_vec())) {
+            self.dropped.inc();
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> fmt::MakeWriter<'a> for Queue {
+    type Writer = &'a Queue;
+
+    fn make_writer(&'a self) -> &'a Queue {
+        self
+    }
+}
+
+impl Drop for LogGuard {
+    fn drop(&mut self) {
+        let (done, flushed) = sync_channel(1);
+        let deadline = Instant::now() + PATIENCE;
+        while self.0.try_send(Line::Flush(done.clone())).is_err() {
+            if Instant::now() >= deadline {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let _ = flushed.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
+}
+
+fn write_lines(queue: &Receiver<Line>, dropped: &IntCounter) {
+    let (mut reported, mut reported_at) = (0, Instant::now());
+    loop {
+        match queue.recv_timeout(PATIENCE) {
+            // Where the log cannot be written there is nobody to tell.
+            Ok(Line::Event(event)) => drop(io::stderr().write_all(&event)),
+            Ok(Line::Flush(done)) => drop(done.send(())),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        // The reader has taken something, so that there is a place in the queue for this.
+        if dropped.get() > reported && reported_at.elapsed() >= PATIENCE {
+            let events = dropped.get() - reported;
+            (reported, reported_at) = (reported + events, Instant::now());
+            tracing::warn!(
+                events,
+                "log events were dropped, since the log was not read fast enough"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_and_module_filters_are_taken() {
+        for filter in [
+            "info",
+            "WARN",
+            "off",
+            "info,vsock_sidecar::device=debug",
+            " debug , vhost_user_backend=trace",
+            "x[span]=info",
+        ] {
+            check_filter(filter).unwrap_or_else(|error| panic!("{error}"));
+        }
+    }
+
+    /// `inof` would be the name of a module, and everything else would be silent.
+    #[test]
+    fn a_filter_with_a_typo_is_refused_by_name() {
+        for (filter, part) in [
+            ("inof", "inof"),
+            ("info,debgu", "debgu"),
+            ("a=b=c", "a=b=c"),
+            ("vsock=lots", "vsock=lots"),
+        ] {
+            let error = check_filter(filter).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("{filter:?}")) && error.contains(&format!("{part:?}")),
+                "{error}"
+            );
+            assert!(error.contains("log.level"), "{error}");
+        }
+        for filter in ["", " ", ","] {
+            assert!(
+                check_filter(filter)
+                    .unwrap_err()
+                    .to_string()
+                    .contains("it is empty")
+            );
         }
     }
 }

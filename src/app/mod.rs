@@ -15,10 +15,11 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
-use tracing::{info, warn};
+use tracing::{debug, error, info, warn};
 
 mod source;
 
@@ -28,8 +29,8 @@ use crate::device::{self, Command, DeviceConfig, DeviceHandle, Router, RunningDe
 use crate::drain::{self, Drain, Report};
 use crate::guest::RingFault;
 use crate::host::dial::Dialer;
-use crate::host::listen::{InboundSpec, ListenError, Listener, Stop};
-use crate::metrics::{Direction, LabelSets, Registry, RuleNames};
+use crate::host::listen::{Incoming, InboundSpec, ListenError, Listener, Rejected};
+use crate::metrics::{GuestMetrics, LabelSets, Registry, RuleNames};
 use crate::vhost_user::{self, Endpoint, NegotiationWatch, Session, SessionConfig, SessionHandle};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
 use source::{AdminSource, GuestView};
@@ -59,7 +60,7 @@ pub enum Error {
         source: ListenError,
     },
     /// An admin address cannot be had.
-    #[error("admin: {0}")]
+    #[error(transparent)]
     Admin(#[from] AdminError),
     /// A thread, a runtime or a signal handler could not be set up.
     #[error("cannot start {what}: {source}")]
@@ -84,6 +85,7 @@ fn starting(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 
 /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain.
 pub fn run(config: &Config, registry: Arc<Registry>) -> Result<(), Error> {
+    raise_descriptor_limit();
     let sidecar = Sidecar::start(config, registry)?;
     let (first, signalled) = mpsc::channel();
     let shortcut = sidecar.drain.shortcut();
@@ -116,6 +118,17 @@ pub fn run(config: &Config, registry: Arc<Registry>) -> Result<(), Error> {
     let _ = signalled.recv();
     sidecar.stop();
     Ok(())
+}
+
+/// Every connection is a descriptor; the soft limit of most systems (1024) is for programs that use `select`.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current < limit.maximum || limit.maximum.is_none() {
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            warn!(%error, soft = ?limit.current, hard = ?limit.maximum, "cannot raise the limit of open files");
+        }
+    }
 }
 
 /// The thread and runtime for names, dials, accepts and signals.
@@ -201,7 +214,6 @@ pub struct Sidecar {
     admin: Option<AdminHandle>,
     admin_addresses: Vec<ListenAddress>,
     inbound_addresses: BTreeMap<(String, String), ListenAddress>,
-    stop_listening: Stop,
     guests: Vec<RunningGuest>,
     control: Control,
     drain: Drain,
@@ -221,12 +233,10 @@ impl Sidecar {
         let startup = Readiness::new();
         let starting_up = startup.latch("guests and listeners have started");
         let dialer = Dialer::new(control.handle.clone());
-        let stop_listening = Stop::new();
         let mut sidecar = Sidecar {
             admin: None,
             admin_addresses,
             inbound_addresses: BTreeMap::new(),
-            stop_listening,
             guests: Vec::with_capacity(bound.len()),
             control,
             drain,
@@ -271,7 +281,7 @@ impl Sidecar {
             limits: config.limits.clone(),
             router: Router::new(config.outbound.clone()),
             dialer: dialer.clone(),
-            metrics,
+            metrics: Arc::clone(&metrics),
         })
         .map_err(starting("a device thread"))?;
         let handle = device.handle.clone();
@@ -289,14 +299,12 @@ impl Sidecar {
                 protocol: rule.protocol,
                 handshake_timeout: config.limits.guest_timeout,
             };
-            let device = handle.clone();
-            let sink = move |incoming| {
-                // A device that is gone closes the client by dropping it.
-                let _ = device.send(Command::Incoming(incoming));
-            };
-            listener.serve(&self.control.handle, spec, sink, &self.stop_listening).map_err(|source| {
-                Error::Listen { guest: config.name.clone(), rule: rule.name.clone(), source }
-            })?;
+            self.control.handle.spawn(serve_inbound(
+                listener,
+                spec,
+                InboundSink { guest: Arc::clone(&config), device: handle.clone(), metrics: Arc::clone(&metrics) },
+                self.drain.watch(),
+            ));
         }
         self.guests.push(RunningGuest { name: config.name.clone(), device, session });
         Ok(GuestView { config, device: handle, session: watch })
@@ -339,7 +347,7 @@ impl Sidecar {
     }
 
     fn drain_connections(&self) -> Report {
-        self.stop_listening.stop();
+        self.drain.begin();
         for guest in &self.guests {
             let _ = guest.device.handle.send(Command::Drain);
             let guard = self.drain.watch().guard(format!("guest {}", guest.name));
@@ -347,6 +355,44 @@ impl Sidecar {
             self.control.handle.spawn(watch_connections(guest.device.handle.clone(), gauges, guard));
         }
         self.drain.wait(self.grace)
+    }
+}
+
+/// Where the clients of a guest's inbound rules go.
+struct InboundSink {
+    guest: Arc<Guest>,
+    device: DeviceHandle,
+    metrics: Arc<GuestMetrics>,
+}
+
+impl InboundSink {
+    fn take(&self, client: Result<Incoming, Rejected>) {
+        match client {
+            Ok(incoming) => {
+                // A device that is gone closes the client by dropping it.
+                let _ = self.device.send(Command::Incoming(incoming));
+            }
+            Err(rejected) => {
+                let reason = RefuseReason::BadHandshake;
+                let Some(rule) = self.metrics.inbound.get(rejected.rule) else { return };
+                if let Some(counter) = rule.refused.get(reason as usize) {
+                    counter.inc();
+                }
+                debug!(
+                    guest = self.guest.name, rule = rule.name, peer = rejected.peer, reason = reason.label(),
+                    detail = %rejected.why, "inbound client refused"
+                );
+            }
+        }
+    }
+}
+
+/// Serves one inbound listener until the drain begins.
+async fn serve_inbound(listener: Listener, spec: InboundSpec, sink: InboundSink, drain: drain::Watch) {
+    let rule = spec.rule;
+    if let Err(error) = listener.serve(spec, |client| sink.take(client), drain.draining()).await {
+        let name = sink.guest.inbound.get(rule).map_or("?", |rule| &rule.name);
+        error!(guest = sink.guest.name, rule = name, %error, "an inbound listener has failed");
     }
 }
 

@@ -64,7 +64,8 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -> Resul
     }
 }
 
-fn to_timespec(duration: Duration) -> Timespec {
+/// The kernel's form of a duration, cut to what it takes.
+pub(super) fn to_timespec(duration: Duration) -> Timespec {
     Timespec {
         tv_sec: duration.as_secs().min(i32::MAX as u64) as i64,
         tv_nsec: duration.subsec_nanos().into(),

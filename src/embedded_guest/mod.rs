@@ -28,6 +28,7 @@ pub mod memory;
 pub mod message;
 pub mod profile;
 mod shape;
+pub mod sockets;
 mod stats;
 mod virtqueue;
 
@@ -40,6 +41,7 @@ pub use front_end::{FrontEnd, Negotiated, RingSetup, recv_message};
 pub use memory::{GuestMemory, Region};
 pub use profile::{Order, Profile};
 pub use shape::{RxLayout, Shape};
+pub use sockets::{GuestListener, GuestStream, SocketOptions, Sockets};
 pub use stats::{Packets, QueueStats, Stats, Violation, Violations};
 pub use virtqueue::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Segment, Table, Used, Virtqueue, descriptor,

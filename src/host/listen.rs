@@ -1,6 +1,42 @@
 //! Listeners of inbound rules.
+//!
+//! Bound before the program says it is ready, so that a taken port is an error at start; served by one task each on the
+//! control runtime, which hands every client to a sink as soon as its guest port is known.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::pin::pin;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::Interest;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::HostStream;
+use super::handshake::{ConnectLine, Wanted};
+use super::stream::set_tcp_options;
+use crate::config::{InboundProtocol, ListenAddress};
+use crate::sys::readiness::PolledFd;
+use crate::sys::unix_socket::{self, BindError, SocketGuard};
+
+pub use super::handshake::Rejection;
+
+/// Connections the kernel completes before we accept them; it takes less if net.core.somaxconn says so.
+const BACKLOG: i32 = 1024;
+
+/// Clients of one `protocol: connect` listener that have not sent their line yet. One more, and the oldest goes: who means it
+/// sends the line at once, so the oldest is the least likely to.
+pub const MAX_HANDSHAKES: usize = 1024;
+
+/// Owner and group may connect to a unix listener.
+const UNIX_MODE: u32 = 0o660;
 
 /// A client of an inbound listener that wants to reach a guest port.
 #[derive(Debug)]
@@ -11,10 +47,414 @@ pub struct Incoming {
     pub port: u32,
     /// The client's socket.
     pub stream: HostStream,
-    /// Bytes the client already sent that belong to the guest (they came with the CONNECT line).
+    /// Bytes the client already sent that belong to the guest (they came with the CONNECT line), at most 1 KiB.
     pub preface: Vec<u8>,
     /// Whether the client waits for `OK <port>\n`.
     pub wants_ok: bool,
     /// The client, for the log: an address, or a unix path.
     pub peer: String,
 }
+
+/// A client that was closed before the guest heard of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rejected {
+    /// Index of the inbound rule in the guest's configuration.
+    pub rule: usize,
+    /// The client, as [`Incoming::peer`].
+    pub peer: String,
+    /// Why.
+    pub why: Rejection,
+}
+
+/// What the clients of a listener get.
+#[derive(Clone, Copy, Debug)]
+pub struct InboundSpec {
+    /// Index of the inbound rule in the guest's configuration.
+    pub rule: usize,
+    /// How the guest port is found.
+    pub protocol: InboundProtocol,
+    /// Time for the CONNECT line, from accept to newline.
+    pub handshake_timeout: Duration,
+}
+
+/// Why a listener could not be bound. Every message names the address and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// A unix socket; see there.
+    #[error(transparent)]
+    Unix(#[from] BindError),
+    /// EADDRINUSE.
+    #[error(
+        "cannot listen on tcp://{address}: another socket listens there; stop its process or choose another port"
+    )]
+    InUse {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// EADDRNOTAVAIL.
+    #[error(
+        "cannot listen on tcp://{address}: no interface has this address; choose one of this host's or pod's, \
+         or 0.0.0.0 or [::] for all of them"
+    )]
+    NotLocal {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// EACCES, EPERM.
+    #[error(
+        "cannot listen on tcp://{address}: {source}; ports below 1024 need CAP_NET_BIND_SERVICE, choose a higher one"
+    )]
+    Denied {
+        /// The address.
+        address: SocketAddr,
+        /// The system's words.
+        source: io::Error,
+    },
+    /// Anything else.
+    #[error("cannot {action} tcp://{address}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// The system's words.
+        source: io::Error,
+    },
+}
+
+/// A bound listener. Clients queue up in the kernel until [`Listener::serve`] runs. Dropping it closes it, and removes a unix
+/// socket's file if that is still ours.
+#[derive(Debug)]
+pub struct Listener {
+    socket: OwnedFd,
+    address: ListenAddress,
+    /// Removes the file of a unix socket.
+    file: Option<SocketGuard>,
+}
+
+impl Listener {
+    /// Binds and listens. For a unix address a stale socket file is replaced, a live one and what is no socket are not.
+    /// An IPv6 address takes IPv6 clients only.
+    pub fn bind(address: &ListenAddress) -> Result<Listener, ListenError> {
+        match address {
+            ListenAddress::Tcp(address) => {
+                let (socket, address) = bind_tcp(*address)?;
+                Ok(Listener {
+                    socket: socket.into(),
+                    address: ListenAddress::Tcp(address),
+                    file: None,
+                })
+            }
+            ListenAddress::Unix(path) => {
+                let (socket, file) = unix_socket::bind_unix(path, UNIX_MODE)?;
+                Ok(Listener {
+                    socket: socket.into(),
+                    address: address.clone(),
+                    file: Some(file),
+                })
+            }
+        }
+    }
+
+    /// Where it listens; a TCP port 0 has become the port that the kernel chose.
+    pub fn address(&self) -> &ListenAddress {
+        &self.address
+    }
+
+    /// Accepts clients until `stop` ends, then closes the listener and the clients whose guest port is not known yet. Runs on the
+    /// current tokio runtime; `sink` is called on it and must not block.
+    ///
+    /// Running out of descriptors or memory pauses it (invariant 8); nothing ends it but `stop`.
+    ///
+    /// # Errors
+    /// The socket could not be registered with the runtime's poller.
+    pub async fn serve(
+        self,
+        spec: InboundSpec,
+        sink: impl Fn(Result<Incoming, Rejected>) + Send + Sync,
+        stop: impl Future<Output = ()> + Send,
+    ) -> io::Result<()> {
+        let Listener {
+            socket,
+            address,
+            file,
+        } = self;
+        let socket = PolledFd::new(socket, Interest::READABLE)?;
+        let mut handshakes = Handshakes::new(MAX_HANDSHAKES);
+        let mut pause = Pause::default();
+        let mut stop = pin!(stop);
+        let tell = |outcome: Result<Incoming, Rejected>| {
+            if let Err(Rejected { rule, peer, why }) = &outcome {
+                tracing::debug!(rule, peer, %why, "closed an inbound client");
+            }
+            sink(outcome);
+        };
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut stop => break,
+                Some(outcome) = handshakes.next() => if let Some(outcome) = outcome {
+                    tell(outcome);
+                },
+                () = sleep_until(pause.until.unwrap_or_else(Instant::now)), if pause.until.is_some() => {
+                    pause.until = None;
+                }
+                accepted = socket.when_readable(|fd| accept(fd, &address)), if pause.until.is_none() => {
+                    match accepted {
+                        Ok(client) => {
+                            pause.end(&address);
+                            match spec.protocol {
+                                InboundProtocol::Plain { port } => {
+                                    let wanted = Wanted { port, preface: Vec::new() };
+                                    tell(Ok(client.incoming(spec, wanted)));
+                                }
+                                InboundProtocol::Connect => {
+                                    handshakes.begin(spec, client).into_iter().for_each(&tell);
+                                }
+                            }
+                        }
+                        Err(error) if is_clients_fault(&error) => {}
+                        Err(error) => pause.begin(&address, &error),
+                    }
+                }
+            }
+        }
+        // First nobody can come any more, then the file goes: a successor that finds it finds it stale.
+        drop(socket);
+        drop(file);
+        Ok(())
+    }
+}
+
+fn bind_tcp(address: SocketAddr) -> Result<(Socket, SocketAddr), ListenError> {
+    let failed = |action: &'static str| {
+        move |source: io::Error| match Errno::from_io_error(&source) {
+            Some(Errno::ADDRINUSE) => ListenError::InUse { address },
+            Some(Errno::ADDRNOTAVAIL) => ListenError::NotLocal { address },
+            Some(Errno::ACCESS | Errno::PERM) => ListenError::Denied { address, source },
+            _ => ListenError::Io {
+                action,
+                address,
+                source,
+            },
+        }
+    };
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking(),
+        Some(Protocol::TCP),
+    )
+    .map_err(failed("create a socket for"))?;
+    // Connections of a previous run that linger in TIME_WAIT must not keep us from our port.
+    socket.set_reuse_address(true).map_err(failed("set options of"))?;
+    if address.is_ipv6() {
+        // What [::] means would otherwise depend on net.ipv6.bindv6only, and 0.0.0.0 beside it would fail.
+        socket.set_only_v6(true).map_err(failed("set options of"))?;
+    }
+    // Inherited by every accepted socket.
+    set_tcp_options(&socket).map_err(failed("set options of"))?;
+    socket.bind(&address.into()).map_err(failed("bind"))?;
+    socket.listen(BACKLOG).map_err(failed("listen on"))?;
+    let bound = socket.local_addr().map_err(failed("ask for the address of"))?;
+    Ok((socket, bound.as_socket().unwrap_or(address)))
+}
+
+/// An accepted socket.
+struct Client {
+    socket: OwnedFd,
+    tcp: bool,
+    peer: String,
+}
+
+impl Client {
+    fn incoming(self, spec: InboundSpec, wanted: Wanted) -> Incoming {
+        let Client { socket, tcp, peer } = self;
+        Incoming {
+            rule: spec.rule,
+            port: wanted.port,
+            stream: HostStream::configured(socket.into(), tcp, peer.clone()),
+            preface: wanted.preface,
+            wants_ok: spec.protocol == InboundProtocol::Connect,
+            peer,
+        }
+    }
+}
+
+fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Client> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    match address {
+        ListenAddress::Tcp(_) => {
+            let (socket, peer) = rustix::net::acceptfrom_with(listener, flags)?;
+            let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+            let peer = peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.to_string());
+            Ok(Client {
+                socket,
+                tcp: true,
+                peer,
+            })
+        }
+        // Clients of unix sockets have no names; which listener they came by is all there is to say.
+        ListenAddress::Unix(path) => {
+            let socket = rustix::net::accept_with(listener, flags)?;
+            Ok(Client {
+                socket,
+                tcp: false,
+                peer: path.display().to_string(),
+            })
+        }
+    }
+}
+
+/// Whether accept() tells of one connection that failed in the queue (accept(2), "Error handling"): the next may be fine.
+fn is_clients_fault(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(
+            Errno::CONNABORTED
+                | Errno::INTR
+                | Errno::NETDOWN
+                | Errno::PROTO
+                | Errno::NOPROTOOPT
+                | Errno::HOSTDOWN
+                | Errno::NONET
+                | Errno::HOSTUNREACH
+                | Errno::OPNOTSUPP
+                | Errno::NETUNREACH
+                | Errno::TIMEDOUT
+                | Errno::PERM
+        )
+    )
+}
+
+/// Clients that have not sent their whole line yet, each with a task that reads it.
+struct Handshakes {
+    tasks: JoinSet<(u64, Result<Incoming, Rejected>)>,
+    /// The tasks whose outcome is still wanted, in the order of their clients' arrival; at most `limit`.
+    open: BTreeMap<u64, (AbortHandle, String)>,
+    /// Number of the next client.
+    next: u64,
+    /// How many may be open; [`MAX_HANDSHAKES`] but in tests.
+    limit: usize,
+}
+
+impl Handshakes {
+    fn new(limit: usize) -> Handshakes {
+        Handshakes {
+            tasks: JoinSet::new(),
+            open: BTreeMap::new(),
+            next: 0,
+            limit,
+        }
+    }
+
+    /// Reads what `client` has sent; if the line is not whole yet, waits for the rest in a task. Returns what is decided by it:
+    /// this client, or the oldest of too many.
+    fn begin(&mut self, spec: InboundSpec, client: Client) -> Option<Result<Incoming, Rejected>> {
+        let mut line = ConnectLine::default();
+        let rejected = |peer: &str, why| Rejected {
+            rule: spec.rule,
+            peer: peer.to_owned(),
+            why,
+        };
+        match line.read_from(&client.socket) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Some(Err(rejected(&client.peer, Rejection::Failed(error.kind())))),
+            Ok(Err(why)) => return Some(Err(rejected(&client.peer, why))),
+            Ok(Ok(wanted)) => return Some(Ok(client.incoming(spec, wanted))),
+        }
+        let crowded = match self.open.len() < self.limit {
+            true => None,
+            false => self.open.pop_first().map(|(_, (task, peer))| {
+                task.abort();
+                Err(rejected(&peer, Rejection::Crowded))
+            }),
+        };
+        let number = self.next;
+        self.next += 1;
+        let peer = client.peer.clone();
+        let task = self
+            .tasks
+            .spawn(async move { (number, read_line(spec, client, line).await) });
+        self.open.insert(number, (task, peer));
+        crowded
+    }
+
+    /// The next one that ended; `None` when there are none. Cancelling it loses nothing.
+    async fn next(&mut self) -> Option<Option<Result<Incoming, Rejected>>> {
+        let ended = self.tasks.join_next().await?;
+        // An error is a task that was aborted, and so is one that ended just before: both were told of as crowded.
+        let outcome = ended
+            .ok()
+            .and_then(|(number, outcome)| self.open.remove(&number).map(|_| outcome));
+        Some(outcome)
+    }
+}
+
+/// Waits for the rest of a line.
+async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> Result<Incoming, Rejected> {
+    let deadline = Instant::now() + spec.handshake_timeout;
+    let Client { socket, tcp, peer } = client;
+    let rejected = |why| Rejected {
+        rule: spec.rule,
+        peer: peer.clone(),
+        why,
+    };
+    let failed = |error: io::Error| rejected(Rejection::Failed(error.kind()));
+    let socket = PolledFd::new(socket, Interest::READABLE).map_err(failed)?;
+    let wanted = match timeout_at(deadline, socket.when_readable(|fd| line.read_from(fd))).await {
+        Err(_) => Err(rejected(Rejection::TimedOut)),
+        Ok(Err(error)) => Err(failed(error)),
+        Ok(Ok(Err(why))) => Err(rejected(why)),
+        Ok(Ok(Ok(wanted))) => Ok(wanted),
+    }?;
+    let socket = socket.into_inner();
+    Ok(Client { socket, tcp, peer }.incoming(spec, wanted))
+}
+
+/// How a listener waits while the process can open no more descriptors. The clients wait in the kernel's queue.
+#[derive(Default, Debug)]
+struct Pause {
+    /// No accept before this.
+    until: Option<Instant>,
+    /// Length of the last pause of this episode; zero when there is none.
+    length: Duration,
+    /// When the episode began.
+    since: Option<Instant>,
+}
+
+impl Pause {
+    const FIRST: Duration = Duration::from_millis(50);
+    const LONGEST: Duration = Duration::from_secs(1);
+
+    fn begin(&mut self, address: &ListenAddress, error: &io::Error) {
+        self.length = (self.length * 2).clamp(Pause::FIRST, Pause::LONGEST);
+        self.until = Some(Instant::now() + self.length);
+        // Once an episode: it may last for hours.
+        if self.since.is_none() {
+            self.since = Some(Instant::now());
+            tracing::warn!(listen = %Shown(address), %error, "cannot accept clients, trying again until it works");
+        }
+    }
+
+    fn end(&mut self, address: &ListenAddress) {
+        self.length = Duration::ZERO;
+        if let Some(since) = self.since.take() {
+            tracing::info!(listen = %Shown(address), after = ?since.elapsed(), "accepting clients again");
+        }
+    }
+}
+
+/// An address as the configuration spells it.
+struct Shown<'a>(&'a ListenAddress);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            ListenAddress::Tcp(address) => write!(f, "tcp://{address}"),
+            ListenAddress::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! Host sockets. Knows nothing of guests.
 mod connect;
 pub mod dial;
+mod handshake;
 pub mod listen;
 pub mod resolve;
 mod spill;

@@ -100,6 +100,8 @@ pub struct LogMessages {
     pub warn: IntCounter,
     /// Errors.
     pub error: IntCounter,
+    /// Events of any level that were not written because the log was not read fast enough.
+    pub dropped: IntCounter,
 }
 
 impl LogMessages {
@@ -112,10 +114,13 @@ impl LogMessages {
             &["level"],
         )?;
         to.register(Box::new(family.clone()))?;
-        Ok(LogMessages {
-            warn: family.with_label_values(&["warn"]),
-            error: family.with_label_values(&["error"]),
-        })
+        let dropped = IntCounter::new(
+            "vsock_log_messages_dropped_total",
+            "Log events that were dropped because whoever reads the log was too slow.",
+        )?;
+        to.register(Box::new(dropped.clone()))?;
+        let [warn, error] = ["warn", "error"].map(|level| family.with_label_values(&[level]));
+        Ok(LogMessages { warn, error, dropped })
     }
 }
 

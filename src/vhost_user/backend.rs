@@ -42,6 +42,8 @@ pub(super) struct Backend {
     vrings: OnceLock<Vec<Vring>>,
     /// Virtio features last acknowledged.
     acked: Mutex<u64>,
+    /// The memory that the device has, to switch its log.
+    ram: Mutex<Option<GuestRam>>,
     /// The channel for requests of ours. Kept only so that it stays open: a VMM may take its end for ours.
     channel: Mutex<Option<vhost::vhost_user::Backend>>,
 }
@@ -54,6 +56,7 @@ impl Backend {
             link,
             vrings: OnceLock::new(),
             acked: Mutex::new(0),
+            ram: Mutex::new(None),
             channel: Mutex::new(None),
         }
     }
@@ -64,10 +67,13 @@ impl Backend {
         let _ = self.vrings.set(vrings);
     }
 
-    /// The front-end no longer wants written pages logged. The crate leaves the log mapped and in use (see the TODO at
-    /// `set_log_base` in vhost-user-backend's handler.rs): whoever can switch a memory's bitmap off does it here.
-    fn stop_logging(&self) {
-        debug!(guest = %self.link.guest, "dirty log no longer wanted");
+    /// Follows VHOST_F_LOG_ALL. The crate takes it for nothing but a bit, and would log for ever (see the TODO at
+    /// `set_log_base` in vhost-user-backend's handler.rs).
+    fn log_writes(&self, enabled: bool) {
+        debug!(guest = %self.link.guest, enabled, "dirty log");
+        if let Some(ram) = &*lock(&self.ram) {
+            ram.set_dirty_log_enabled(enabled);
+        }
     }
 }
 
@@ -98,8 +104,8 @@ impl VhostUserBackend for Backend {
         if before != features {
             info!(guest = %self.link.guest, features = %Features::virtio(features), "features agreed");
         }
-        if before & !features & VHOST_F_LOG_ALL != 0 {
-            self.stop_logging();
+        if (before ^ features) & VHOST_F_LOG_ALL != 0 {
+            self.log_writes(features & VHOST_F_LOG_ALL != 0);
         }
     }
 

@@ -13,7 +13,7 @@ mod session;
 mod vring;
 pub mod wire;
 
-pub use endpoint::{BindError, Endpoint, MAX_SOCKET_PATH, Mode, SessionConfig};
+pub use endpoint::{BindError, Endpoint, Mode, SessionConfig};
 pub use features::Features;
 pub use negotiation::{Negotiation, NegotiationWatch, SessionError, SessionState};
 pub use session::{Session, SessionHandle};

@@ -195,11 +195,11 @@ impl Server {
             if self.stopping() {
                 return None;
             }
-            let listener = self.endpoint.listener.as_ref()?;
+            let (listener, _) = self.endpoint.listener.as_ref()?;
             let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
             fds.extend(silent.iter().map(|stream| PollFd::new(stream, PollFlags::IN)));
             if pause.is_none() {
-                fds.push(PollFd::new(&listener.listener, PollFlags::IN));
+                fds.push(PollFd::new(listener, PollFlags::IN));
             }
             wait(&mut fds, pause);
             pause = None;
@@ -217,8 +217,8 @@ impl Server {
                 self.refuse(silent.len(), &mut false);
                 return Some(vmm);
             }
-            match listener.listener.accept() {
-                Ok((stream, _)) => {
+            match self.endpoint.accept() {
+                Ok(stream) => {
                     if silent.len() == MAX_SILENT {
                         silent.remove(0);
                         self.refuse(1, &mut true);
@@ -401,8 +401,8 @@ impl Server {
                 fds.push(PollFd::from_borrowed_fd(relay.backend(), interest));
                 fds.len() - 1
             });
-            let listener_at = listener.map(|bound| {
-                fds.push(PollFd::new(&bound.listener, PollFlags::IN));
+            let listener_at = listener.map(|(listener, _)| {
+                fds.push(PollFd::new(listener, PollFlags::IN));
                 fds.len() - 1
             });
             wait(&mut fds, timeout);
@@ -431,11 +431,8 @@ impl Server {
 
     /// Closes connections of others while a VMM is served. False when accept() fails.
     fn refuse_newcomers(&self, told: &mut bool) -> bool {
-        let Some(bound) = &self.endpoint.listener else {
-            return true;
-        };
         for _ in 0..REFUSE_BUDGET {
-            match bound.listener.accept() {
+            match self.endpoint.accept() {
                 Ok(_closed_at_once) => self.refuse(1, told),
                 Err(error) if is_transient(&error) => return true,
                 Err(error) => {

@@ -146,7 +146,7 @@ impl Vring {
                 return self.link.alarm(SessionError::Io, detail);
             }
         };
-        let position = self.start_position();
+        let position = self.position();
         let parts = RingParts {
             size: settings.size,
             desc: settings.desc,
@@ -184,24 +184,12 @@ impl Vring {
         Ok(Some((kick.try_clone()?.into(), call.map(OwnedFd::from))))
     }
 
-    /// Where the device goes on.
-    ///
-    /// At the used index, since our device returns buffers in the order it takes them: what the VMM believes to have
-    /// been taken and was not returned, because the process or its connection died in between, is taken again, and no
-    /// RX buffer is lost. (libvhost-user does the same where `queue_is_processed_in_order`.)
-    fn start_position(&self) -> RingPosition {
+    /// Where the ring stands: the VMM's base and the guest's used index. That the two may differ, after a crash, is the
+    /// device's to judge (`guest::Ring::new`).
+    fn position(&self) -> RingPosition {
         let state = self.inner.get_ref();
-        let (next_avail, next_used) = (state.get_queue().next_avail(), state.get_queue().next_used());
-        if next_avail != next_used {
-            debug!(
-                guest = %self.link.guest, ring = self.name(), base = next_avail, used = next_used,
-                "ring resumes at its used index"
-            );
-        }
-        RingPosition {
-            next_avail: next_used,
-            next_used,
-        }
+        let queue = state.get_queue();
+        RingPosition { next_avail: queue.next_avail(), next_used: queue.next_used() }
     }
 
     fn stop(&self, hand: &mut Hand) {
@@ -213,14 +201,21 @@ impl Vring {
             .link
             .call("stop a ring", |done| Command::StopQueue { index, done });
         self.link.watch.ring_started(self.index, false);
-        if let Ok(Some(position)) = position {
-            self.inner.set_queue_next_avail(position.next_avail);
-            self.inner.set_queue_next_used(position.next_used);
-            debug!(
-                guest = %self.link.guest, ring = self.name(),
-                next_avail = position.next_avail, next_used = position.next_used, "ring stopped"
-            );
-        }
+        let position = match position {
+            Ok(Some(position)) => position,
+            // The device had given the ring up, and what it returned to the guest stands in the used ring.
+            Ok(None) => match self.inner.queue_used_idx() {
+                Ok(used) => RingPosition { next_avail: used, next_used: used },
+                Err(_) => return,
+            },
+            Err(_) => return,
+        };
+        self.inner.set_queue_next_avail(position.next_avail);
+        self.inner.set_queue_next_used(position.next_used);
+        debug!(
+            guest = %self.link.guest, ring = self.name(),
+            next_avail = position.next_avail, next_used = position.next_used, "ring stopped"
+        );
     }
 
     /// Duplicates a descriptor for our own use. `None` raises the alarm, since the ring would be without it.

@@ -40,6 +40,8 @@ labelled! {
         GuestTimeout => "guest_timeout",
         /// The sidecar is shutting down.
         Draining => "draining",
+        /// The client of a `protocol: connect` listener sent no CONNECT line, a wrong one, or none in time.
+        BadHandshake => "bad_handshake",
         /// The client of an inbound rule went away before the guest answered.
         ClientGone => "client_gone",
         /// The session or its rings ended before the connection was made.

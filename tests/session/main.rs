@@ -367,8 +367,9 @@ fn a_ring_runs_only_while_it_has_everything_it_needs() {
 }
 
 /// After a crash of the sidecar or its connection, a VMM may believe that buffers were taken which were never returned.
+/// The ring is told both, and goes on at the used index (`guest::Ring::new`).
 #[test]
-fn a_ring_resumes_at_its_used_index() {
+fn a_ring_is_told_the_vmms_base_and_the_guests_used_index() {
     let rig = Rig::new(Mode::Server);
     let vmm = rig.connect();
     let setup = vmm.realize();

@@ -2,3 +2,5 @@
 
 mod device;
 mod driver;
+mod host;
+mod sockets;

@@ -8,11 +8,14 @@ mod closing;
 mod credit;
 mod dialing;
 mod half_close;
+mod linux;
 mod misbehavior;
+mod properties;
 mod requested;
 mod session;
 mod timers;
 mod turns;
+mod world;
 
 use std::time::{Duration, Instant};
 

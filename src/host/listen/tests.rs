@@ -1,0 +1,489 @@
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use rustix::process::Resource;
+use socket2::SockRef;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::*;
+
+/// Longer than anything here takes, so that a test which hits it has failed.
+const LONG: Duration = Duration::from_secs(20);
+
+const PLAIN: InboundProtocol = InboundProtocol::Plain { port: 22 };
+
+/// A listener that is being served, and what comes out.
+struct Served {
+    address: ListenAddress,
+    out: mpsc::UnboundedReceiver<Result<Incoming, Rejected>>,
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<io::Result<()>>,
+}
+
+impl Served {
+    fn new(listener: Listener, protocol: InboundProtocol) -> Served {
+        let (sink, out) = mpsc::unbounded_channel();
+        let (stop, stopped) = oneshot::channel();
+        let address = listener.address().clone();
+        let spec = InboundSpec {
+            rule: 7,
+            protocol,
+            handshake_timeout: Duration::from_secs(5),
+        };
+        let stopped = async {
+            let _ = stopped.await;
+        };
+        let task = tokio::spawn(listener.serve(spec, move |outcome| drop(sink.send(outcome)), stopped));
+        Served {
+            address,
+            out,
+            stop,
+            task,
+        }
+    }
+
+    fn tcp(protocol: InboundProtocol) -> Served {
+        Served::new(Listener::bind(&loopback()).unwrap(), protocol)
+    }
+
+    fn connect(&self) -> TcpStream {
+        match &self.address {
+            ListenAddress::Tcp(address) => TcpStream::connect(address).unwrap(),
+            ListenAddress::Unix(_) => panic!("not a TCP listener"),
+        }
+    }
+
+    async fn next(&mut self) -> Result<Incoming, Rejected> {
+        self.out.recv().await.expect("the listener is served")
+    }
+
+    async fn stop(self) {
+        self.stop.send(()).unwrap();
+        timeout(LONG, self.task).await.unwrap().unwrap().unwrap();
+    }
+}
+
+fn loopback() -> ListenAddress {
+    ListenAddress::Tcp("127.0.0.1:0".parse().unwrap())
+}
+
+fn unix(path: &Path) -> ListenAddress {
+    ListenAddress::Unix(path.to_owned())
+}
+
+/// That the client was closed and was told nothing. A reset is as good as an end: bytes of the client were left unread.
+fn assert_closed(client: &mut impl Read) {
+    let mut got = Vec::new();
+    match client.read_to_end(&mut got) {
+        Ok(_) => {}
+        Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset),
+    }
+    assert_eq!(got, b"");
+}
+
+#[tokio::test]
+async fn a_plain_tcp_client_is_for_the_rules_port() {
+    let mut served = Served::tcp(PLAIN);
+    let client = served.connect();
+    let incoming = served.next().await.unwrap();
+    assert_eq!((incoming.rule, incoming.port, incoming.wants_ok), (7, 22, false));
+    assert!(incoming.preface.is_empty());
+    assert_eq!(incoming.peer, client.local_addr().unwrap().to_string());
+    assert_eq!(incoming.stream.peer(), incoming.peer);
+    // What `HostStream::new` would have set for each connection comes from the listener.
+    let fd = incoming.stream.as_fd();
+    let socket = SockRef::from(&fd);
+    assert!(socket.nonblocking().unwrap() && socket.tcp_nodelay().unwrap() && socket.keepalive().unwrap());
+    assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
+    assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(15));
+    assert_eq!(socket.tcp_keepalive_retries().unwrap(), 4);
+}
+
+#[tokio::test]
+async fn a_plain_unix_client_is_for_the_rules_port() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let mut served = Served::new(Listener::bind(&unix(&path)).unwrap(), PLAIN);
+    let mut client = UnixStream::connect(&path).unwrap();
+    let incoming = served.next().await.unwrap();
+    assert_eq!((incoming.port, incoming.wants_ok), (22, false));
+    assert_eq!(incoming.peer, path.display().to_string());
+    assert_eq!(
+        incoming.stream.read(&mut [0]).unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
+    drop(incoming);
+    assert_closed(&mut client);
+}
+
+#[tokio::test]
+async fn a_line_in_pieces_names_the_port_and_the_rest_is_kept() {
+    let mut served = Served::tcp(InboundProtocol::Connect);
+    let mut client = served.connect();
+    client.set_nodelay(true).unwrap();
+    for piece in ["CONN", "ECT 1", "024", "\r", "\nhel"] {
+        client.write_all(piece.as_bytes()).unwrap();
+        // Gives the listener a chance to see this piece alone; the result does not depend on it.
+        tokio::task::yield_now().await;
+    }
+    let incoming = served.next().await.unwrap();
+    assert_eq!((incoming.port, incoming.wants_ok), (1024, true));
+    client.write_all(b"lo").unwrap();
+    drop(client);
+    let mut got = incoming.preface;
+    let mut buffer = [0; 16];
+    loop {
+        match incoming.stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => got.extend(&buffer[..n]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_eq!(got, b"hello");
+}
+
+#[tokio::test]
+async fn a_client_that_says_nothing_keeps_nobody_waiting() {
+    let mut served = Served::tcp(InboundProtocol::Connect);
+    let _silent = served.connect();
+    let mut client = served.connect();
+    client.write_all(b"CONNECT 5\n").unwrap();
+    assert_eq!(served.next().await.unwrap().port, 5);
+}
+
+#[tokio::test]
+async fn bad_lines_are_closed_without_a_word() {
+    let mut served = Served::tcp(InboundProtocol::Connect);
+    for (bytes, why) in [
+        (&b"GET / HTTP/1.1\r\n"[..], Rejection::NotConnect),
+        (b"CONNECT 0\n", Rejection::BadPort),
+        (&[b'x'; 40_000], Rejection::TooLong),
+    ] {
+        let mut client = served.connect();
+        client.write_all(bytes).unwrap();
+        let rejected = served.next().await.unwrap_err();
+        assert_eq!(
+            rejected,
+            Rejected {
+                rule: 7,
+                peer: client.local_addr().unwrap().to_string(),
+                why
+            }
+        );
+        assert_closed(&mut client);
+    }
+    let mut client = served.connect();
+    client.write_all(b"CONNECT 2").unwrap();
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(served.next().await.unwrap_err().why, Rejection::Closed);
+    assert_closed(&mut client);
+
+    let mut client = served.connect();
+    client.write_all(b"CONNECT 2").unwrap();
+    HostStream::new(client.into()).unwrap().abort();
+    assert_eq!(
+        served.next().await.unwrap_err().why,
+        Rejection::Failed(io::ErrorKind::ConnectionReset)
+    );
+}
+
+/// The clock stands still but for timers that are waited for, so this takes no time.
+#[tokio::test(start_paused = true)]
+async fn a_slow_line_times_out() {
+    let mut served = Served::tcp(InboundProtocol::Connect);
+    let begun = Instant::now();
+    let mut client = served.connect();
+    client.write_all(b"CONNECT 2").unwrap();
+    assert_eq!(served.next().await.unwrap_err().why, Rejection::TimedOut);
+    assert!(
+        (Duration::from_secs(5)..Duration::from_secs(6)).contains(&begun.elapsed()),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert_closed(&mut client);
+}
+
+#[tokio::test]
+async fn of_too_many_without_a_line_the_oldest_goes() {
+    let spec = InboundSpec {
+        rule: 0,
+        protocol: InboundProtocol::Connect,
+        handshake_timeout: LONG,
+    };
+    let mut handshakes = Handshakes::new(2);
+    let mut clients = Vec::new();
+    for name in ["first", "second", "third", "fourth"] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let client = Client {
+            socket: ours.into(),
+            tcp: false,
+            peer: name.to_owned(),
+        };
+        clients.push((theirs, handshakes.begin(spec, client)));
+        assert!(handshakes.open.len() <= 2);
+    }
+    let crowded: Vec<_> = clients
+        .iter_mut()
+        .filter_map(|(_, crowded)| crowded.take())
+        .collect();
+    let told: Vec<_> = crowded.into_iter().map(|outcome| outcome.unwrap_err()).collect();
+    let expected = |peer: &str| Rejected {
+        rule: 0,
+        peer: peer.to_owned(),
+        why: Rejection::Crowded,
+    };
+    assert_eq!(told, [expected("first"), expected("second")]);
+    for (client, _) in &mut clients[2..] {
+        client.write_all(b"CONNECT 9\n").unwrap();
+    }
+    let mut reached = Vec::new();
+    while let Some(outcome) = handshakes.next().await {
+        reached.extend(outcome.map(|outcome| outcome.unwrap().peer));
+    }
+    reached.sort();
+    assert_eq!(reached, ["fourth", "third"]);
+    assert!(handshakes.open.is_empty());
+    for (client, _) in &mut clients[..2] {
+        assert_closed(client);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_resets_in_the_queue_harms_nobody() {
+    let listener = Listener::bind(&loopback()).unwrap();
+    let ListenAddress::Tcp(address) = *listener.address() else {
+        panic!("TCP")
+    };
+    for _ in 0..3 {
+        HostStream::new(TcpStream::connect(address).unwrap().into())
+            .unwrap()
+            .abort();
+    }
+    let good = TcpStream::connect(address).unwrap();
+    let mut served = Served::new(listener, PLAIN);
+    loop {
+        if served.next().await.unwrap().peer == good.local_addr().unwrap().to_string() {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn stopping_closes_the_listener_and_who_is_not_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let mut served = Served::new(Listener::bind(&unix(&path)).unwrap(), InboundProtocol::Connect);
+    let mut through = UnixStream::connect(&path).unwrap();
+    through.write_all(b"CONNECT 3\n").unwrap();
+    let mut half = UnixStream::connect(&path).unwrap();
+    half.write_all(b"CONNECT").unwrap();
+    let incoming = served.next().await.unwrap();
+    served.stop().await;
+    assert!(!path.exists());
+    assert_closed(&mut half);
+    // Who is through is the device's, and lives on.
+    incoming.stream.write(&[io::IoSlice::new(b"OK 3\n")]).unwrap();
+    let mut got = [0; 5];
+    through.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"OK 3\n");
+}
+
+#[tokio::test]
+async fn a_stopped_tcp_port_refuses_and_can_be_bound_again() {
+    let mut served = Served::tcp(PLAIN);
+    let _client = served.connect();
+    // Closed by us first, so that it lingers in TIME_WAIT on our port.
+    drop(served.next().await.unwrap());
+    let address = served.address.clone();
+    served.stop().await;
+    let ListenAddress::Tcp(tcp) = address else {
+        panic!("TCP")
+    };
+    assert_eq!(
+        TcpStream::connect(tcp).unwrap_err().kind(),
+        io::ErrorKind::ConnectionRefused
+    );
+    Listener::bind(&address).unwrap();
+}
+
+#[test]
+fn errors_of_tcp_name_the_address_and_the_remedy() {
+    let taken = Listener::bind(&loopback()).unwrap();
+    let error = Listener::bind(taken.address()).unwrap_err();
+    assert!(matches!(error, ListenError::InUse { .. }), "{error:?}");
+    let text = format!(
+        "cannot listen on {}: another socket listens there; ",
+        Shown(taken.address())
+    );
+    assert!(error.to_string().starts_with(&text), "{error}");
+
+    // TEST-NET-1, which is nobody's.
+    let error = Listener::bind(&ListenAddress::Tcp("192.0.2.1:80".parse().unwrap())).unwrap_err();
+    assert!(matches!(error, ListenError::NotLocal { .. }), "{error:?}");
+
+    let denied = ListenError::Denied {
+        address: "0.0.0.0:80".parse().unwrap(),
+        source: Errno::ACCESS.into(),
+    };
+    assert!(denied.to_string().contains("choose a higher one"), "{denied}");
+}
+
+#[test]
+fn an_ipv6_listener_leaves_ipv4_alone() {
+    let v6 = Listener::bind(&ListenAddress::Tcp("[::]:0".parse().unwrap())).unwrap();
+    let ListenAddress::Tcp(bound) = *v6.address() else {
+        panic!("TCP")
+    };
+    let v4 = ListenAddress::Tcp(SocketAddr::new("0.0.0.0".parse().unwrap(), bound.port()));
+    Listener::bind(&v4).unwrap();
+}
+
+#[test]
+fn what_is_in_a_unix_sockets_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    drop(UnixListener::bind(path("stale")).unwrap());
+    let live = UnixListener::bind(path("live")).unwrap();
+    std::fs::write(path("regular"), "precious").unwrap();
+    for name in ["free", "stale"] {
+        let listener = Listener::bind(&unix(&path(name))).unwrap();
+        let metadata = std::fs::metadata(path(name)).unwrap();
+        assert!(metadata.file_type().is_socket());
+        assert_eq!(metadata.permissions().mode() & 0o7777, 0o660);
+        drop(listener);
+        assert!(!path(name).exists());
+    }
+    for (name, text) in [
+        ("live", "is served by another process"),
+        ("regular", "is not a socket"),
+        ("missing/s", "does not exist"),
+        (&*"x".repeat(150), "takes at most 107"),
+    ] {
+        let error = Listener::bind(&unix(&path(name))).unwrap_err().to_string();
+        assert!(error.contains(text) && error.contains(name), "{error}");
+    }
+    UnixStream::connect(path("live")).unwrap();
+    live.accept().unwrap();
+    assert_eq!(std::fs::read_to_string(path("regular")).unwrap(), "precious");
+}
+
+#[test]
+fn a_pause_doubles_up_to_a_second_and_starts_anew() {
+    let address = loopback();
+    let mut pause = Pause::default();
+    let error = io::Error::from(Errno::MFILE);
+    let mut lengths = Vec::new();
+    for _ in 0..7 {
+        pause.begin(&address, &error);
+        lengths.push(pause.length.as_millis());
+    }
+    assert_eq!(lengths, [50, 100, 200, 400, 800, 1000, 1000]);
+    let since = pause.since.unwrap();
+    pause.begin(&address, &error);
+    assert_eq!(pause.since, Some(since), "one episode, one warning");
+    pause.end(&address);
+    pause.begin(&address, &error);
+    assert_eq!(pause.length, Pause::FIRST);
+}
+
+#[test]
+fn a_lack_of_our_own_is_not_the_clients_fault() {
+    for errno in [
+        Errno::CONNABORTED,
+        Errno::PROTO,
+        Errno::NETUNREACH,
+        Errno::PERM,
+        Errno::INTR,
+    ] {
+        assert!(is_clients_fault(&errno.into()), "{errno}");
+    }
+    for errno in [
+        Errno::MFILE,
+        Errno::NFILE,
+        Errno::NOMEM,
+        Errno::NOBUFS,
+        Errno::BADF,
+    ] {
+        assert!(!is_clients_fault(&errno.into()), "{errno}");
+    }
+}
+
+/// The limit is the process's, so this runs [`without_descriptors`] in a process of its own.
+#[test]
+fn without_descriptors_it_waits_and_goes_on() {
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "--ignored",
+            "--nocapture",
+            "host::listen::tests::without_descriptors",
+        ])
+        .output()
+        .unwrap();
+    let out = String::from_utf8_lossy(&child.stdout);
+    assert!(
+        child.status.success() && out.contains("1 passed"),
+        "{out}{}",
+        String::from_utf8_lossy(&child.stderr)
+    );
+}
+
+#[tokio::test]
+#[ignore = "lowers a limit of the process; run by without_descriptors_it_waits_and_goes_on"]
+async fn without_descriptors() {
+    let stat = std::fs::File::open("/proc/self/stat").unwrap();
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let mut served = Served::tcp(PLAIN);
+    // Runs once, so that whatever opens descriptors lazily has done so.
+    let _client = served.connect();
+    let _incoming = served.next().await.unwrap();
+
+    let lower = rustix::process::Rlimit {
+        current: Some(64),
+        maximum: limit.maximum,
+    };
+    rustix::process::setrlimit(Resource::Nofile, lower).unwrap();
+    let waiting = [served.connect(), served.connect()];
+    let mut hoard = Vec::new();
+    while let Ok(fd) = waiting[0].try_clone() {
+        hoard.push(fd);
+    }
+    // Two pauses at least: nothing comes, and the thread is not busy.
+    let begun = std::time::Instant::now();
+    let busy = cpu_time(&stat);
+    assert!(timeout(Duration::from_millis(300), served.next()).await.is_err());
+    let busy = cpu_time(&stat) - busy;
+    assert!(busy < begun.elapsed() / 2, "{busy:?} of {:?}", begun.elapsed());
+    drop(hoard);
+    for client in &waiting {
+        let incoming = timeout(LONG, served.next()).await.expect("goes on").unwrap();
+        assert_eq!(incoming.peer, client.local_addr().unwrap().to_string());
+    }
+    rustix::process::setrlimit(Resource::Nofile, limit).unwrap();
+}
+
+/// Processor time of this process, in user mode and in the kernel, by /proc/self/stat (fields 14 and 15, proc(5)); only
+/// its name may contain spaces, and ends with the last parenthesis.
+fn cpu_time(stat: &std::fs::File) -> Duration {
+    let mut text = [0; 1024];
+    let length = stat.read_at(&mut text, 0).unwrap();
+    let text = String::from_utf8_lossy(&text[..length]);
+    let (_, fields) = text.rsplit_once(')').unwrap();
+    let ticks = |n: usize| {
+        fields
+            .split_whitespace()
+            .nth(n - 3)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    Duration::from_millis((ticks(14) + ticks(15)) * 10)
+}

@@ -1,0 +1,126 @@
+//! Registries as a running program has them.
+
+use std::time::SystemTime;
+
+use vsock_sidecar::metrics::{
+    Direction, LabelSets, MemoryMapChanges, Registry, RingSample, RuleNames, SessionSample, SessionState,
+};
+use vsock_sidecar::vsock::reason::{CloseReason, RefuseReason};
+
+/// The program's lists; the two that grow with its checks are represented by a few values.
+pub const LABELS: LabelSets = LabelSets {
+    refused: RefuseReason::LABELS,
+    closed: CloseReason::LABELS,
+    misbehavior: &["bad_source_cid", "unknown_op", "credit_overrun"],
+    ring_errors: &["loop", "out_of_bounds", "indirect"],
+};
+
+/// Guests of which nothing has been heard yet.
+pub fn with(guests: usize, outbound_rules: usize) -> Registry {
+    let registry = Registry::new().unwrap();
+    for n in 0..guests {
+        let rules = RuleNames {
+            outbound: (0..outbound_rules).map(|rule| format!("rule{rule}")).collect(),
+            inbound: Vec::new(),
+        };
+        registry.guest(&format!("guest{n}"), &rules, &LABELS);
+        registry.add_session(&format!("guest{n}"), || SessionSample {
+            cid: 3,
+            ..SessionSample::default()
+        });
+    }
+    registry
+}
+
+/// A guest with a rule of each kind, before its VMM comes.
+pub fn fresh() -> Registry {
+    let registry = Registry::new().unwrap();
+    registry.guest("web", &rules(), &LABELS);
+    registry.add_session("web", || SessionSample {
+        cid: 3,
+        socket: "/run/web.sock".to_owned(),
+        ..Default::default()
+    });
+    registry
+}
+
+/// A guest that has been busy: every family has a value.
+pub fn populated() -> Registry {
+    let registry = Registry::new().unwrap();
+    registry.set_config("9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08");
+    registry.log_messages().warn.inc();
+    let guest = registry.guest("web", &rules(), &LABELS);
+    for direction in Direction::ALL {
+        for op in 0..10 {
+            guest.packet(direction, op, 1);
+        }
+        guest.payload(direction, 1, 4096);
+        guest.duration[direction as usize].observe(1.5);
+        guest.credit_stalls[direction as usize].inc();
+        guest.credit_stall_seconds[direction as usize].inc_by(0.25);
+        guest.backpressure_pauses[direction as usize].inc();
+        guest.buffered_bytes[direction as usize].set(512);
+    }
+    for rule in guest.outbound.iter().chain(&guest.inbound) {
+        rule.opened.inc();
+        rule.active.inc();
+        rule.closed
+            .iter()
+            .chain(&rule.refused)
+            .chain(&rule.upstream_bytes)
+            .for_each(|counter| counter.inc());
+        rule.dials
+            .iter()
+            .chain(&rule.dial_failures)
+            .for_each(|counter| counter.inc());
+        rule.dial_duration
+            .iter()
+            .for_each(|histogram| histogram.observe(0.003));
+    }
+    guest.no_rule.refused[RefuseReason::NoRule as usize].inc();
+    guest.misbehavior.iter().for_each(|counter| counter.inc());
+    for queue in &guest.queues {
+        queue.kicks.inc();
+        queue.full.inc();
+        queue.full_seconds.inc_by(0.5);
+        queue.errors.iter().for_each(|counter| counter.inc());
+    }
+    registry.add_session("web", || SessionSample {
+        state: SessionState::Running,
+        connected: true,
+        sessions: 2,
+        errors: vec![("io", 1)],
+        started: Some(SystemTime::now()),
+        cid: 3,
+        vmm_hint: "qemu".to_owned(),
+        socket: "/run/vsock-sidecar/web.sock".to_owned(),
+        requests: vec![("get_features", 2), ("set_mem_table", 1)],
+        request_errors: 1,
+        features_offered: 0x1_7000_0005,
+        features_acked: 0x1_7000_0001,
+        protocol_features_offered: 0x220b,
+        protocol_features_acked: 0x0209,
+        rings: [RingSample {
+            size: 128,
+            enabled: true,
+            started: true,
+            available: 100,
+        }; 3],
+        memory_regions: 2,
+        memory_bytes: 1 << 30,
+        memory_map_changes: MemoryMapChanges {
+            set_table: 1,
+            add: 1,
+            remove: 1,
+        },
+        dirty_log_active: false,
+    });
+    registry
+}
+
+fn rules() -> RuleNames {
+    RuleNames {
+        outbound: vec!["db".to_owned()],
+        inbound: vec!["ssh".to_owned()],
+    }
+}
