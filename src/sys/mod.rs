@@ -2,8 +2,11 @@
 //!
 //! Each module here is small and safe on the outside; a block does one thing and says why it is sound.
 
+#[allow(unsafe_code)]
 pub mod iovec;
+#[allow(unsafe_code)]
 pub mod peercred;
 pub mod readiness;
 pub mod unix_socket;
+#[allow(unsafe_code)]
 pub mod vectored;
