@@ -10,7 +10,7 @@
 //! says so when it can.
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::time::{Duration, Instant};
 
 use prometheus::IntCounter;
@@ -145,8 +145,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 enum Line {
     Event(Vec<u8>),
-    /// Answered when everything before it is written.
-    Flush(SyncSender<()>),
+    /// Somebody waits for a flush.
+    Wake,
 }
 
 /// The way to the thread that writes. Never blocks.
@@ -158,21 +158,26 @@ struct Queue {
 /// Sees to it that the log is complete: keep it until the end of the program.
 #[must_use = "events that wait to be written are lost if it is not kept"]
 #[derive(Debug)]
-pub struct LogGuard(SyncSender<Line>);
+pub struct LogGuard {
+    lines: SyncSender<Line>,
+    /// Whoever sends a sender is answered when the queue has been written.
+    flushes: Sender<SyncSender<()>>,
+}
 
 impl Queue {
     fn start(dropped: IntCounter) -> io::Result<(Queue, LogGuard)> {
         let (lines, queue) = sync_channel(QUEUE);
+        let (flushes, waiting) = channel();
         let counted = dropped.clone();
         std::thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || write_lines(&queue, &counted))?;
+            .spawn(move || write_lines(&queue, &waiting, &counted))?;
         Ok((
             Queue {
                 lines: lines.clone(),
                 dropped,
             },
-            LogGuard(lines),
+            LogGuard { lines, flushes },
         ))
     }
 }
@@ -202,28 +207,32 @@ impl<'a> fmt::MakeWriter<'a> for Queue {
 impl Drop for LogGuard {
     fn drop(&mut self) {
         let (done, flushed) = sync_channel(1);
-        let deadline = Instant::now() + PATIENCE;
-        while self.0.try_send(Line::Flush(done.clone())).is_err() {
-            if Instant::now() >= deadline {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        // A full queue needs no wake-up: the thread is writing, and looks here when it has written all.
+        if self.flushes.send(done).is_ok() {
+            let _ = self.lines.try_send(Line::Wake);
+            let _ = flushed.recv_timeout(PATIENCE);
         }
-        let _ = flushed.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }
 }
 
-fn write_lines(queue: &Receiver<Line>, dropped: &IntCounter) {
+fn write_lines(queue: &Receiver<Line>, flushes: &Receiver<SyncSender<()>>, dropped: &IntCounter) {
     let (mut reported, mut reported_at) = (0, Instant::now());
     loop {
-        match queue.recv_timeout(PATIENCE) {
-            // Where the log cannot be written there is nobody to tell.
-            Ok(Line::Event(event)) => drop(io::stderr().write_all(&event)),
-            Ok(Line::Flush(done)) => drop(done.send(())),
-            Err(RecvTimeoutError::Timeout) => {}
+        let first = match queue.recv_timeout(PATIENCE) {
+            Ok(line) => Some(line),
+            Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
+        };
+        for line in first.into_iter().chain(queue.try_iter()) {
+            if let Line::Event(event) = line {
+                // Where the log cannot be written there is nobody to tell.
+                let _ = io::stderr().write_all(&event);
+            }
         }
-        // The reader has taken something, so that there is a place in the queue for this.
+        for done in flushes.try_iter() {
+            // Who waits has lost patience.
+            let _ = done.try_send(());
+        }
         if dropped.get() > reported && reported_at.elapsed() >= PATIENCE {
             let events = dropped.get() - reported;
             (reported, reported_at) = (reported + events, Instant::now());

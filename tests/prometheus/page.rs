@@ -1,6 +1,6 @@
 //! Registries as a running program has them.
 
-use std::time::SystemTime;
+use std::time::{Duration, UNIX_EPOCH};
 
 use vsock_sidecar::guest::RingFault;
 use vsock_sidecar::metrics::{
@@ -92,7 +92,7 @@ pub fn populated() -> Registry {
         connected: true,
         sessions: 2,
         errors: vec![("io", 1)],
-        started: Some(SystemTime::now()),
+        started: Some(UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
         cid: 3,
         vmm_hint: "qemu".to_owned(),
         socket: "/run/vsock-sidecar/web.sock".to_owned(),
