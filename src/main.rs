@@ -35,7 +35,8 @@ fn main() -> ExitCode {
 fn run(file: &Path) -> Result<(), Failure> {
     let (config, warnings) = config::load(file).map_err(Failure::Config)?;
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
-    logging::init(config.log.format, &config.log.level, registry.log_messages()).map_err(Failure::other)?;
+    let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
+        .map_err(Failure::other)?;
     for Warning(warning) in &warnings {
         let (line, column) = warning.position.unwrap_or_default();
         tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
@@ -50,7 +51,10 @@ fn run(file: &Path) -> Result<(), Failure> {
 /// What tells two effective configurations apart: comments and defaults that are written out make no difference.
 fn identity(config: &Config) -> Result<String, Failure> {
     let yaml = config.to_yaml().map_err(Failure::other)?;
-    Ok(Sha256::digest(yaml).iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(Sha256::digest(yaml)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 fn check(file: &Path) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("metrics", &[]),
     ("drain", &[]),
-    ("logging", &["config"]),
+    ("logging", &["config", "metrics"]),
     ("guest", &["sys", "vsock::header"]),
     ("host", &["config", "sys"]),
     ("device", &["config", "guest", "host", "metrics", "sys", "vsock"]),
@@ -20,7 +20,19 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("embedded_guest", &["sys", "vsock::header"]),
     (
         "app",
-        &["admin", "config", "device", "drain", "guest", "host", "logging", "metrics", "sys", "vhost_user", "vsock"],
+        &[
+            "admin",
+            "config",
+            "device",
+            "drain",
+            "guest",
+            "host",
+            "logging",
+            "metrics",
+            "sys",
+            "vhost_user",
+            "vsock",
+        ],
     ),
     ("demo", &["app", "config", "embedded_guest", "logging"]),
     ("cli", &[]),
@@ -30,11 +42,30 @@ const ARROWS: &[(&str, &[&str])] = &[
 const FORBIDDEN: &[(&str, &[&str], &str)] = &[
     (
         "vsock",
-        &["Instant::now", "SystemTime", "tokio", "libc", "mio", "vm_memory", "std::net", "std::os", "std::io", "std::fs"],
+        &[
+            "Instant::now",
+            "SystemTime",
+            "tokio",
+            "libc",
+            "mio",
+            "vm_memory",
+            "std::net",
+            "std::os",
+            "std::io",
+            "std::fs",
+        ],
         "the law performs no I/O and reads no clock",
     ),
-    ("guest", &["tokio", "std::net", "mio"], "guest memory knows nothing of sockets"),
-    ("host", &["vm_memory", "virtio_queue", "vhost"], "host sockets know nothing of guests"),
+    (
+        "guest",
+        &["tokio", "std::net", "mio"],
+        "guest memory knows nothing of sockets",
+    ),
+    (
+        "host",
+        &["vm_memory", "virtio_queue", "vhost"],
+        "host sockets know nothing of guests",
+    ),
 ];
 
 struct Source {
@@ -74,15 +105,24 @@ fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
 /// The code before the first test module, line comments cut off.
 fn code_only(text: &str) -> String {
     let code = text.split("#[cfg(test)]\nmod").next().unwrap_or_default();
-    code.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+    code.lines()
+        .map(|line| line.split("//").next().unwrap_or_default())
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// Every `crate::…` path of a text, brace groups opened one level: `crate::a::{b, c}` gives `a::b` and `a::c`.
 fn crate_paths(code: &str) -> BTreeSet<String> {
     let mut paths = BTreeSet::new();
     for (at, _) in code.match_indices("crate::") {
-        let rest: String = code[at + "crate::".len()..].chars().filter(|c| !c.is_whitespace()).take(400).collect();
-        let end = rest.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':')).unwrap_or(rest.len());
+        let rest: String = code[at + "crate::".len()..]
+            .chars()
+            .filter(|c| !c.is_whitespace())
+            .take(400)
+            .collect();
+        let end = rest
+            .find(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':'))
+            .unwrap_or(rest.len());
         let (path, tail) = rest.split_at(end);
         match tail.strip_prefix('{').and_then(|group| group.split_once('}')) {
             Some((group, _)) if path.ends_with("::") || path.is_empty() => {
@@ -103,8 +143,12 @@ fn allowed(room: &str, path: &str) -> bool {
     if target == room {
         return true;
     }
-    let Some((_, arrows)) = ARROWS.iter().find(|(name, _)| *name == room) else { return false };
-    arrows.iter().any(|arrow| path == *arrow || path.starts_with(&format!("{arrow}::")))
+    let Some((_, arrows)) = ARROWS.iter().find(|(name, _)| *name == room) else {
+        return false;
+    };
+    arrows
+        .iter()
+        .any(|arrow| path == *arrow || path.starts_with(&format!("{arrow}::")))
 }
 
 /// What is wrong with these sources.
@@ -114,7 +158,10 @@ fn violations(sources: &[Source]) -> Vec<String> {
     for source in sources {
         let file = source.path.display();
         if !rooms.contains(source.room.as_str()) {
-            found.push(format!("{file}: the room {} has no arrows: add it to tests/architecture.rs", source.room));
+            found.push(format!(
+                "{file}: the room {} has no arrows: add it to tests/architecture.rs",
+                source.room
+            ));
             continue;
         }
         for path in crate_paths(&source.code) {
@@ -123,11 +170,17 @@ fn violations(sources: &[Source]) -> Vec<String> {
             }
         }
         for (room, words, why) in FORBIDDEN {
-            for word in words.iter().filter(|word| source.room == *room && mentions(&source.code, word)) {
+            for word in words
+                .iter()
+                .filter(|word| source.room == *room && mentions(&source.code, word))
+            {
                 found.push(format!("{file}: {room} must not mention {word}: {why}"));
             }
         }
-        if source.room != "sys" && mentions(&source.code, "unsafe") && !source.code.contains("forbid(unsafe_code)") {
+        if source.room != "sys"
+            && mentions(&source.code, "unsafe")
+            && !source.code.contains("forbid(unsafe_code)")
+        {
             found.push(format!("{file}: unsafe lives in sys only"));
         }
     }
@@ -152,11 +205,20 @@ fn every_room_keeps_to_its_arrows() {
 fn no_two_rooms_know_each_other() {
     let arrows: BTreeMap<&str, BTreeSet<&str>> = ARROWS
         .iter()
-        .map(|(room, to)| (*room, to.iter().map(|arrow| arrow.split("::").next().unwrap_or(arrow)).collect()))
+        .map(|(room, to)| {
+            (
+                *room,
+                to.iter()
+                    .map(|arrow| arrow.split("::").next().unwrap_or(arrow))
+                    .collect(),
+            )
+        })
         .collect();
     for (room, targets) in &arrows {
         for target in targets {
-            let back = arrows.get(target).unwrap_or_else(|| panic!("{room} -> {target}: no such room"));
+            let back = arrows
+                .get(target)
+                .unwrap_or_else(|| panic!("{room} -> {target}: no such room"));
             assert!(!back.contains(room), "{room} and {target} know each other");
         }
     }
@@ -166,7 +228,11 @@ fn no_two_rooms_know_each_other() {
 #[test]
 fn a_new_arrow_shows() {
     let draw = |room: &str, code: &str| {
-        let source = Source { room: room.into(), path: PathBuf::from("x.rs"), code: code_only(code) };
+        let source = Source {
+            room: room.into(),
+            path: PathBuf::from("x.rs"),
+            code: code_only(code),
+        };
         violations(&[source]).len()
     };
     assert_eq!(draw("vsock", "use crate::sys::iovec::IoVecs;"), 1);
@@ -175,7 +241,13 @@ fn a_new_arrow_shows() {
     assert_eq!(draw("guest", "use crate::vsock::Muxer;"), 1);
     assert_eq!(draw("guest", "use crate::vsock::header::HEADER_LEN;"), 0);
     assert_eq!(draw("host", "use crate::{guest::Ring, sys::iovec};"), 1);
-    assert_eq!(draw("vhost_user", "use crate::{\n    metrics::Registry,\n    guest::Ring,\n};"), 1);
+    assert_eq!(
+        draw(
+            "vhost_user",
+            "use crate::{\n    metrics::Registry,\n    guest::Ring,\n};"
+        ),
+        1
+    );
     assert_eq!(draw("device", "fn f() { crate::vhost_user::session() }"), 1);
     assert_eq!(draw("device", "fn f() { unsafe { g() } }"), 1);
     assert_eq!(draw("newroom", ""), 1);
