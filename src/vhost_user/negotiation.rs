@@ -541,6 +541,11 @@ impl NegotiationWatch {
         value.protocol_features_acked = Features::protocol(protocol_features);
     }
 
+    /// Whether the gate has negotiated in the VMM's place.
+    pub(super) fn is_assumed(&self) -> bool {
+        lock(&self.value).assumed
+    }
+
     pub(super) fn request(&self, message: &Message) {
         lock(&self.value).request(message);
     }
