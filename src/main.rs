@@ -11,9 +11,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
+use vsock_sidecar::app;
 use vsock_sidecar::config::{self, Config, ConfigError, Warning};
+use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
-use vsock_sidecar::{app, logging};
 
 use cli::{Cli, Command};
 
@@ -36,7 +37,10 @@ fn run(file: &Path) -> Result<(), Failure> {
     let (config, warnings) = config::load(file).map_err(Failure::Config)?;
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
     let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
-        .map_err(Failure::other)?;
+        .map_err(|error| match error {
+            LogError::BadFilter { .. } => Failure::Surroundings(describe(&error)),
+            error => Failure::other(error),
+        })?;
     for Warning(warning) in &warnings {
         let (line, column) = warning.position.unwrap_or_default();
         tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
