@@ -134,12 +134,16 @@ impl VhostUserBackend for Backend {
         let memory = memory.memory().into_inner();
         check_files(&memory)?;
         let ram = GuestRam::new(memory);
+        let given = ram.clone();
         self.link
             .call("change the guest memory", |done| Command::SetMemory {
-                ram: Some(ram),
+                ram: Some(given),
                 done,
             })
-            .map_err(io::Error::other)
+            .map_err(io::Error::other)?;
+        // Replaces what may be the last reference to the memory before it, which is unmapped here and now.
+        *lock(&self.ram) = Some(ram);
+        Ok(())
     }
 
     /// RESET_DEVICE: the crate has disabled the rings, which has stopped them.

@@ -1,6 +1,7 @@
 //! The full-duplex pump between the VMM's socket and the crate's private one, through the gate.
 //!
-//! It never blocks and never waits: [`Relay::turn`] moves what can be moved, [`Relay::vmm_interest`] and [`Relay::backend_interest`] say what to poll for.
+//! It never blocks and never waits: [`Relay::turn`] moves what can be moved, [`Relay::vmm_interest`] and
+//! [`Relay::backend_interest`] say what to poll for.
 //! Each direction holds at most one message that the other side has not taken yet (the prelude's few apart), and reads
 //! no further while it does: what a peer does not read stays with the sender. Neither direction waits for the other.
 

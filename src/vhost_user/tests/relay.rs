@@ -11,7 +11,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 
 use super::*;
 use crate::vhost_user::Mode;
-use crate::vhost_user::message::{MAX_BODY, Message, REPLY, VERSION, request};
+use crate::vhost_user::message::{MAX_BODY, MAX_FDS, Message, REPLY, VERSION, request};
 use crate::vhost_user::testing;
 
 struct Wire {
@@ -70,8 +70,11 @@ fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
     assert_eq!(sent, bytes.len());
 }
 
+/// The bytes of a message, and which files its descriptors are of.
+type Passed = (Vec<u8>, Vec<(u64, u64)>);
+
 /// Everything a socket has, and the descriptors that came with it, by message.
-fn drain(socket: &UnixStream) -> Vec<(Vec<u8>, Vec<(u64, u64)>)> {
+fn drain(socket: &UnixStream) -> Vec<Passed> {
     let mut reader = FrameReader::default();
     let mut frames = Vec::new();
     while let Received::Frame(frame) = reader.receive(socket).unwrap() {
@@ -124,7 +127,7 @@ proptest! {
         for message in &messages {
             ends.push(ends.last().unwrap_or(&0) + message.len());
         }
-        let mut expected: Vec<(Vec<u8>, Vec<(u64, u64)>)> = messages.into_iter().map(|m| (m, Vec::new())).collect();
+        let mut expected: Vec<Passed> = messages.into_iter().map(|m| (m, Vec::new())).collect();
         let mut got = Vec::new();
         let (mut at, mut piece) = (0, pieces.iter().cycle());
         while at < stream.len() {
@@ -140,7 +143,10 @@ proptest! {
             wire.settle().unwrap();
             got.extend(drain(&to));
         }
-        prop_assert_eq!(got, expected);
+        for (_, fds) in &mut expected {
+            fds.truncate(MAX_FDS);
+        }
+        prop_assert!(got == expected, "something else arrived");
     }
 }
 
