@@ -13,7 +13,7 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use vsock_sidecar::config::{self, Config, ConfigError, Warning};
 use vsock_sidecar::metrics::Registry;
-use vsock_sidecar::{app, logging};
+use vsock_sidecar::{app, demo, logging};
 
 use cli::{Cli, Command};
 
@@ -24,7 +24,9 @@ fn main() -> ExitCode {
             Command::Run { config } => run(&config),
             Command::Check { file } => check(&file),
             Command::Schema => schema(),
-            Command::Demo(options) => Err(Failure::Other(format!("{options:?}"))),
+            Command::Demo(cli::Demo { keep, vm }) => {
+                demo::run(demo::Options { keep, vm }).map_err(|error| Failure::Other(error.to_string()))
+            }
         });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
