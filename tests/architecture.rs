@@ -11,7 +11,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("metrics", &[]),
     ("drain", &[]),
-    ("logging", &["config"]),
+    ("logging", &["config", "metrics"]),
     ("guest", &["sys", "vsock::header"]),
     ("host", &["config", "sys"]),
     ("device", &["config", "guest", "host", "metrics", "sys", "vsock"]),

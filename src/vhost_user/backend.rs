@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn configuration_space_answers_every_read() {
         let (link, _device) = testing::link();
-        let backend = Backend::new(0x0102_0304, Mode::Server, link);
+        let backend = Backend::new(0x0102_0304, Mode::Server, Arc::new(link));
         assert_eq!(backend.get_config(0, 8), [4, 3, 2, 1, 0, 0, 0, 0]);
         assert_eq!(backend.get_config(2, 4), [2, 1, 0, 0]);
         assert_eq!(backend.get_config(4, 8), [0; 8]);

@@ -449,6 +449,14 @@ impl Negotiation {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "the session's record is for people")]
+fn unix_seconds() -> Option<u64> {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .map(|time| time.as_secs())
+}
+
 fn fresh_rings() -> [RingState; QUEUES] {
     QUEUE_NAMES.map(|queue| RingState {
         queue,
@@ -492,10 +500,7 @@ impl NegotiationWatch {
         value.state = SessionState::Connected;
         value.sessions_total += 1;
         value.session = value.sessions_total;
-        value.since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .ok()
-            .map(|time| time.as_secs());
+        value.since = unix_seconds();
         value.session
     }
 

@@ -90,7 +90,8 @@ impl Relay {
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::IN, self.to_vmm.is_empty());
         flags.set(PollFlags::OUT, !self.to_backend.is_empty() && !self.backend_deaf);
-        (!self.backend_closed && !(self.backend_deaf && flags.is_empty())).then_some(flags)
+        let hung_up = self.backend_closed || (self.backend_deaf && flags.is_empty());
+        (!hung_up).then_some(flags)
     }
 
     /// To be told when polling found the crate's socket hung up, which it reports whether asked to or not.
@@ -188,3 +189,7 @@ impl Relay {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+#[path = "tests/relay.rs"]
+mod tests;

@@ -550,7 +550,7 @@ fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) {
         && error != rustix::io::Errno::INTR
     {
         // Out of memory, at most; do not spin on it.
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::park_timeout(Duration::from_millis(10));
     }
 }
 

@@ -385,7 +385,7 @@ fn a_ring_is_told_the_vmms_base_and_the_guests_used_index() {
         assert_eq!(
             ring.position,
             RingPosition {
-                next_avail: 5,
+                next_avail: 9,
                 next_used: 5
             }
         );

@@ -184,6 +184,8 @@ impl Guest {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 return Err(Error::Answer("err OPEN".to_owned()));
             }
+            // A reset that came between two reads is only told through SO_ERROR; the read finds no connection.
+            Err(e) if e.kind() == io::ErrorKind::NotConnected => name(&socket.take_error()?.unwrap_or(e)),
             Err(e) => name(&e),
         };
         Ok(format!("end={end} us={}", begin.elapsed().as_micros()))
