@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
-use vsock_sidecar::app;
+use vsock_sidecar::{app, demo};
 use vsock_sidecar::config::{self, Config, ConfigError, Warning};
 use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
@@ -25,7 +25,9 @@ fn main() -> ExitCode {
             Command::Run { config } => run(&config),
             Command::Check { file } => check(&file),
             Command::Schema => schema(),
-            Command::Demo(options) => Err(Failure::Other(format!("{options:?}"))),
+            Command::Demo(cli::Demo { keep, vm }) => {
+                demo::run(demo::Options { keep, vm }).map_err(|error| Failure::Other(error.to_string()))
+            }
         });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
