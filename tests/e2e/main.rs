@@ -3,5 +3,8 @@
 
 mod support;
 
+mod bad_start;
 mod limits;
+mod reconnect;
+mod shutdown;
 mod stream;
