@@ -34,7 +34,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "vsock",
         ],
     ),
-    ("demo", &["app", "config", "embedded_guest", "logging"]),
+    ("demo", &["app", "config", "embedded_guest", "logging", "metrics"]),
     ("cli", &[]),
 ];
 
