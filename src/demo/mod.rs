@@ -2,7 +2,7 @@
 //! and without privileges.
 //!
 //! The sidecar is the real one, started as `run` starts it; only the guest is embedded
-//! ([`embedded_guest`](crate::embedded_guest)): it connects to the vhost-user socket as QEMU would. Nothing is left
+//! ([`embedded_guest`]): it connects to the vhost-user socket as QEMU would. Nothing is left
 //! behind: sockets live in a directory that is removed at the end, Ctrl-C included.
 
 mod bulk;

@@ -688,5 +688,4 @@ impl Connection {
 }
 
 #[cfg(test)]
-#[path = "protocol_tests.rs"]
 mod tests;
