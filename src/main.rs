@@ -11,9 +11,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
+use vsock_sidecar::{app, demo};
 use vsock_sidecar::config::{self, Config, ConfigError, Warning};
+use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
-use vsock_sidecar::{app, logging};
 
 use cli::{Cli, Command};
 
@@ -24,7 +25,9 @@ fn main() -> ExitCode {
             Command::Run { config } => run(&config),
             Command::Check { file } => check(&file),
             Command::Schema => schema(),
-            Command::Demo(options) => Err(Failure::Other(format!("{options:?}"))),
+            Command::Demo(cli::Demo { keep, vm }) => {
+                demo::run(demo::Options { keep, vm }).map_err(|error| Failure::Other(error.to_string()))
+            }
         });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -35,7 +38,11 @@ fn main() -> ExitCode {
 fn run(file: &Path) -> Result<(), Failure> {
     let (config, warnings) = config::load(file).map_err(Failure::Config)?;
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
-    logging::init(config.log.format, &config.log.level, registry.log_messages()).map_err(Failure::other)?;
+    let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
+        .map_err(|error| match error {
+            LogError::BadFilter { .. } => Failure::Surroundings(describe(&error)),
+            error => Failure::other(error),
+        })?;
     for Warning(warning) in &warnings {
         let (line, column) = warning.position.unwrap_or_default();
         tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
@@ -50,7 +57,10 @@ fn run(file: &Path) -> Result<(), Failure> {
 /// What tells two effective configurations apart: comments and defaults that are written out make no difference.
 fn identity(config: &Config) -> Result<String, Failure> {
     let yaml = config.to_yaml().map_err(Failure::other)?;
-    Ok(Sha256::digest(yaml).iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(Sha256::digest(yaml)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
 }
 
 fn check(file: &Path) -> Result<(), Failure> {

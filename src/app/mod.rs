@@ -29,7 +29,7 @@ use crate::device::{self, Command, DeviceConfig, DeviceHandle, Router, RunningDe
 use crate::drain::{self, Drain, Report};
 use crate::guest::RingFault;
 use crate::host::dial::Dialer;
-use crate::host::listen::{Incoming, InboundSpec, ListenError, Listener, Rejected};
+use crate::host::listen::{InboundSpec, Incoming, ListenError, Listener, Rejected};
 use crate::metrics::{GuestMetrics, LabelSets, Registry, RuleNames};
 use crate::vhost_user::{self, Endpoint, NegotiationWatch, Session, SessionConfig, SessionHandle};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
@@ -124,7 +124,10 @@ pub fn run(config: &Config, registry: Arc<Registry>) -> Result<(), Error> {
 fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     if limit.current < limit.maximum || limit.maximum.is_none() {
-        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        let raised = Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        };
         if let Err(error) = setrlimit(Resource::Nofile, raised) {
             warn!(%error, soft = ?limit.current, hard = ?limit.maximum, "cannot raise the limit of open files");
         }
@@ -156,7 +159,11 @@ impl Control {
                 runtime.shutdown_background();
             })
             .map_err(starting("the control thread"))?;
-        Ok(Control { handle, stop: Some(stop), thread: Some(thread) })
+        Ok(Control {
+            handle,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
     }
 }
 
@@ -194,8 +201,10 @@ impl BoundGuest {
                 VhostUserMode::Client => vhost_user::Mode::Client,
             },
         };
-        let endpoint = Endpoint::bind(&session_config)
-            .map_err(|source| Error::VhostUser { guest: config.name.clone(), source })?;
+        let endpoint = Endpoint::bind(&session_config).map_err(|source| Error::VhostUser {
+            guest: config.name.clone(),
+            source,
+        })?;
         let mut listeners = Vec::with_capacity(config.inbound.len());
         for rule in &config.inbound {
             listeners.push(Listener::bind(&rule.listen).map_err(|source| Error::Listen {
@@ -204,7 +213,12 @@ impl BoundGuest {
                 source,
             })?);
         }
-        Ok(BoundGuest { config: Arc::new(config.clone()), session_config, endpoint, listeners })
+        Ok(BoundGuest {
+            config: Arc::new(config.clone()),
+            session_config,
+            endpoint,
+            listeners,
+        })
     }
 }
 
@@ -226,7 +240,11 @@ impl Sidecar {
         let started = SystemTime::now();
         let admin_server = AdminServer::bind(&config.admin)?;
         let admin_addresses = admin_server.addresses();
-        let bound = config.guests.iter().map(BoundGuest::bind).collect::<Result<Vec<_>, _>>()?;
+        let bound = config
+            .guests
+            .iter()
+            .map(BoundGuest::bind)
+            .collect::<Result<Vec<_>, _>>()?;
 
         let control = Control::start()?;
         let drain = Drain::new();
@@ -248,9 +266,18 @@ impl Sidecar {
         }
         drop(starting_up);
 
-        let source = AdminSource { registry, guests: views, drain: sidecar.drain.watch(), started };
-        let admin =
-            Admin { source: Arc::new(source), startup, ready: Readiness::new(), drain: sidecar.drain.watch() };
+        let source = AdminSource {
+            registry,
+            guests: views,
+            drain: sidecar.drain.watch(),
+            started,
+        };
+        let admin = Admin {
+            source: Arc::new(source),
+            startup,
+            ready: Readiness::new(),
+            drain: sidecar.drain.watch(),
+        };
         if !sidecar.admin_addresses.is_empty() {
             sidecar.admin = Some(admin_server.spawn(admin)?);
         }
@@ -287,13 +314,19 @@ impl Sidecar {
         let handle = device.handle.clone();
 
         let watch = NegotiationWatch::new(&guest.session_config);
-        let (sampled, gauges, draining) = (Arc::clone(&watch), Arc::clone(&device.gauges), self.drain.watch());
-        registry.add_session(&config.name, move || source::sample(&sampled, &gauges, draining.is_draining()));
+        let (sampled, gauges, draining) =
+            (Arc::clone(&watch), Arc::clone(&device.gauges), self.drain.watch());
+        registry.add_session(&config.name, move || {
+            source::sample(&sampled, &gauges, draining.is_draining())
+        });
         let session = Session::spawn(guest.endpoint, handle.clone(), Arc::clone(&watch))
             .map_err(starting("a session thread"))?;
 
         for (index, (listener, rule)) in guest.listeners.into_iter().zip(&config.inbound).enumerate() {
-            self.inbound_addresses.insert((config.name.clone(), rule.name.clone()), listener.address().clone());
+            self.inbound_addresses.insert(
+                (config.name.clone(), rule.name.clone()),
+                listener.address().clone(),
+            );
             let spec = InboundSpec {
                 rule: index,
                 protocol: rule.protocol,
@@ -302,12 +335,24 @@ impl Sidecar {
             self.control.handle.spawn(serve_inbound(
                 listener,
                 spec,
-                InboundSink { guest: Arc::clone(&config), device: handle.clone(), metrics: Arc::clone(&metrics) },
+                InboundSink {
+                    guest: Arc::clone(&config),
+                    device: handle.clone(),
+                    metrics: Arc::clone(&metrics),
+                },
                 self.drain.watch(),
             ));
         }
-        self.guests.push(RunningGuest { name: config.name.clone(), device, session });
-        Ok(GuestView { config, device: handle, session: watch })
+        self.guests.push(RunningGuest {
+            name: config.name.clone(),
+            device,
+            session,
+        });
+        Ok(GuestView {
+            config,
+            device: handle,
+            session: watch,
+        })
     }
 
     /// Where the admin server listens, with the ports that the kernel chose.
@@ -328,7 +373,12 @@ impl Sidecar {
         } else {
             warn!(%report, "drain period is over");
         }
-        let Sidecar { admin, guests, control, .. } = self;
+        let Sidecar {
+            admin,
+            guests,
+            control,
+            ..
+        } = self;
         for guest in &guests {
             let _ = guest.device.handle.send(Command::Stop);
         }
@@ -352,7 +402,9 @@ impl Sidecar {
             let _ = guest.device.handle.send(Command::Drain);
             let guard = self.drain.watch().guard(format!("guest {}", guest.name));
             let gauges = Arc::clone(&guest.device.gauges);
-            self.control.handle.spawn(watch_connections(guest.device.handle.clone(), gauges, guard));
+            self.control
+                .handle
+                .spawn(watch_connections(guest.device.handle.clone(), gauges, guard));
         }
         self.drain.wait(self.grace)
     }
@@ -374,7 +426,9 @@ impl InboundSink {
             }
             Err(rejected) => {
                 let reason = RefuseReason::BadHandshake;
-                let Some(rule) = self.metrics.inbound.get(rejected.rule) else { return };
+                let Some(rule) = self.metrics.inbound.get(rejected.rule) else {
+                    return;
+                };
                 if let Some(counter) = rule.refused.get(reason as usize) {
                     counter.inc();
                 }
@@ -390,7 +444,10 @@ impl InboundSink {
 /// Serves one inbound listener until the drain begins.
 async fn serve_inbound(listener: Listener, spec: InboundSpec, sink: InboundSink, drain: drain::Watch) {
     let rule = spec.rule;
-    if let Err(error) = listener.serve(spec, |client| sink.take(client), drain.draining()).await {
+    if let Err(error) = listener
+        .serve(spec, |client| sink.take(client), drain.draining())
+        .await
+    {
         let name = sink.guest.inbound.get(rule).map_or("?", |rule| &rule.name);
         error!(guest = sink.guest.name, rule = name, %error, "an inbound listener has failed");
     }

@@ -157,12 +157,24 @@ pub(super) fn sample(session: &NegotiationWatch, gauges: &DeviceGauges, draining
         state,
         connected: now.connected,
         sessions: now.sessions_total,
-        errors: now.session_errors.iter().map(|error| (error.reason, error.count)).collect(),
+        errors: now
+            .session_errors
+            .iter()
+            .map(|error| (error.reason, error.count))
+            .collect(),
         started: now.since.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds)),
         cid: now.cid,
-        vmm_hint: now.peer.as_ref().and_then(|peer| peer.program.clone()).unwrap_or_default(),
+        vmm_hint: now
+            .peer
+            .as_ref()
+            .and_then(|peer| peer.program.clone())
+            .unwrap_or_default(),
         socket: now.socket.display().to_string(),
-        requests: now.requests.iter().map(|request| (request.request, request.count)).collect(),
+        requests: now
+            .requests
+            .iter()
+            .map(|request| (request.request, request.count))
+            .collect(),
         request_errors: now.requests.iter().map(|request| request.errors).sum(),
         features_offered: now.features_offered.bits(),
         features_acked: now.features_acked.bits(),

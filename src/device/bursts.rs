@@ -28,8 +28,15 @@ enum Given {
 impl Device {
     /// Takes a burst of the guest's packets; whether there may be more.
     pub(super) fn take_packets(&mut self, now: Instant) -> bool {
-        let Device { rings, switchboard, ram, .. } = self;
-        let (Some(running), Some(ram)) = (&mut rings[TX], ram.clone()) else { return false };
+        let Device {
+            rings,
+            switchboard,
+            ram,
+            ..
+        } = self;
+        let (Some(running), Some(ram)) = (&mut rings[TX], ram.clone()) else {
+            return false;
+        };
         if running.broken || !switchboard.muxer.accepts_input() {
             return false;
         }
@@ -39,9 +46,20 @@ impl Device {
 
     /// Gives the guest a burst of packets; whether there are more and buffers for them.
     pub(super) fn give_packets(&mut self, now: Instant) -> bool {
-        let Device { rings, switchboard, ram, unsent, rx_starved_since, .. } = self;
-        let (Some(running), Some(ram)) = (&mut rings[RX], ram.clone()) else { return false };
-        if running.broken || (unsent.is_none() && !switchboard.muxer.has_outgoing()) {
+        let Device {
+            rings,
+            switchboard,
+            ram,
+            unsent,
+            rx_starved_since,
+            ..
+        } = self;
+        let (Some(running), Some(ram)) = (&mut rings[RX], ram.clone()) else {
+            return false;
+        };
+        let idle = unsent.is_none() && !switchboard.muxer.has_outgoing();
+        // A ring that has just started gets a burst although there is nothing to say: it may owe an interrupt.
+        if running.broken || (idle && !running.kicked) {
             return false;
         }
         let accepted_input = switchboard.muxer.accepts_input();
@@ -56,7 +74,9 @@ impl Device {
                 queue.full.inc();
             }
         } else if let Some(since) = rx_starved_since.take() {
-            queue.full_seconds.inc_by(now.saturating_duration_since(since).as_secs_f64());
+            queue
+                .full_seconds
+                .inc_by(now.saturating_duration_since(since).as_secs_f64());
         }
         let notified = match given {
             Some(Given::NoBuffers) => running.ring.enable_notifications(&ram),
@@ -102,12 +122,12 @@ fn after_burst<T>(
 }
 
 fn interrupt(running: &RunningRing, switchboard: &Switchboard, queue: usize, finished: Finished) {
-    if finished.used == 0 {
-        return;
-    }
     let metrics = &switchboard.metrics.queues[queue];
+    // An interrupt may be due although nothing was used: whoever served the ring before may have owed it.
     if !finished.interrupt {
-        metrics.interrupts_suppressed.inc();
+        if finished.used > 0 {
+            metrics.interrupts_suppressed.inc();
+        }
         return;
     }
     metrics.interrupts.inc();
@@ -124,7 +144,10 @@ fn take_burst(
 ) -> Result<bool, RingError> {
     running.ring.disable_notifications(ram)?;
     let mut burst = TxBurst::begin(&mut running.ring, ram)?;
-    let mut gather = Gather { id: None, slices: IoVecs::new() };
+    let mut gather = Gather {
+        id: None,
+        slices: IoVecs::new(),
+    };
     let mut taken = 0;
     let mut drained = false;
     while taken < budget::TX_PACKETS && switchboard.muxer.accepts_input() {
@@ -136,7 +159,9 @@ fn take_burst(
         // A fault was counted; its chain goes back with the others.
         let Ok(packet) = popped else { continue };
         let header = Header::decode(&packet.header);
-        switchboard.metrics.packet(Direction::GuestToHost, header.op, header.socket_type);
+        switchboard
+            .metrics
+            .packet(Direction::GuestToHost, header.op, header.socket_type);
         let continues = gather.id.is_some_and(|id| switchboard.is_data_of(id, &header));
         if !continues {
             // The muxer must know of all that was taken before it hears what comes next.
@@ -146,7 +171,9 @@ fn take_burst(
         match switchboard.muxer.handle_packet(now, &header, packet.payload_len) {
             Disposition::Consumed => {}
             Disposition::Payload { id, len } => {
-                switchboard.metrics.payload(Direction::GuestToHost, header.socket_type, u64::from(len));
+                switchboard
+                    .metrics
+                    .payload(Direction::GuestToHost, header.socket_type, u64::from(len));
                 gather.id = Some(id);
                 for slice in packet.payload(len) {
                     if !gather.slices.push(&slice) {
@@ -166,11 +193,16 @@ fn take_burst(
     switchboard.flush(now, &mut gather);
     switchboard.handle_events(now);
     let finished = burst.finish()?;
-    if taken > 0 && !std::mem::take(&mut running.kicked) {
+    let kicked = std::mem::take(&mut running.kicked);
+    if taken > 0 && !kicked {
         switchboard.metrics.queues[TX].kicks_suppressed.inc();
     }
     interrupt(running, switchboard, TX, finished);
-    if drained { running.ring.enable_notifications(ram) } else { Ok(switchboard.muxer.accepts_input()) }
+    if drained {
+        running.ring.enable_notifications(ram)
+    } else {
+        Ok(switchboard.muxer.accepts_input())
+    }
 }
 
 fn give_burst(
@@ -197,7 +229,9 @@ fn give_burst(
                     *unsent = Some(header);
                     break Given::NoBuffers;
                 }
-                switchboard.metrics.packet(Direction::HostToGuest, header.op, header.socket_type);
+                switchboard
+                    .metrics
+                    .packet(Direction::HostToGuest, header.op, header.socket_type);
                 packets += 1;
             }
             Some(Outgoing::Data { id, limit }) => {
@@ -212,7 +246,8 @@ fn give_burst(
         }
     };
     let finished = burst.finish()?;
-    if finished.used > 0 && !std::mem::take(&mut running.kicked) {
+    let kicked = std::mem::take(&mut running.kicked);
+    if finished.used > 0 && !kicked {
         switchboard.metrics.queues[RX].kicks_suppressed.inc();
     }
     interrupt(running, switchboard, RX, finished);
@@ -229,8 +264,13 @@ fn give_data(
 ) -> Result<usize, RingError> {
     // Headers announce credit as of now, and are counted as sent by what follows them.
     let header = |switchboard: &mut Switchboard, len: u32| -> [u8; HEADER_LEN] {
-        switchboard.metrics.packet(Direction::HostToGuest, Op::Rw as u16, SocketType::Stream as u16);
-        switchboard.muxer.data_header(id, len).map_or([0; HEADER_LEN], |header| header.encode())
+        switchboard
+            .metrics
+            .packet(Direction::HostToGuest, Op::Rw as u16, SocketType::Stream as u16);
+        switchboard
+            .muxer
+            .data_header(id, len)
+            .map_or([0; HEADER_LEN], |header| header.encode())
     };
     if let Some(preface) = switchboard.preface(id) {
         let n = burst.fill(preface.get(..most.min(preface.len())).unwrap_or_default());

@@ -18,11 +18,17 @@ pub(super) struct RuleRef {
 
 impl RuleRef {
     pub(super) fn outbound(index: Option<usize>) -> RuleRef {
-        RuleRef { opened_by: Direction::GuestToHost, index }
+        RuleRef {
+            opened_by: Direction::GuestToHost,
+            index,
+        }
     }
 
     pub(super) fn inbound(index: usize) -> RuleRef {
-        RuleRef { opened_by: Direction::HostToGuest, index: Some(index) }
+        RuleRef {
+            opened_by: Direction::HostToGuest,
+            index: Some(index),
+        }
     }
 
     pub(super) fn metrics(self, of: &GuestMetrics) -> &RuleMetrics {
@@ -30,7 +36,9 @@ impl RuleRef {
             Direction::GuestToHost => &of.outbound,
             Direction::HostToGuest => &of.inbound,
         };
-        self.index.and_then(|index| rules.get(index)).unwrap_or(&of.no_rule)
+        self.index
+            .and_then(|index| rules.get(index))
+            .unwrap_or(&of.no_rule)
     }
 }
 
@@ -119,7 +127,10 @@ impl Flows {
     }
 
     pub(super) fn get_mut(&mut self, id: ConnectionId) -> Option<&mut Flow> {
-        self.slots.get_mut(id.slot())?.as_deref_mut().filter(|flow| flow.id == id)
+        self.slots
+            .get_mut(id.slot())?
+            .as_deref_mut()
+            .filter(|flow| flow.id == id)
     }
 
     /// Whoever lives at this slot now.

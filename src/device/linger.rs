@@ -35,7 +35,12 @@ pub(super) struct Lingering {
 impl Lingering {
     /// At most `most` sockets linger at once; further ones are closed at once.
     pub(super) fn new(most: usize) -> Lingering {
-        Lingering { streams: Slab::new(), deadlines: VecDeque::new(), next_serial: 0, most }
+        Lingering {
+            streams: Slab::new(),
+            deadlines: VecDeque::new(),
+            next_serial: 0,
+            most,
+        }
     }
 
     /// Takes a socket that is registered under another token.
@@ -46,7 +51,10 @@ impl Lingering {
         let entry = self.streams.vacant_entry();
         let index = entry.key();
         let token = Token(token::lingering(index));
-        if registry.reregister(&mut SourceFd(&stream.as_raw_fd()), token, Interest::READABLE).is_ok() {
+        if registry
+            .reregister(&mut SourceFd(&stream.as_raw_fd()), token, Interest::READABLE)
+            .is_ok()
+        {
             let serial = self.next_serial;
             self.next_serial += 1;
             entry.insert((stream, serial));

@@ -125,7 +125,9 @@ impl DeviceGauges {
 
     /// Entries of a ring (0 rx, 1 tx, 2 event) that the guest has made available and that have not been taken.
     pub fn available(&self, queue: usize) -> u16 {
-        self.available.get(queue).map_or(0, |available| available.load(Ordering::Relaxed))
+        self.available
+            .get(queue)
+            .map_or(0, |available| available.load(Ordering::Relaxed))
     }
 }
 
@@ -170,7 +172,11 @@ pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
     let thread = std::thread::Builder::new()
         .name(format!("device-{}", config.name).chars().take(15).collect())
         .spawn(move || device.run())?;
-    Ok(RunningDevice { handle, gauges, thread })
+    Ok(RunningDevice {
+        handle,
+        gauges,
+        thread,
+    })
 }
 
 /// A ring that was started.
@@ -207,7 +213,11 @@ impl Device {
         let mut events = Events::with_capacity(budget::EVENTS);
         let mut more = false;
         loop {
-            let timeout = if more { Some(Duration::ZERO) } else { self.time_to_sleep() };
+            let timeout = if more {
+                Some(Duration::ZERO)
+            } else {
+                self.time_to_sleep()
+            };
             match self.poll.poll(&mut events, timeout) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -306,7 +316,9 @@ impl Device {
                 let _ = done.send(());
             }
             Command::Incoming(incoming) => self.switchboard.handle_incoming(now, incoming),
-            Command::Dialed { token, result, took } => self.switchboard.handle_dialed(now, token, result, took),
+            Command::Dialed { token, result, took } => {
+                self.switchboard.handle_dialed(now, token, result, took)
+            }
             Command::Snapshot(reply) => {
                 let _ = reply.send(self.snapshot(now));
             }
@@ -325,25 +337,42 @@ impl Device {
             return Err(format!("queue {index} does not exist, this device has {QUEUES}"));
         };
         if let Some(old) = slot.take() {
-            let _ = self.poll.registry().deregister(&mut SourceFd(&old.ring.kick().as_raw_fd()));
+            let _ = self
+                .poll
+                .registry()
+                .deregister(&mut SourceFd(&old.ring.kick().as_raw_fd()));
         }
         let ring = Ring::new(parts).map_err(|error| error.to_string())?;
-        let Some(ram) = &self.ram else { return Err("the ring was started before the VMM shared memory".into()) };
+        let Some(ram) = &self.ram else {
+            return Err("the ring was started before the VMM shared memory".into());
+        };
         ring.check(ram).map_err(|error| error.to_string())?;
         self.poll
             .registry()
-            .register(&mut SourceFd(&ring.kick().as_raw_fd()), token::kick(index), Interest::READABLE)
+            .register(
+                &mut SourceFd(&ring.kick().as_raw_fd()),
+                token::kick(index),
+                Interest::READABLE,
+            )
             .map_err(|error| format!("cannot watch the kick descriptor: {error}"))?;
         debug!(guest = %self.switchboard.name, queue, size = ring.size(), "ring started");
         // The guest may have made buffers available before anybody listened for its kicks.
-        *slot = Some(RunningRing { ring, broken: false, kicked: true });
+        *slot = Some(RunningRing {
+            ring,
+            broken: false,
+            kicked: true,
+        });
         Ok(())
     }
 
     fn stop_queue(&mut self, now: Instant, index: usize) -> Option<RingPosition> {
         let running = self.rings.get_mut(index)?.take()?;
         // The VMM keeps its copy of the descriptor open, so closing ours would not end the registration.
-        if let Err(error) = self.poll.registry().deregister(&mut SourceFd(&running.ring.kick().as_raw_fd())) {
+        if let Err(error) = self
+            .poll
+            .registry()
+            .deregister(&mut SourceFd(&running.ring.kick().as_raw_fd()))
+        {
             warn!(guest = %self.switchboard.name, %error, "cannot stop watching a kick descriptor");
         }
         debug!(guest = %self.switchboard.name, queue = QUEUE_LABELS[index], "ring stopped");
@@ -358,7 +387,9 @@ impl Device {
     }
 
     fn show(&self) {
-        self.gauges.open_connections.store(self.switchboard.open(), Ordering::Relaxed);
+        self.gauges
+            .open_connections
+            .store(self.switchboard.open(), Ordering::Relaxed);
         for (running, shown) in self.rings.iter().zip(&self.gauges.available) {
             shown.store(self.available(running.as_ref()), Ordering::Relaxed);
         }

@@ -16,7 +16,10 @@ impl Router {
 
     /// The rule for a port and its position.
     pub fn route(&self, port: u32) -> Option<(usize, &OutboundRule)> {
-        self.rules.iter().enumerate().find(|(_, rule)| rule.ports.contains(&port))
+        self.rules
+            .iter()
+            .enumerate()
+            .find(|(_, rule)| rule.ports.contains(&port))
     }
 }
 
@@ -30,7 +33,10 @@ mod tests {
         let rule = |ports, port| OutboundRule {
             name: String::new(),
             ports,
-            target: Target::Tcp { host: "h".into(), port },
+            target: Target::Tcp {
+                host: "h".into(),
+                port,
+            },
         };
         let router = Router::new(vec![rule(10..=10, 1), rule(5..=20, 100)]);
         assert_eq!(router.route(10).map(|(i, _)| i), Some(0));

@@ -122,7 +122,9 @@ impl Switchboard {
     /// A socket is ready.
     pub(super) fn handle_ready(&mut self, now: Instant, slot: usize, ready: &Readiness) {
         let Some(id) = self.flows.at(slot) else { return };
-        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
         let ended = ready.is_read_closed() || ready.is_error();
         flow.read_closed |= ended;
         if !flow.established && ended && ready.is_write_closed() {
@@ -184,16 +186,22 @@ impl Switchboard {
         took: Duration,
     ) {
         // The connection may have ended while its target was being reached; then the socket closes here.
-        let Some(id) = self.flows.at(token as u32 as usize).filter(|id| id.token() == token) else { return };
+        let Some(id) = self
+            .flows
+            .at(token as u32 as usize)
+            .filter(|id| id.token() == token)
+        else {
+            return;
+        };
         let Some(flow) = self.flows.get(id) else { return };
         let rule = flow.rule;
         let port = flow.host_port;
-        let outcome = result.map_err(|error| (refuse_reason(&error), error.to_string())).and_then(|stream| {
-            match self.register(&stream, id) {
+        let outcome = result
+            .map_err(|error| (refuse_reason(&error), error.to_string()))
+            .and_then(|stream| match self.register(&stream, id) {
                 Ok(()) => Ok(stream),
                 Err(error) => Err((RefuseReason::Limit, format!("cannot watch the socket: {error}"))),
-            }
-        });
+            });
         let metrics = Arc::clone(&self.metrics);
         let rule_metrics = rule.metrics(&metrics);
         match outcome {
@@ -216,7 +224,14 @@ impl Switchboard {
                 }
                 let (guest, rule) = (&*self.name, rule_metrics.name.as_str());
                 if self.logbook.target_failed(self.rule_index(id)) {
-                    warn!(guest, rule, port, reason = reason.label(), error, "target of a rule cannot be reached");
+                    warn!(
+                        guest,
+                        rule,
+                        port,
+                        reason = reason.label(),
+                        error,
+                        "target of a rule cannot be reached"
+                    );
                 } else {
                     debug!(guest, rule, port, reason = reason.label(), error, "dial failed");
                 }
@@ -271,9 +286,13 @@ impl Switchboard {
     }
 
     fn send_to_host(&mut self, now: Instant, id: ConnectionId, slices: &IoVecs<'_>, bytes: usize) {
-        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
         flow.bytes_from_guest += bytes as u64;
-        let HostEnd::Connected(stream) = &flow.end else { return };
+        let HostEnd::Connected(stream) = &flow.end else {
+            return;
+        };
         let written = if flow.spill.is_empty() {
             match writev(stream.as_fd(), slices) {
                 Ok(written) => written,
@@ -313,14 +332,19 @@ impl Switchboard {
 
     fn wrote(&mut self, now: Instant, id: ConnectionId, rule: RuleRef, written: usize) {
         if written > 0 {
-            rule.metrics(&self.metrics).upstream_bytes[Direction::GuestToHost as usize].inc_by(written as u64);
+            rule.metrics(&self.metrics).upstream_bytes[Direction::GuestToHost as usize]
+                .inc_by(written as u64);
             self.muxer.host_wrote(now, id, written as u32);
         }
     }
 
     fn flush_spill(&mut self, now: Instant, id: ConnectionId) {
-        let Some(flow) = self.flows.get_mut(id) else { return };
-        let HostEnd::Connected(stream) = &flow.end else { return };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        let HostEnd::Connected(stream) = &flow.end else {
+            return;
+        };
         if flow.spill.is_empty() {
             return;
         }
@@ -347,12 +371,17 @@ impl Switchboard {
 
     /// Bytes of a CONNECT preface still to be sent, if any: they go before the socket's.
     pub(super) fn preface(&self, id: ConnectionId) -> Option<&[u8]> {
-        self.flows.get(id).map(Flow::preface_left).filter(|left| !left.is_empty())
+        self.flows
+            .get(id)
+            .map(Flow::preface_left)
+            .filter(|left| !left.is_empty())
     }
 
     /// `n` bytes of the preface went to the guest.
     pub(super) fn preface_sent(&mut self, now: Instant, id: ConnectionId, n: u32) {
-        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
         flow.preface_sent += n as usize;
         flow.bytes_to_guest += u64::from(n);
         if flow.preface_left().is_empty() {
@@ -370,8 +399,12 @@ impl Switchboard {
         asked: usize,
         read: impl FnOnce(&HostStream) -> io::Result<usize>,
     ) -> ReadOutcome {
-        let Some(flow) = self.flows.get_mut(id) else { return ReadOutcome::Nothing };
-        let HostEnd::Connected(stream) = &flow.end else { return ReadOutcome::Nothing };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return ReadOutcome::Nothing;
+        };
+        let HostEnd::Connected(stream) = &flow.end else {
+            return ReadOutcome::Nothing;
+        };
         match read(stream) {
             Ok(0) => {
                 flow.eof = true;
@@ -384,7 +417,8 @@ impl Switchboard {
                 let more = n == asked || flow.read_closed;
                 let rule = flow.rule;
                 rule.metrics(&self.metrics).upstream_bytes[Direction::HostToGuest as usize].inc_by(n as u64);
-                self.metrics.payload(Direction::HostToGuest, SocketType::Stream as u16, n as u64);
+                self.metrics
+                    .payload(Direction::HostToGuest, SocketType::Stream as u16, n as u64);
                 self.muxer.host_read(now, id, n as u32, more);
                 return ReadOutcome::Bytes(n as u32);
             }
@@ -417,7 +451,11 @@ impl Switchboard {
 
     /// The first `most` connections, for people.
     pub(super) fn connections(&self, now: Instant, most: usize) -> Vec<ConnectionSnapshot> {
-        self.flows.iter().take(most).map(|flow| self.describe(now, flow)).collect()
+        self.flows
+            .iter()
+            .take(most)
+            .map(|flow| self.describe(now, flow))
+            .collect()
     }
 
     fn describe(&self, now: Instant, flow: &Flow) -> ConnectionSnapshot {
@@ -439,9 +477,20 @@ impl Switchboard {
 
     fn dial(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
         let port = key.peer_port.0;
-        let route = if key.peer_cid == Cid::HOST { self.router.route(port) } else { None };
+        let route = if key.peer_cid == Cid::HOST {
+            self.router.route(port)
+        } else {
+            None
+        };
         let Some((index, outbound)) = route else {
-            let flow = self.new_flow(id, RuleRef::outbound(None), key.guest_port.0, port, now, String::new());
+            let flow = self.new_flow(
+                id,
+                RuleRef::outbound(None),
+                key.guest_port.0,
+                port,
+                now,
+                String::new(),
+            );
             self.flows.insert(flow);
             if self.logbook.no_rule(port) {
                 warn!(
@@ -481,7 +530,9 @@ impl Switchboard {
         if flow.wants_ok {
             let line = format!("OK {}\n", key.peer_port);
             // The first bytes of a fresh socket: one that cannot take so few has lost its client.
-            let written = flow.stream().map(|stream| stream.write(&[io::IoSlice::new(line.as_bytes())]));
+            let written = flow
+                .stream()
+                .map(|stream| stream.write(&[io::IoSlice::new(line.as_bytes())]));
             if !matches!(written, Some(Ok(n)) if n == line.len()) {
                 self.muxer.host_failed(id, CloseReason::PeerRst);
                 return;
@@ -491,7 +542,9 @@ impl Switchboard {
     }
 
     fn established(&mut self, now: Instant, id: ConnectionId) {
-        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
         flow.established = true;
         flow.since = now;
         let metrics = flow.rule.metrics(&self.metrics);
@@ -539,9 +592,15 @@ impl Switchboard {
     }
 
     fn shutdown_host(&mut self, id: ConnectionId, flags: ShutdownFlags) {
-        let Some(stream) = self.flows.get(id).and_then(Flow::stream) else { return };
+        let Some(stream) = self.flows.get(id).and_then(Flow::stream) else {
+            return;
+        };
         // ENOTCONN: the peer was faster; its reset is read in the usual way.
-        let result = if flags.contains(ShutdownFlags::SEND) { stream.shutdown_write() } else { stream.shutdown_read() };
+        let result = if flags.contains(ShutdownFlags::SEND) {
+            stream.shutdown_write()
+        } else {
+            stream.shutdown_read()
+        };
         if let Err(error) = result {
             debug!(guest = %self.name, %error, ?flags, "shutdown of a host socket");
         }
@@ -568,7 +627,9 @@ impl Switchboard {
             reason = reason.label(),
             "connection ended"
         );
-        let HostEnd::Connected(stream) = flow.end else { return };
+        let HostEnd::Connected(stream) = flow.end else {
+            return;
+        };
         if abort {
             self.deregister(&stream);
             stream.abort();

@@ -189,7 +189,10 @@ impl Vring {
     fn position(&self) -> RingPosition {
         let state = self.inner.get_ref();
         let queue = state.get_queue();
-        RingPosition { next_avail: queue.next_avail(), next_used: queue.next_used() }
+        RingPosition {
+            next_avail: queue.next_avail(),
+            next_used: queue.next_used(),
+        }
     }
 
     fn stop(&self, hand: &mut Hand) {
@@ -205,7 +208,10 @@ impl Vring {
             Ok(Some(position)) => position,
             // The device had given the ring up, and what it returned to the guest stands in the used ring.
             Ok(None) => match self.inner.queue_used_idx() {
-                Ok(used) => RingPosition { next_avail: used, next_used: used },
+                Ok(used) => RingPosition {
+                    next_avail: used,
+                    next_used: used,
+                },
                 Err(_) => return,
             },
             Err(_) => return,

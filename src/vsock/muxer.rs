@@ -217,10 +217,10 @@ impl Muxer {
             self.misbehaved(Misbehavior::UnexpectedPayload, key);
         }
         let known = self.keys.get(&key).copied();
+        // A finished flow whose RST still waits for a buffer: the guest may use its ports again, and the old RST
+        // would kill the new connection.
         let known = match known {
-            Some(id)
-                if op == Some(Op::Request) && self.connection(id).is_some_and(Connection::is_replaceable) =>
-            {
+            Some(id) if op == Some(Op::Request) && self.state(id) == Some(State::Dead) => {
                 self.remove(id);
                 None
             }
@@ -954,7 +954,7 @@ impl Muxer {
         let Some(connection) = self.connection_mut(id) else {
             return;
         };
-        if connection.send.room() == 0 {
+        if connection.state != State::Established || connection.send.room() == 0 {
             return;
         }
         if let Some(since) = connection.stalled_since.take() {

@@ -1,0 +1,345 @@
+//! Refusals by name, and bounds: what is slow, full or plentiful costs itself only.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vsock_sidecar::embedded_guest::{DriverOptions, Profile, SocketOptions, Sockets};
+
+use crate::support::*;
+
+fn local() -> TcpListener {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()
+}
+
+/// Connects to a port that is refused; answers how long that took.
+#[track_caller]
+fn refused(guest: &Sockets, port: u32) -> Duration {
+    let asked = Instant::now();
+    let error = guest.connect(port).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset, "RST and not silence");
+    asked.elapsed()
+}
+
+#[test]
+fn every_refusal_is_a_reset_at_once_with_its_reason() {
+    // A listener whose queue is full answers no SYN: the kernel's own black hole.
+    let full = rustix_listener_with_backlog_zero();
+    let hole = full.local_addr().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&hole, Duration::from_millis(200)) {
+        queued.push(stream);
+        assert!(queued.len() < 100, "the queue of a listener does not fill up");
+    }
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound:\n  \
+         - {{name: closed, port: 1, to: \"tcp://127.0.0.1:{closed}\"}}\n  \
+         - {{name: hole, port: 2, to: \"tcp://{hole}\"}}\n  \
+         - {{name: nowhere, port: 3, to: \"tcp://no-such-name.invalid:80\"}}\n  \
+         - {{name: nofile, port: 4, to: \"unix://{{dir}}/nobody.sock\"}}\n  \
+         limits: {{connectTimeout: 300ms}}\n",
+        closed = free_port(),
+    ));
+    let guest = linux(&sidecar.path("web.sock"));
+    let counted = |rule: &str, reason: &str| {
+        let labels = [("direction", "guest_to_host"), ("rule", rule), ("reason", reason)];
+        sidecar.metric("vsock_connections_refused_total", &labels)
+    };
+
+    // The machine may be busy, but nothing here waits for a timeout of ours.
+    let quick = Duration::from_secs(2);
+    assert!(refused(&guest, 9999) < quick);
+    assert_eq!(counted("", "no_rule"), 1.0);
+    let events = sidecar.events("the guest asked for a port that no outbound rule matches");
+    assert_eq!(events.len(), 1, "{}", sidecar.log_tail());
+    assert_eq!(field(&events[0], "guest"), "web");
+    assert_eq!(field(&events[0], "port"), "9999");
+    assert_eq!(field(&events[0], "level"), "WARN");
+    for _ in 0..10 {
+        refused(&guest, 9999);
+    }
+    assert_eq!(counted("", "no_rule"), 11.0);
+    let loud = |event: &&serde_json::Value| field(event, "level") == "WARN";
+    let events = sidecar.events("the guest asked for a port that no outbound rule matches");
+    assert_eq!(events.iter().filter(loud).count(), 1, "one line a cause, not one a packet");
+
+    assert!(refused(&guest, 1) < quick);
+    assert_eq!(counted("closed", "dial_refused"), 1.0);
+    assert!(refused(&guest, 4) < quick);
+    assert_eq!(counted("nofile", "dial_refused"), 1.0);
+
+    let took = refused(&guest, 2);
+    assert!(took >= Duration::from_millis(300), "{took:?}");
+    assert!(took < Duration::from_secs(3), "{took:?}: long after connectTimeout");
+    assert_eq!(counted("hole", "dial_timeout"), 1.0);
+
+    refused(&guest, 3);
+    // A machine without any resolver may need longer than connectTimeout to say so.
+    assert_eq!(counted("nowhere", "dns") + counted("nowhere", "dial_timeout"), 1.0);
+
+    // Another CID is not ours to reach, and no rule names it.
+    let error = guest.connect_to(4, 1).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert_eq!(counted("", "no_rule"), 12.0);
+
+    assert_eq!(sidecar.metric("vsock_tcp_dials_total", &[("rule", "closed")]), 1.0);
+    assert_eq!(sidecar.metric("vsock_tcp_dial_failures_total", &[("rule", "closed")]), 1.0);
+    assert_eq!(sidecar.metric("vsock_connections_opened_total", &[]), 0.0);
+    assert_eq!(guest.open_connections(), 0);
+    assert_lawful(&guest);
+}
+
+/// A listener with the shortest queue there is, which nobody serves.
+fn rustix_listener_with_backlog_zero() -> TcpListener {
+    use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&socket, &std::net::SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+    listen(&socket, 0).unwrap();
+    TcpListener::from(socket)
+}
+
+#[test]
+fn the_limit_refuses_the_next_one_and_a_free_place_is_given_away_again() {
+    let port = serve(echo);
+    let inbound = free_port();
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{{name: echo, port: 7, to: \"tcp://127.0.0.1:{port}\"}}]\n  \
+         inbound: [{{name: in, listen: \"tcp://127.0.0.1:{inbound}\", port: 22}}]\n  \
+         limits: {{connections: 3}}\n"
+    ));
+    let guest = linux(&sidecar.path("web.sock"));
+    let _listener = guest.listen(22).unwrap();
+    let mut held: Vec<_> = (0..3).map(|_| guest.connect(7).unwrap()).collect();
+    refused(&guest, 7);
+    let labels = [("direction", "guest_to_host"), ("rule", "echo"), ("reason", "limit")];
+    assert_eq!(sidecar.metric("vsock_connections_refused_total", &labels), 1.0);
+    // The limit counts both ways: an inbound client is closed.
+    let client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
+    client.set_read_timeout(Some(LONG)).unwrap();
+    assert_eq!(read_to_end(&client), b"");
+    let labels = [("direction", "host_to_guest"), ("rule", "in"), ("reason", "limit")];
+    sidecar.until_metric("vsock_connections_refused_total", &labels, 1.0);
+
+    drop(held.pop());
+    until("a place is free", || guest.connect(7).map(|stream| held.push(stream)).is_ok());
+    for stream in &mut held {
+        stream.write_all(b"alive").unwrap();
+        stream.read_exact(&mut [0; 5]).unwrap();
+    }
+    assert_lawful(&guest);
+}
+
+#[test]
+fn a_service_that_stalls_holds_its_buffer_and_nobody_else() {
+    const BUFFER: f64 = 65536.0;
+    let (stalled, sink) = (local(), local());
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound:\n  \
+         - {{name: stalled, port: 1, to: \"tcp://{}\"}}\n  - {{name: sink, port: 2, to: \"tcp://{}\"}}\n  \
+         limits: {{buffer: 64KiB}}\n",
+        stalled.local_addr().unwrap(),
+        sink.local_addr().unwrap(),
+    ));
+    let guest = linux(&sidecar.path("web.sock"));
+    let stuck = guest.connect(1).unwrap();
+    let mut peer = accept_tcp(&stalled);
+
+    // Until neither socket nor buffer take any more.
+    stuck.set_write_timeout(Some(Duration::from_millis(500)));
+    let mut bytes = Bytes::new(1);
+    let mut sent = 0u64;
+    let mut pending: Vec<u8> = Vec::new();
+    loop {
+        if pending.is_empty() {
+            pending = bytes.take(32 * 1024);
+        }
+        match (&stuck).write(&pending) {
+            Ok(n) => {
+                sent += n as u64;
+                pending.drain(..n);
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                break;
+            }
+        }
+        assert!(sent < 64 << 20, "nothing stops the guest");
+    }
+    let held = sidecar.metric("vsock_buffered_bytes", &[("direction", "guest_to_host")]);
+    assert!(held > 0.0 && held <= BUFFER, "{held} bytes are held");
+    let state = sidecar.state();
+    let connection = &state["guests"][0]["device"]["connections"][0];
+    assert_eq!(connection["buffered"].as_f64(), Some(held), "{state:#}");
+
+    let memory = sidecar.anonymous_memory();
+    let started = Instant::now();
+    let busy = guest.connect(2).unwrap();
+    let mut reader = accept_tcp(&sink);
+    thread::scope(|scope| {
+        scope.spawn(|| Bytes::new(2).write_to(&busy, 16 << 20).unwrap());
+        Bytes::new(2).expect_from(&mut reader, 16 << 20);
+    });
+    let took = started.elapsed();
+    println!("16 MiB beside a stalled peer took {took:?}");
+    assert!(took < Duration::from_secs(15), "{took:?}: the stalled peer slows others down");
+    assert_eq!(sidecar.metric("vsock_buffered_bytes", &[("direction", "guest_to_host")]), held);
+    let grown = sidecar.anonymous_memory().saturating_sub(memory);
+    assert!(grown < 4 << 20, "grew by {grown} bytes");
+
+    // When the peer reads, all of it is there.
+    stuck.set_write_timeout(Some(LONG));
+    let total = sent + pending.len() as u64;
+    let writer = thread::spawn(move || {
+        (&stuck).write_all(&pending).unwrap();
+        drop(stuck);
+    });
+    let mut expected = Bytes::new(1);
+    expected.expect_from(&mut peer, total);
+    assert_eq!(peer.read(&mut [0; 1]).unwrap(), 0);
+    writer.join().unwrap();
+    sidecar.until_metric("vsock_buffered_bytes", &[("direction", "guest_to_host")], 0.0);
+    assert_lawful(&guest);
+}
+
+#[test]
+fn a_guest_without_receive_buffers_costs_no_cpu_and_no_memory() {
+    let (source, sink) = (local(), local());
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound:\n  \
+         - {{name: source, port: 1, to: \"tcp://{}\"}}\n  - {{name: sink, port: 2, to: \"tcp://{}\"}}\n",
+        source.local_addr().unwrap(),
+        sink.local_addr().unwrap(),
+    ));
+    let options = DriverOptions {
+        rx_buffers: 8,
+        ..DriverOptions::default()
+    };
+    let guest = guest(&sidecar.path("web.sock"), Profile::qemu(), options, SocketOptions::default());
+    let (down, up) = (guest.connect(1).unwrap(), guest.connect(2).unwrap());
+    let (mut feeder, mut reader) = (accept_tcp(&source), accept_tcp(&sink));
+    guest.hold_rx(true);
+
+    const LEN: u64 = 2 << 20;
+    let feeding = thread::spawn(move || {
+        Bytes::new(1).write_to(&mut feeder, LEN).unwrap();
+        feeder
+    });
+    until("the guest's buffers are used up", || {
+        sidecar.metric("vsock_vring_full_total", &[("queue", "rx")]) >= 1.0
+    });
+    // The service goes on writing into its socket for a moment; then nothing happens, and nothing is to happen.
+    let settled = |from: Duration| sidecar.cpu_time() - from < Duration::from_millis(20);
+    until("the sidecar sleeps", || {
+        let before = sidecar.cpu_time();
+        thread::sleep(Duration::from_millis(200));
+        settled(before)
+    });
+    let (cpu, memory) = (sidecar.cpu_time(), sidecar.anonymous_memory());
+    thread::sleep(Duration::from_secs(1));
+    let spent = sidecar.cpu_time() - cpu;
+    assert!(spent < Duration::from_millis(100), "{spent:?} of CPU in a second of waiting");
+
+    // The other direction goes on, as far as credit goes without updates.
+    (&up).write_all(&Bytes::new(2).take(100_000)).unwrap();
+    Bytes::new(2).expect_from(&mut reader, 100_000);
+    let grown = sidecar.anonymous_memory().saturating_sub(memory);
+    assert!(grown < 1 << 20, "grew by {grown} bytes");
+
+    guest.hold_rx(false);
+    down.set_read_timeout(Some(LONG));
+    Bytes::new(1).expect_from(&down, LEN);
+    drop(feeding.join().unwrap());
+    assert_eq!((&down).read(&mut [0; 1]).unwrap(), 0);
+    until("waiting time was counted", || {
+        sidecar.metric("vsock_vring_full_seconds_total", &[("queue", "rx")]) >= 1.0
+    });
+    assert_lawful(&guest);
+}
+
+/// A guest application that reads nothing: its credit is used up, which is a stall of that connection alone.
+#[test]
+fn a_guest_application_that_does_not_read_stalls_its_service_only() {
+    let (source, other) = (local(), serve(echo));
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound:\n  \
+         - {{name: source, port: 1, to: \"tcp://{}\"}}\n  - {{name: echo, port: 2, to: \"tcp://127.0.0.1:{other}\"}}\n",
+        source.local_addr().unwrap(),
+    ));
+    let guest = linux(&sidecar.path("web.sock"));
+    let lazy = guest.connect(1).unwrap();
+    let mut feeder = accept_tcp(&source);
+    const LEN: u64 = 4 << 20;
+    let feeding = thread::spawn(move || Bytes::new(1).write_to(&mut feeder, LEN).unwrap());
+    let stalls = [("direction", "host_to_guest")];
+    until("the credit is used up", || sidecar.metric("vsock_credit_stalls_total", &stalls) >= 1.0);
+    let cpu = sidecar.cpu_time();
+    thread::sleep(Duration::from_millis(500));
+    assert!(sidecar.cpu_time() - cpu < Duration::from_millis(100), "it spins");
+    let mut brisk = guest.connect(2).unwrap();
+    brisk.write_all(b"ping").unwrap();
+    brisk.read_exact(&mut [0; 4]).unwrap();
+
+    lazy.set_read_timeout(Some(LONG));
+    Bytes::new(1).expect_from(&lazy, LEN);
+    feeding.join().unwrap();
+    assert!(sidecar.metric("vsock_credit_stall_seconds_total", &stalls) > 0.4);
+    assert_lawful(&guest);
+}
+
+#[test]
+fn ten_thousand_idle_connections_stay_open_at_a_few_kib_each() {
+    const COUNT: usize = 10_000;
+    raise_descriptor_limit();
+    let sidecar = Sidecar::start(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {socket: \"{dir}/web.sock\"}\n  \
+         outbound: [{name: many, port: 1, to: \"unix://{dir}/many.sock\"}]\n  limits: {connections: 16384}\n",
+    );
+    let listener = UnixListener::bind(sidecar.path("many.sock")).unwrap();
+    let guest = Arc::new(linux(&sidecar.path("web.sock")));
+    let mut first = guest.connect(1).unwrap();
+    let mut ends = vec![accept_unix(&listener)];
+    let before = sidecar.anonymous_memory();
+
+    let connecting = thread::spawn({
+        let guest = Arc::clone(&guest);
+        move || (1..COUNT).map(|_| guest.connect(1).unwrap()).collect::<Vec<_>>()
+    });
+    for _ in 1..COUNT {
+        ends.push(accept_unix(&listener));
+    }
+    let mut streams = connecting.join().unwrap();
+    assert_eq!(sidecar.metric("vsock_connections_active", &[]), COUNT as f64);
+    let each = sidecar.anonymous_memory().saturating_sub(before) / (COUNT as u64 - 1);
+    println!("{each} bytes of the sidecar's memory a connection");
+    assert!(each < 8 << 10, "{each} bytes a connection");
+    assert!(sidecar.descriptors() < COUNT + 100, "one descriptor a connection");
+
+    // All of them are alive, the first and the last too, and idle ones cost no time.
+    let cpu = sidecar.cpu_time();
+    thread::sleep(Duration::from_millis(500));
+    assert!(sidecar.cpu_time() - cpu < Duration::from_millis(100), "idle connections cost time");
+    streams.push(first.try_clone().unwrap());
+    first.write_all(b"1").unwrap();
+    ends[0].read_exact(&mut [0; 1]).unwrap();
+    for (index, stream) in streams.iter().enumerate().step_by(500) {
+        (&*stream).write_all(&(index as u32).to_le_bytes()).unwrap();
+    }
+    // Accepted in the order of connect, so the same index leads to the other end.
+    for index in (0..COUNT - 1).step_by(500) {
+        let mut got = [0; 4];
+        ends[index + 1].read_exact(&mut got).unwrap();
+        assert_eq!(u32::from_le_bytes(got), index as u32);
+    }
+
+    // They all end with the VMM, and nothing of them is left.
+    guest.kill();
+    for mut end in ends {
+        let _ = end.read(&mut [0; 1]);
+    }
+    sidecar.until_metric("vsock_connections_active", &[], 0.0);
+    until("the descriptors are given back", || sidecar.descriptors() < 100);
+}

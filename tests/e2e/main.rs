@@ -1,0 +1,10 @@
+//! The whole binary, judged from both of its ends: an embedded guest on its vhost-user socket, real sockets at its
+//! targets and listeners, its metrics and log in between. No virtual machine, no privileges.
+
+mod support;
+
+mod bad_start;
+mod limits;
+mod reconnect;
+mod shutdown;
+mod stream;

@@ -1,0 +1,57 @@
+//! Verbs of the tests: a running binary, guests, services, and waiting with a deadline.
+
+mod bytes;
+mod host;
+mod process;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+pub use bytes::Bytes;
+pub use host::{
+    Service, accept_tcp, accept_unix, echo, free_port, raise_descriptor_limit, read_to_end, serve,
+};
+pub use process::{Sidecar, field, run_to_end};
+use vsock_sidecar::embedded_guest::{DriverOptions, EmbeddedGuest, Profile, SocketOptions, Sockets};
+
+/// How long anything may take on a machine that does other things as well.
+pub const LONG: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` holds; panics with `what` when it does not within [`LONG`].
+#[track_caller]
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {LONG:?}: {what}");
+        std::thread::sleep(Duration::from_millis(3));
+    }
+}
+
+/// A guest as Linux 6.12 under QEMU has it.
+pub fn linux(socket: &Path) -> Sockets {
+    guest(
+        socket,
+        Profile::qemu(),
+        DriverOptions::default(),
+        SocketOptions::default(),
+    )
+}
+
+/// A guest of any kind, with its socket layer running.
+pub fn guest(socket: &Path, profile: Profile, driver: DriverOptions, sockets: SocketOptions) -> Sockets {
+    let booted = EmbeddedGuest::boot(socket, profile, driver).expect("the guest boots");
+    let sockets = SocketOptions {
+        // Patience of the test, not of Linux: a busy machine must not look like a refusal.
+        connect_timeout: LONG,
+        ..sockets
+    };
+    Sockets::start(booted, sockets).expect("the guest's sockets start")
+}
+
+/// Fails if the device broke a rule towards this guest.
+#[track_caller]
+pub fn assert_lawful(guest: &Sockets) {
+    let stats = guest.stats();
+    assert!(stats.violations.is_empty(), "{:?}", stats.violations);
+    assert_eq!(guest.crossed_resets(), 0, "resets that crossed");
+}
