@@ -11,10 +11,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
-use vsock_sidecar::{app, demo};
 use vsock_sidecar::config::{self, Config, ConfigError, Warning};
 use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
+use vsock_sidecar::{app, demo};
 
 use cli::{Cli, Command};
 

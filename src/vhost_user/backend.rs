@@ -102,7 +102,13 @@ impl VhostUserBackend for Backend {
     fn acked_features(&self, features: u64) {
         let before = std::mem::replace(&mut *lock(&self.acked), features);
         if before != features {
-            info!(guest = %self.link.guest, features = %Features::virtio(features), "features agreed");
+            let (guest, bits) = (&self.link.guest, Features::virtio(features));
+            match before {
+                0 if self.link.watch.is_assumed() => {
+                    info!(%guest, features = %bits, "the VMM goes on with an earlier session: features assumed");
+                }
+                _ => info!(%guest, features = %bits, "features agreed"),
+            }
         }
         if (before ^ features) & VHOST_F_LOG_ALL != 0 {
             self.log_writes(features & VHOST_F_LOG_ALL != 0);

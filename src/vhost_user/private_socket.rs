@@ -76,10 +76,6 @@ fn remove(directory: &Path) {
     let _ = fs::remove_dir(directory);
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the age of a file can be told by no other clock"
-)]
 fn age(metadata: &fs::Metadata) -> Option<Duration> {
     SystemTime::now().duration_since(metadata.modified().ok()?).ok()
 }
