@@ -211,7 +211,11 @@ fn parallel(times: u64, port: u32, steps: &[Step]) -> Result<String, Error> {
     let faults: Vec<String> = thread::scope(|scope| {
         let run = |index| {
             let barrier = &barrier;
-            move || script::client(port, steps, index, || drop(barrier.wait()))
+            move || {
+                script::client(port, steps, index, || {
+                    barrier.wait();
+                })
+            }
         };
         let threads: Vec<_> = (0..times)
             .map(|index| script::spawn_small(scope, run(index)))
