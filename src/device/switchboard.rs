@@ -384,6 +384,10 @@ impl Switchboard {
         };
         flow.preface_sent += n as usize;
         flow.bytes_to_guest += u64::from(n);
+        let direction = Direction::HostToGuest;
+        flow.rule.metrics(&self.metrics).upstream_bytes[direction as usize].inc_by(u64::from(n));
+        self.metrics
+            .payload(direction, SocketType::Stream as u16, u64::from(n));
         if flow.preface_left().is_empty() {
             flow.preface = Vec::new();
             flow.preface_sent = 0;

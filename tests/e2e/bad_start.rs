@@ -16,7 +16,10 @@ fn refused(dir: &Path, configuration: &str) -> String {
     std::fs::remove_file(&file).unwrap();
     assert_eq!(code, Some(64), "{said}");
     assert_eq!(listing(dir), before, "nothing is left, and nothing is gone");
-    assert!(!said.contains("panicked") && !said.contains("RUST_BACKTRACE"), "{said}");
+    assert!(
+        !said.contains("panicked") && !said.contains("RUST_BACKTRACE"),
+        "{said}"
+    );
     said
 }
 
@@ -63,7 +66,11 @@ fn a_port_that_somebody_has() {
          inbound: [{{name: first, listen: \"unix://{{dir}}/in.sock\", port: 1}}, \
          {{name: ssh, listen: \"tcp://{address}\", port: 22}}]}}\n"
     );
-    refused_in_a_line(dir, &inbound, &["web", "ssh", &address, "another socket listens there"]);
+    refused_in_a_line(
+        dir,
+        &inbound,
+        &["web", "ssh", &address, "another socket listens there"],
+    );
     let admin = format!("admin: {{listen: [\"unix://{{dir}}/admin.sock\", \"tcp://{address}\"]}}\n");
     refused_in_a_line(dir, &(admin + &vhost_user("{dir}/web.sock")), &[&address]);
 }
@@ -74,7 +81,11 @@ fn a_socket_that_somebody_serves_is_not_stolen() {
     let dir = dir.path();
     let live = UnixListener::bind(dir.join("live.sock")).unwrap();
     let live_path = dir.join("live.sock").display().to_string();
-    refused_in_a_line(dir, &vhost_user("{dir}/live.sock"), &["web", &live_path, "served by another process"]);
+    refused_in_a_line(
+        dir,
+        &vhost_user("{dir}/live.sock"),
+        &["web", &live_path, "served by another process"],
+    );
     refused_in_a_line(
         dir,
         &format!(
@@ -113,7 +124,9 @@ fn a_second_sidecar_is_refused_and_the_first_works_on() {
     std::io::Read::read_exact(&mut stream, &mut [0; 1]).unwrap();
     drop((stream, guest));
     // The vhost-user socket is still the first one's.
-    until("the session is over", || first.metric("vsock_session_active", &[]) == 0.0);
+    until("the session is over", || {
+        first.metric("vsock_session_active", &[]) == 0.0
+    });
     drop(linux(&first.path("web.sock")).connect(7).unwrap());
 }
 
@@ -125,15 +138,24 @@ fn places_where_no_socket_can_be() {
     std::fs::write(dir.join("file"), "precious").unwrap();
     let text = |name: &str| dir.join(name).display().to_string();
 
-    refused_in_a_line(dir, &vhost_user("{dir}/missing/web.sock"), &[&text("missing"), "does not exist"]);
-    refused_in_a_line(dir, &vhost_user("{dir}/directory"), &[&text("directory"), "not a socket", "directory"]);
+    refused_in_a_line(
+        dir,
+        &vhost_user("{dir}/missing/web.sock"),
+        &[&text("missing"), "does not exist"],
+    );
+    refused_in_a_line(
+        dir,
+        &vhost_user("{dir}/directory"),
+        &[&text("directory"), "not a socket", "directory"],
+    );
     refused_in_a_line(dir, &vhost_user("{dir}/file"), &[&text("file"), "not a socket"]);
     assert_eq!(std::fs::read(dir.join("file")).unwrap(), b"precious");
     refused_in_a_line(dir, &vhost_user("{dir}/file/web.sock"), &["web.sock"]);
     let inbound = "guests: [{name: web, cid: 3, vhostUser: {socket: \"{dir}/web.sock\"}, \
         inbound: [{name: mux, listen: \"unix://{dir}/missing/mux.sock\", protocol: connect}]}]\n";
     refused_in_a_line(dir, inbound, &["mux", &text("missing"), "does not exist"]);
-    let client = "guests: [{name: web, cid: 3, vhostUser: {socket: \"{dir}/missing/web.sock\", mode: client}}]\n";
+    let client =
+        "guests: [{name: web, cid: 3, vhostUser: {socket: \"{dir}/missing/web.sock\", mode: client}}]\n";
     refused_in_a_line(dir, client, &[&text("missing")]);
 }
 
@@ -161,7 +183,10 @@ fn files_that_are_no_configuration() {
         ("guests: [", &[&file]),
         ("guests: []\n", &["guests"]),
         ("guest: []\n", &["guest", "guests"]),
-        ("guests: [{name: web, cid: 2, vhostUser: {socket: /run/x}}]\n", &["cid", "2"]),
+        (
+            "guests: [{name: web, cid: 2, vhostUser: {socket: /run/x}}]\n",
+            &["cid", "2"],
+        ),
     ];
     for (configuration, words) in rows {
         let said = refused(dir, configuration);

@@ -64,7 +64,11 @@ fn every_refusal_is_a_reset_at_once_with_its_reason() {
     assert_eq!(counted("", "no_rule"), 11.0);
     let loud = |event: &&serde_json::Value| field(event, "level") == "WARN";
     let events = sidecar.events("the guest asked for a port that no outbound rule matches");
-    assert_eq!(events.iter().filter(loud).count(), 1, "one line a cause, not one a packet");
+    assert_eq!(
+        events.iter().filter(loud).count(),
+        1,
+        "one line a cause, not one a packet"
+    );
 
     assert!(refused(&guest, 1) < quick);
     assert_eq!(counted("closed", "dial_refused"), 1.0);
@@ -73,20 +77,32 @@ fn every_refusal_is_a_reset_at_once_with_its_reason() {
 
     let took = refused(&guest, 2);
     assert!(took >= Duration::from_millis(300), "{took:?}");
-    assert!(took < Duration::from_secs(3), "{took:?}: long after connectTimeout");
+    assert!(
+        took < Duration::from_secs(3),
+        "{took:?}: long after connectTimeout"
+    );
     assert_eq!(counted("hole", "dial_timeout"), 1.0);
 
     refused(&guest, 3);
     // A machine without any resolver may need longer than connectTimeout to say so.
-    assert_eq!(counted("nowhere", "dns") + counted("nowhere", "dial_timeout"), 1.0);
+    assert_eq!(
+        counted("nowhere", "dns") + counted("nowhere", "dial_timeout"),
+        1.0
+    );
 
     // Another CID is not ours to reach, and no rule names it.
     let error = guest.connect_to(4, 1).map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert_eq!(counted("", "no_rule"), 12.0);
 
-    assert_eq!(sidecar.metric("vsock_tcp_dials_total", &[("rule", "closed")]), 1.0);
-    assert_eq!(sidecar.metric("vsock_tcp_dial_failures_total", &[("rule", "closed")]), 1.0);
+    assert_eq!(
+        sidecar.metric("vsock_tcp_dials_total", &[("rule", "closed")]),
+        1.0
+    );
+    assert_eq!(
+        sidecar.metric("vsock_tcp_dial_failures_total", &[("rule", "closed")]),
+        1.0
+    );
     assert_eq!(sidecar.metric("vsock_connections_opened_total", &[]), 0.0);
     assert_eq!(guest.open_connections(), 0);
     assert_lawful(&guest);
@@ -115,17 +131,27 @@ fn the_limit_refuses_the_next_one_and_a_free_place_is_given_away_again() {
     let _listener = guest.listen(22).unwrap();
     let mut held: Vec<_> = (0..3).map(|_| guest.connect(7).unwrap()).collect();
     refused(&guest, 7);
-    let labels = [("direction", "guest_to_host"), ("rule", "echo"), ("reason", "limit")];
+    let labels = [
+        ("direction", "guest_to_host"),
+        ("rule", "echo"),
+        ("reason", "limit"),
+    ];
     assert_eq!(sidecar.metric("vsock_connections_refused_total", &labels), 1.0);
     // The limit counts both ways: an inbound client is closed.
     let client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
     client.set_read_timeout(Some(LONG)).unwrap();
     assert_eq!(read_to_end(&client), b"");
-    let labels = [("direction", "host_to_guest"), ("rule", "in"), ("reason", "limit")];
+    let labels = [
+        ("direction", "host_to_guest"),
+        ("rule", "in"),
+        ("reason", "limit"),
+    ];
     sidecar.until_metric("vsock_connections_refused_total", &labels, 1.0);
 
     drop(held.pop());
-    until("a place is free", || guest.connect(7).map(|stream| held.push(stream)).is_ok());
+    until("a place is free", || {
+        guest.connect(7).map(|stream| held.push(stream)).is_ok()
+    });
     for stream in &mut held {
         stream.write_all(b"alive").unwrap();
         stream.read_exact(&mut [0; 5]).unwrap();
@@ -185,8 +211,14 @@ fn a_service_that_stalls_holds_its_buffer_and_nobody_else() {
     });
     let took = started.elapsed();
     println!("16 MiB beside a stalled peer took {took:?}");
-    assert!(took < Duration::from_secs(15), "{took:?}: the stalled peer slows others down");
-    assert_eq!(sidecar.metric("vsock_buffered_bytes", &[("direction", "guest_to_host")]), held);
+    assert!(
+        took < Duration::from_secs(15),
+        "{took:?}: the stalled peer slows others down"
+    );
+    assert_eq!(
+        sidecar.metric("vsock_buffered_bytes", &[("direction", "guest_to_host")]),
+        held
+    );
     let grown = sidecar.anonymous_memory().saturating_sub(memory);
     assert!(grown < 4 << 20, "grew by {grown} bytes");
 
@@ -218,7 +250,12 @@ fn a_guest_without_receive_buffers_costs_no_cpu_and_no_memory() {
         rx_buffers: 8,
         ..DriverOptions::default()
     };
-    let guest = guest(&sidecar.path("web.sock"), Profile::qemu(), options, SocketOptions::default());
+    let guest = guest(
+        &sidecar.path("web.sock"),
+        Profile::qemu(),
+        options,
+        SocketOptions::default(),
+    );
     let (down, up) = (guest.connect(1).unwrap(), guest.connect(2).unwrap());
     let (mut feeder, mut reader) = (accept_tcp(&source), accept_tcp(&sink));
     guest.hold_rx(true);
@@ -241,7 +278,10 @@ fn a_guest_without_receive_buffers_costs_no_cpu_and_no_memory() {
     let (cpu, memory) = (sidecar.cpu_time(), sidecar.anonymous_memory());
     thread::sleep(Duration::from_secs(1));
     let spent = sidecar.cpu_time() - cpu;
-    assert!(spent < Duration::from_millis(100), "{spent:?} of CPU in a second of waiting");
+    assert!(
+        spent < Duration::from_millis(100),
+        "{spent:?} of CPU in a second of waiting"
+    );
 
     // The other direction goes on, as far as credit goes without updates.
     (&up).write_all(&Bytes::new(2).take(100_000)).unwrap();
@@ -275,7 +315,9 @@ fn a_guest_application_that_does_not_read_stalls_its_service_only() {
     const LEN: u64 = 4 << 20;
     let feeding = thread::spawn(move || Bytes::new(1).write_to(&mut feeder, LEN).unwrap());
     let stalls = [("direction", "host_to_guest")];
-    until("the credit is used up", || sidecar.metric("vsock_credit_stalls_total", &stalls) >= 1.0);
+    until("the credit is used up", || {
+        sidecar.metric("vsock_credit_stalls_total", &stalls) >= 1.0
+    });
     let cpu = sidecar.cpu_time();
     thread::sleep(Duration::from_millis(500));
     assert!(sidecar.cpu_time() - cpu < Duration::from_millis(100), "it spins");
@@ -321,7 +363,10 @@ fn ten_thousand_idle_connections_stay_open_at_a_few_kib_each() {
     // All of them are alive, the first and the last too, and idle ones cost no time.
     let cpu = sidecar.cpu_time();
     thread::sleep(Duration::from_millis(500));
-    assert!(sidecar.cpu_time() - cpu < Duration::from_millis(100), "idle connections cost time");
+    assert!(
+        sidecar.cpu_time() - cpu < Duration::from_millis(100),
+        "idle connections cost time"
+    );
     streams.push(first.try_clone().unwrap());
     first.write_all(b"1").unwrap();
     ends[0].read_exact(&mut [0; 1]).unwrap();

@@ -4,7 +4,9 @@
 mod support;
 
 mod bad_start;
+
 mod limits;
+mod observability;
 mod reconnect;
 mod shutdown;
 mod stream;

@@ -69,8 +69,13 @@ fn a_drain_waits_for_open_connections_and_refuses_new_inbound_ones() {
         (client, server)
     };
     sidecar.terminate();
-    until("readiness is gone", || matches!(sidecar.try_get("/readyz"), Some((503, _))));
-    assert_eq!(sidecar.metric("vsock_session_state", &[("state", "draining")]), 1.0);
+    until("readiness is gone", || {
+        matches!(sidecar.try_get("/readyz"), Some((503, _)))
+    });
+    assert_eq!(
+        sidecar.metric("vsock_session_state", &[("state", "draining")]),
+        1.0
+    );
 
     // What is new is refused: the listener closes, or who was in its queue is closed.
     until("inbound connections are refused", || {
@@ -127,7 +132,9 @@ fn a_second_signal_ends_the_drain_at_once() {
     let (mut sidecar, _guest, stream, _) = busy("120s");
     ping(&stream);
     sidecar.terminate();
-    until("the drain has begun", || matches!(sidecar.try_get("/readyz"), Some((503, _))));
+    until("the drain has begun", || {
+        matches!(sidecar.try_get("/readyz"), Some((503, _)))
+    });
     assert!(!sidecar.has_ended());
     sidecar.terminate();
     assert_eq!(sidecar.wait(Duration::from_secs(20)).code(), Some(0));
