@@ -1,6 +1,7 @@
-//! Which rule a guest's port belongs to.
+//! Which rule a destination of a guest belongs to.
 
 use crate::config::OutboundRule;
+use crate::vsock::Cid;
 
 /// The outbound rules of one guest, first match wins.
 #[derive(Clone, Debug)]
@@ -14,8 +15,11 @@ impl Router {
         Router { rules }
     }
 
-    /// The rule for a port and its position.
-    pub fn route(&self, port: u32) -> Option<(usize, &OutboundRule)> {
+    /// The rule for a port and its position. Only the host has ports that rules speak of.
+    pub fn route(&self, cid: Cid, port: u32) -> Option<(usize, &OutboundRule)> {
+        if cid != Cid::HOST {
+            return None;
+        }
         self.rules
             .iter()
             .enumerate()
@@ -39,8 +43,10 @@ mod tests {
             },
         };
         let router = Router::new(vec![rule(10..=10, 1), rule(5..=20, 100)]);
-        assert_eq!(router.route(10).map(|(i, _)| i), Some(0));
-        assert_eq!(router.route(11).map(|(i, _)| i), Some(1));
-        assert_eq!(router.route(21).map(|(i, _)| i), None);
+        let route = |cid, port| router.route(cid, port).map(|(i, _)| i);
+        assert_eq!(route(Cid::HOST, 10), Some(0));
+        assert_eq!(route(Cid::HOST, 11), Some(1));
+        assert_eq!(route(Cid::HOST, 21), None);
+        assert_eq!(route(Cid(3), 10), None, "another guest's port");
     }
 }

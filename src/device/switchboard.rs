@@ -18,7 +18,7 @@ use crate::metrics::{Direction, GuestMetrics};
 use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::writev;
 use crate::vsock::{
-    Cid, CloseReason, ConnectionId, ConnectionKey, Event, Header, Misbehavior, Muxer, Op, Port, RefuseReason,
+    CloseReason, ConnectionId, ConnectionKey, Event, Header, Misbehavior, Muxer, Op, Port, RefuseReason,
     ShutdownFlags, SocketType,
 };
 
@@ -384,6 +384,10 @@ impl Switchboard {
         };
         flow.preface_sent += n as usize;
         flow.bytes_to_guest += u64::from(n);
+        let direction = Direction::HostToGuest;
+        flow.rule.metrics(&self.metrics).upstream_bytes[direction as usize].inc_by(u64::from(n));
+        self.metrics
+            .payload(direction, SocketType::Stream as u16, u64::from(n));
         if flow.preface_left().is_empty() {
             flow.preface = Vec::new();
             flow.preface_sent = 0;
@@ -477,12 +481,7 @@ impl Switchboard {
 
     fn dial(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
         let port = key.peer_port.0;
-        let route = if key.peer_cid == Cid::HOST {
-            self.router.route(port)
-        } else {
-            None
-        };
-        let Some((index, outbound)) = route else {
+        let Some((index, outbound)) = self.router.route(key.peer_cid, port) else {
             let flow = self.new_flow(
                 id,
                 RuleRef::outbound(None),
@@ -492,14 +491,7 @@ impl Switchboard {
                 String::new(),
             );
             self.flows.insert(flow);
-            if self.logbook.no_rule(port) {
-                warn!(
-                    guest = %self.name, port, cid = %key.peer_cid, reason = "no_rule",
-                    "the guest asked for a port that no outbound rule matches"
-                );
-            } else {
-                debug!(guest = %self.name, port, cid = %key.peer_cid, reason = "no_rule", "refused");
-            }
+            self.log_no_rule(key);
             self.muxer.refused(id, RefuseReason::NoRule);
             return;
         };
@@ -556,10 +548,30 @@ impl Switchboard {
         );
     }
 
+    fn log_no_rule(&mut self, key: ConnectionKey) {
+        let port = key.peer_port.0;
+        if self.logbook.no_rule(port) {
+            warn!(
+                guest = %self.name, port, cid = %key.peer_cid, reason = "no_rule",
+                "the guest asked for a port that no outbound rule matches"
+            );
+        } else {
+            debug!(guest = %self.name, port, cid = %key.peer_cid, reason = "no_rule", "refused");
+        }
+    }
+
     fn limit_reached(&mut self, key: ConnectionKey) {
         let port = key.peer_port.0;
-        let index = self.router.route(port).map(|(index, _)| index);
-        RuleRef::outbound(index).metrics(&self.metrics).refused[RefuseReason::Limit as usize].inc();
+        let refused = |index: Option<usize>, reason: RefuseReason| {
+            RuleRef::outbound(index).metrics(&self.metrics).refused[reason as usize].inc();
+        };
+        let Some((index, _)) = self.router.route(key.peer_cid, port) else {
+            // No limit would have let it through, so nobody should be told to raise one.
+            refused(None, RefuseReason::NoRule);
+            self.log_no_rule(key);
+            return;
+        };
+        refused(Some(index), RefuseReason::Limit);
         if self.logbook.limit() {
             warn!(guest = %self.name, port, reason = "limit", "refused: limits.connections is reached");
         } else {

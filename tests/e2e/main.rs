@@ -4,7 +4,10 @@
 mod support;
 
 mod bad_start;
+mod hostile_guest;
+
 mod limits;
+mod observability;
 mod reconnect;
 mod shutdown;
 mod stream;

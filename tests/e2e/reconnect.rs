@@ -145,6 +145,12 @@ fn fifty_vmms_killed_amid_transfers_leave_nothing_behind() {
     );
     assert_eq!(threads, first_threads, "threads");
     assert_eq!(sidecar.metric("vsock_sessions_total", &[]), 50.0);
+    let odd: Vec<_> = sidecar
+        .events("connection ended")
+        .into_iter()
+        .filter(|event| field(event, "reason") != "session_lost")
+        .collect();
+    assert!(odd.is_empty(), "{odd:#?}");
     assert_eq!(
         sidecar.metric("vsock_connections_closed_total", &[("reason", "session_lost")]),
         100.0

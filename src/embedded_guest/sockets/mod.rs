@@ -273,7 +273,8 @@ impl Shared {
         loop {
             let deadline = {
                 let mut stack = self.lock();
-                if stack.stopping {
+                // A killed VMM's guest answers nothing, though the device may not have noticed the end yet.
+                if stack.stopping || stack.protocol.is_lost() {
                     return;
                 }
                 stack.turn(Instant::now());

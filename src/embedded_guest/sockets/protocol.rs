@@ -561,6 +561,11 @@ impl Protocol {
         self.ended_order.clear();
     }
 
+    /// Whether the VMM is gone for good.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost
+    }
+
     // ---- for the thread ------------------------------------------------------------------------------------------
 
     /// The next header to send; [`Protocol::unsend`] takes it back when the ring is full.

@@ -11,7 +11,7 @@ pub use bytes::Bytes;
 pub use host::{
     Service, accept_tcp, accept_unix, echo, free_port, raise_descriptor_limit, read_to_end, serve,
 };
-pub use process::{Sidecar, field, run_to_end};
+pub use process::{Sidecar, field, run_to_end, samples};
 use vsock_sidecar::embedded_guest::{DriverOptions, EmbeddedGuest, Profile, SocketOptions, Sockets};
 
 /// How long anything may take on a machine that does other things as well.
