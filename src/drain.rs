@@ -1,8 +1,8 @@
 //! Shutdown: who asks for it, who sees it, when it is complete, and what it cut off.
 //!
 //! Completion is counted by ownership, as in mini-redis: every piece of work that shall be finished holds a
-//! [`Guard`]; when the last one is dropped, the drain is complete. Nobody has to remember to report, since returning is
-//! reporting, and so is a panic.
+//! [`Guard`]; when the last one is dropped, the drain is complete. Nobody has to remember to report, since
+//! returning is reporting, and so is a panic.
 //!
 //! Watchers are async code or plain threads: [`Watch::draining`] is a future of any executor,
 //! [`Watch::is_draining`] a load.

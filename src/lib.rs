@@ -41,6 +41,7 @@
 pub mod admin;
 pub mod app;
 pub mod config;
+pub mod demo;
 pub mod device;
 pub mod drain;
 pub mod embedded_guest;

@@ -1,15 +1,16 @@
 //! The log: structured events on stderr, as text for people or as one JSON object a line.
 //!
-//! What is an incident for a library is often an ordinary day here. The crates that parse the VMM's messages and the guest's
-//! rings write an error for each malformed one, which a guest could do a million times a second. Whatever matters of it comes back
-//! to us as an error value, and is counted and logged once with its context; so their own lines are off unless asked
-//! for by name ([`QUIET_CRATES`]).
+//! What is an incident for a library is often an ordinary day here. The crates that parse the VMM's messages
+//! and the guest's rings write an error for each malformed one, which a guest could do a million times a
+//! second. Whatever matters of it comes back to us as an error value, and is counted and logged once with its
+//! context; so their own lines are off unless asked for by name ([`QUIET_CRATES`]).
 //!
-//! Events are written by a thread of their own. Stderr is a pipe whose reader may stall, and a device thread that waits for it
-//! would be a guest that waits for it. A queue that is full drops events, counts them, and says so when it can.
+//! Events are written by a thread of their own. Stderr is a pipe whose reader may stall, and a device thread
+//! that waits for it would be a guest that waits for it. A queue that is full drops events, counts them, and
+//! says so when it can.
 
 use std::io::{self, IsTerminal, Write};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::time::{Duration, Instant};
 
 use prometheus::IntCounter;
@@ -54,9 +55,9 @@ pub enum LogError {
     Twice,
 }
 
-/// Sends all events from now on to stderr. `level` is the configured level or filter; `VSOCK_SIDECAR_LOG` overrides it if it
-/// is set and not empty. Warnings and errors that pass are counted in `messages`. What was logged is written at the latest
-/// when the guard is dropped.
+/// Sends all events from now on to stderr. `level` is the configured level or filter; `VSOCK_SIDECAR_LOG`
+/// overrides it if it is set and not empty. Warnings and errors that pass are counted in `messages`. What was
+/// logged is written at the latest when the guard is dropped.
 pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<LogGuard, LogError> {
     let variable = std::env::var(VARIABLE)
         .ok()
@@ -115,7 +116,8 @@ fn parse_filter(filter: &str, origin: &'static str) -> Result<EnvFilter, LogErro
 }
 
 fn directive(text: &str) -> Result<Directive, String> {
-    // A bare word that is no level would be taken for a module, at every level: `inof` would silence the whole log.
+    // A bare word that is no level would be taken for a module, at every level: `inof` would silence the whole
+    // log.
     if !text.contains(['=', '[']) && text.parse::<LevelFilter>().is_err() {
         return Err(format!("{text:?} is no level"));
     }
@@ -143,8 +145,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 enum Line {
     Event(Vec<u8>),
-    /// Answered when everything before it is written.
-    Flush(SyncSender<()>),
+    /// Somebody waits for a flush.
+    Wake,
 }
 
 /// The way to the thread that writes. Never blocks.
@@ -156,21 +158,26 @@ struct Queue {
 /// Sees to it that the log is complete: keep it until the end of the program.
 #[must_use = "events that wait to be written are lost if it is not kept"]
 #[derive(Debug)]
-pub struct LogGuard(SyncSender<Line>);
+pub struct LogGuard {
+    lines: SyncSender<Line>,
+    /// Whoever sends a sender is answered when the queue has been written.
+    flushes: Sender<SyncSender<()>>,
+}
 
 impl Queue {
     fn start(dropped: IntCounter) -> io::Result<(Queue, LogGuard)> {
         let (lines, queue) = sync_channel(QUEUE);
+        let (flushes, waiting) = channel();
         let counted = dropped.clone();
         std::thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || write_lines(&queue, &counted))?;
+            .spawn(move || write_lines(&queue, &waiting, &counted))?;
         Ok((
             Queue {
                 lines: lines.clone(),
                 dropped,
             },
-            LogGuard(lines),
+            LogGuard { lines, flushes },
         ))
     }
 }
@@ -200,28 +207,32 @@ impl<'a> fmt::MakeWriter<'a> for Queue {
 impl Drop for LogGuard {
     fn drop(&mut self) {
         let (done, flushed) = sync_channel(1);
-        let deadline = Instant::now() + PATIENCE;
-        while self.0.try_send(Line::Flush(done.clone())).is_err() {
-            if Instant::now() >= deadline {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        // A full queue needs no wake-up: the thread is writing, and looks here when it has written all.
+        if self.flushes.send(done).is_ok() {
+            let _ = self.lines.try_send(Line::Wake);
+            let _ = flushed.recv_timeout(PATIENCE);
         }
-        let _ = flushed.recv_timeout(deadline.saturating_duration_since(Instant::now()));
     }
 }
 
-fn write_lines(queue: &Receiver<Line>, dropped: &IntCounter) {
+fn write_lines(queue: &Receiver<Line>, flushes: &Receiver<SyncSender<()>>, dropped: &IntCounter) {
     let (mut reported, mut reported_at) = (0, Instant::now());
     loop {
-        match queue.recv_timeout(PATIENCE) {
-            // Where the log cannot be written there is nobody to tell.
-            Ok(Line::Event(event)) => drop(io::stderr().write_all(&event)),
-            Ok(Line::Flush(done)) => drop(done.send(())),
-            Err(RecvTimeoutError::Timeout) => {}
+        let first = match queue.recv_timeout(PATIENCE) {
+            Ok(line) => Some(line),
+            Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
+        };
+        for line in first.into_iter().chain(queue.try_iter()) {
+            if let Line::Event(event) = line {
+                // Where the log cannot be written there is nobody to tell.
+                let _ = io::stderr().write_all(&event);
+            }
         }
-        // The reader has taken something, so that there is a place in the queue for this.
+        for done in flushes.try_iter() {
+            // Who waits has lost patience.
+            let _ = done.try_send(());
+        }
         if dropped.get() > reported && reported_at.elapsed() >= PATIENCE {
             let events = dropped.get() - reported;
             (reported, reported_at) = (reported + events, Instant::now());

@@ -12,8 +12,9 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 use vsock_sidecar::config::{self, Config, ConfigError, Warning};
+use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
-use vsock_sidecar::{app, logging};
+use vsock_sidecar::{app, demo};
 
 use cli::{Cli, Command};
 
@@ -24,7 +25,9 @@ fn main() -> ExitCode {
             Command::Run { config } => run(&config),
             Command::Check { file } => check(&file),
             Command::Schema => schema(),
-            Command::Demo(options) => Err(Failure::Other(format!("{options:?}"))),
+            Command::Demo(cli::Demo { keep, vm }) => {
+                demo::run(demo::Options { keep, vm }).map_err(|error| Failure::Other(error.to_string()))
+            }
         });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -36,7 +39,10 @@ fn run(file: &Path) -> Result<(), Failure> {
     let (config, warnings) = config::load(file).map_err(Failure::Config)?;
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
     let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
-        .map_err(Failure::other)?;
+        .map_err(|error| match error {
+            LogError::BadFilter { .. } => Failure::Surroundings(describe(&error)),
+            error => Failure::other(error),
+        })?;
     for Warning(warning) in &warnings {
         let (line, column) = warning.position.unwrap_or_default();
         tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);

@@ -11,7 +11,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("config", &[]),
     ("metrics", &[]),
     ("drain", &[]),
-    ("logging", &["config"]),
+    ("logging", &["config", "metrics"]),
     ("guest", &["sys", "vsock::header"]),
     ("host", &["config", "sys"]),
     ("device", &["config", "guest", "host", "metrics", "sys", "vsock"]),
@@ -34,7 +34,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "vsock",
         ],
     ),
-    ("demo", &["app", "config", "embedded_guest", "logging"]),
+    ("demo", &["app", "config", "embedded_guest", "logging", "metrics"]),
     ("cli", &[]),
 ];
 

@@ -1,7 +1,8 @@
 //! One HTTP connection and its deadlines.
 //!
-//! hyper's own header timeout would also end an idle connection, and nothing in it ends a response that the client does not
-//! take. So a connection is in a phase, which shows in its reads, writes and flushes, and each phase has its deadline:
+//! hyper's own header timeout would also end an idle connection, and nothing in it ends a response that the
+//! client does not take. So a connection is in a phase, which shows in its reads, writes and flushes, and each
+//! phase has its deadline:
 //!
 //! ```text
 //!          first byte            head complete                              response taken
@@ -42,7 +43,8 @@ pub(super) struct Serve {
 }
 
 impl Serve {
-    /// Serves `socket` until it ends, misses a deadline, or `stop` completes and the response that is under way is out.
+    /// Serves `socket` until it ends, misses a deadline, or `stop` completes and the response that is under way
+    /// is out.
     pub(super) async fn run(self, socket: impl Socket, stop: impl Future<Output = ()>) {
         let Serve {
             admin,
@@ -80,7 +82,8 @@ impl Serve {
                 stopping = true;
                 connection.as_mut().graceful_shutdown();
             }
-            // An error is the client's: it went away, or sent what is no HTTP; it got its 400 or 431 where possible.
+            // An error is the client's: it went away, or sent what is no HTTP; it got its 400 or 431 where
+            // possible.
             if connection.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(());
             }
@@ -149,8 +152,8 @@ impl Clock {
         }
     }
 
-    /// hyper flushes the socket when it has nothing left to write, also while an answer is still being made. A response
-    /// is one buffer, so that the first flush after a write means that all of it is out.
+    /// hyper flushes the socket when it has nothing left to write, also while an answer is still being made. A
+    /// response is one buffer, so that the first flush after a write means that all of it is out.
     fn flushed(&self) {
         let mut phase = self.lock();
         if phase.0 == Phase::Writing {

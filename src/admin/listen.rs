@@ -12,8 +12,8 @@ use crate::sys::unix_socket::{BindError, SocketGuard, bind_unix};
 use super::server::{self, AdminHandle};
 use super::{Admin, Limits};
 
-/// Who may connect to the unix socket: its owner and group. `/state` names peers and rules, which is not for everybody who
-/// shares the volume.
+/// Who may connect to the unix socket: its owner and group. `/state` names peers and rules, which is not for
+/// everybody who shares the volume.
 const SOCKET_MODE: u32 = 0o660;
 const BACKLOG: i32 = 256;
 
@@ -22,7 +22,8 @@ const BACKLOG: i32 = 256;
 pub enum AdminError {
     /// The port is taken.
     #[error(
-        "admin: tcp://{address} is taken by another process: stop that process or choose another port in admin.listen"
+        "admin: tcp://{address} is taken by another process: \
+         stop that process or choose another port in admin.listen"
     )]
     InUse {
         /// The address.
@@ -30,7 +31,8 @@ pub enum AdminError {
     },
     /// The address is none of ours.
     #[error(
-        "admin: no interface has the address {address}: use an address of this machine, or 0.0.0.0 or [::] for all of them"
+        "admin: no interface has the address {address}: \
+         use an address of this machine, or 0.0.0.0 or [::] for all of them"
     )]
     NoSuchAddress {
         /// The address.
@@ -123,7 +125,10 @@ fn listen_tcp(address: SocketAddr, all: &[ListenAddress]) -> io::Result<TcpListe
     // A restart must not wait for connections in TIME_WAIT.
     socket.set_reuse_address(true)?;
     // `[::]` takes IPv4 as well, unless the configuration has a listener of its own for that port on IPv4.
-    let has_ipv4 = |other: &ListenAddress| matches!(other, ListenAddress::Tcp(other) if other.is_ipv4() && other.port() == address.port());
+    let has_ipv4 = |other: &ListenAddress| match other {
+        ListenAddress::Tcp(other) => other.is_ipv4() && other.port() == address.port(),
+        ListenAddress::Unix(_) => false,
+    };
     if address.is_ipv6() && address.ip().is_unspecified() && all.iter().any(has_ipv4) {
         socket.set_only_v6(true)?;
     }

@@ -1,18 +1,19 @@
 //! The admin server: `/metrics`, probes and state over HTTP/1, on TCP and unix sockets at once.
 //!
-//! It has its own thread and its own current-thread runtime, so that probes answer whatever the device threads do, and it
-//! sees the rest of the program only as values ([`Source`]). Strangers may reach it, so everything is bounded:
+//! It has its own thread and its own current-thread runtime, so that probes answer whatever the device threads
+//! do, and it sees the rest of the program only as values ([`Source`]). Strangers may reach it, so everything
+//! is bounded:
 //!
 //! | what | bound | afterwards |
 //! |---|---|---|
-//! | connections of a listener | [`Limits::connections`] | the one that has been silent longest makes room; if all are being answered, 503 |
+//! | connections of a listener | [`Limits::connections`] | the longest silent one makes room; 503 if none is |
 //! | a request head | [`Limits::head`] from its first byte, 16 KiB, 64 fields | closed; 431 |
 //! | an idle connection | [`Limits::idle`] | closed |
 //! | a response, until the client has taken it | [`Limits::response`] | closed |
 //! | a question to the device threads | [`Limits::answer`] | 503 that says so |
 //!
-//! Request bodies are never read. There is no TLS and no authentication: what is served here is for those who can reach the
-//! pod's network or the socket file.
+//! Request bodies are never read. There is no TLS and no authentication: what is served here is for those who
+//! can reach the pod's network or the socket file.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +36,8 @@ pub type Answer<'a, T> = std::pin::Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Where the answers come from. Implemented by whoever knows the guests.
 ///
-/// Every method is called on the admin thread, so none may block it: ask other threads with a future and a deadline.
+/// Every method is called on the admin thread, so none may block it: ask other threads with a future and a
+/// deadline.
 pub trait Source: Send + Sync + 'static {
     /// The text of `/metrics` (Prometheus text format 0.0.4), or why there is none.
     fn metrics(&self) -> Result<String, String>;
@@ -43,8 +45,8 @@ pub trait Source: Send + Sync + 'static {
     /// The document of `/state`.
     fn state(&self) -> Answer<'_, serde_json::Value>;
 
-    /// One check for each thread that has to be alive. Nothing here may depend on a VMM or a target: a failed liveness
-    /// probe ends the process, and with it every guest's vsock.
+    /// One check for each thread that has to be alive. Nothing here may depend on a VMM or a target: a failed
+    /// liveness probe ends the process, and with it every guest's vsock.
     fn live(&self) -> Answer<'_, Vec<Check>>;
 }
 
@@ -84,7 +86,8 @@ pub struct Admin {
     pub startup: Readiness,
     /// What has to hold, besides, for `/readyz` to say yes.
     pub ready: Readiness,
-    /// `/readyz` says no once this drain has begun; `/livez` stays, since a pod that drains must not be killed for it.
+    /// `/readyz` says no once this drain has begun; `/livez` stays, since a pod that drains must not be killed
+    /// for it.
     pub drain: drain::Watch,
 }
 

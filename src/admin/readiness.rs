@@ -8,8 +8,8 @@ use super::Check;
 /// A question that is answered yes when nobody holds a [`Latch`] of it. Cheap to clone.
 #[derive(Clone, Default, Debug)]
 pub struct Readiness {
-    /// By name, how many latches are held. A name stays when its last latch is dropped, so that the answer lists it as
-    /// done. Bounded by the names the program uses: one or two for each guest.
+    /// By name, how many latches are held. A name stays when its last latch is dropped, so that the answer
+    /// lists it as done. Bounded by the names the program uses: one or two for each guest.
     latches: Arc<Mutex<BTreeMap<String, usize>>>,
 }
 

@@ -27,8 +27,8 @@ const BUSY: &[u8] =
 const LINGER: Duration = Duration::from_secs(1);
 /// File descriptors in reserve for each listener: a probe and a scrape.
 const RESERVE: usize = 2;
-/// Wait after a failed accept, doubled up to [`MAX_BACKOFF`]: a listener with a connection that cannot be accepted stays readable,
-/// and a loop without a wait would spin.
+/// Wait after a failed accept, doubled up to [`MAX_BACKOFF`]: a listener with a connection that cannot be
+/// accepted stays readable, and a loop without a wait would spin.
 const MIN_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
@@ -164,8 +164,8 @@ async fn accept_loop(
     while connections.join_next().await.is_some() {}
 }
 
-/// Ends the connection that has owed us a request for the longest time, if there is one: nobody can keep probes out by
-/// opening connections and saying nothing.
+/// Ends the connection that has owed us a request for the longest time, if there is one: nobody can keep probes
+/// out by opening connections and saying nothing.
 async fn make_room(open: &mut Vec<(Clock, AbortHandle)>) -> bool {
     let waiting = open
         .iter()
@@ -183,9 +183,9 @@ async fn make_room(open: &mut Vec<(Clock, AbortHandle)>) -> bool {
 
 /// File descriptors kept for the day when the process has none left.
 ///
-/// The data path may use up all descriptors, and a liveness probe that is not answered for this ends the process with all its
-/// connections. So a few are held in reserve; one is closed to accept one connection, which is answered once and closed,
-/// and is then taken again.
+/// The data path may use up all descriptors, and a liveness probe that is not answered for this ends the
+/// process with all its connections. So a few are held in reserve; one is closed to accept one connection,
+/// which is answered once and closed, and is then taken again.
 struct Reserve {
     files: Mutex<Vec<File>>,
     size: usize,

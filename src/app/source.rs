@@ -195,3 +195,32 @@ pub(super) fn sample(session: &NegotiationWatch, gauges: &DeviceGauges, draining
 fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::metrics::names;
+    use crate::vhost_user::Features;
+
+    /// The session knows the bits and the metrics know the labels; neither may know the other, so this holds them together.
+    #[test]
+    fn session_and_metrics_call_every_feature_by_the_same_name() {
+        for (metrics, session) in [
+            (names::VIRTIO_FEATURES, Features::VIRTIO),
+            (names::PROTOCOL_FEATURES, Features::PROTOCOL),
+        ] {
+            let metrics: Vec<_> = metrics.iter().map(|known| (known.bit, known.name)).collect();
+            let session: Vec<_> = session
+                .iter()
+                .map(|(bit, name)| (u32::from(*bit), *name))
+                .collect();
+            assert_eq!(metrics, session);
+        }
+    }
+
+    #[test]
+    fn every_request_label_of_the_metrics_is_a_request_of_the_session() {
+        for name in names::REQUESTS {
+            assert!(crate::vhost_user::message::REQUEST_NAMES.contains(name), "{name}");
+        }
+    }
+}

@@ -57,7 +57,9 @@ impl Device {
         let (Some(running), Some(ram)) = (&mut rings[RX], ram.clone()) else {
             return false;
         };
-        if running.broken || (unsent.is_none() && !switchboard.muxer.has_outgoing()) {
+        let idle = unsent.is_none() && !switchboard.muxer.has_outgoing();
+        // A ring that has just started gets a burst although there is nothing to say: it may owe an interrupt.
+        if running.broken || (idle && !running.kicked) {
             return false;
         }
         let accepted_input = switchboard.muxer.accepts_input();
@@ -120,12 +122,12 @@ fn after_burst<T>(
 }
 
 fn interrupt(running: &RunningRing, switchboard: &Switchboard, queue: usize, finished: Finished) {
-    if finished.used == 0 {
-        return;
-    }
     let metrics = &switchboard.metrics.queues[queue];
+    // An interrupt may be due although nothing was used: whoever served the ring before may have owed it.
     if !finished.interrupt {
-        metrics.interrupts_suppressed.inc();
+        if finished.used > 0 {
+            metrics.interrupts_suppressed.inc();
+        }
         return;
     }
     metrics.interrupts.inc();
@@ -191,7 +193,8 @@ fn take_burst(
     switchboard.flush(now, &mut gather);
     switchboard.handle_events(now);
     let finished = burst.finish()?;
-    if taken > 0 && !std::mem::take(&mut running.kicked) {
+    let kicked = std::mem::take(&mut running.kicked);
+    if taken > 0 && !kicked {
         switchboard.metrics.queues[TX].kicks_suppressed.inc();
     }
     interrupt(running, switchboard, TX, finished);
@@ -243,7 +246,8 @@ fn give_burst(
         }
     };
     let finished = burst.finish()?;
-    if finished.used > 0 && !std::mem::take(&mut running.kicked) {
+    let kicked = std::mem::take(&mut running.kicked);
+    if finished.used > 0 && !kicked {
         switchboard.metrics.queues[RX].kicks_suppressed.inc();
     }
     interrupt(running, switchboard, RX, finished);

@@ -11,6 +11,7 @@
 //! 2. [`Driver`] owns guest memory ([`GuestMemory`], one memfd a region) and three split [`Virtqueue`]s: posts
 //!    receive buffers in a [`RxLayout`], sends packets in a [`Shape`], notifies and is interrupted as in Linux.
 //! 3. [`Sockets`] is a small guest vsock stack with a thread of its own: connect, listen, credit, half-close.
+//! 4. [`bulk`] moves bytes over one connection on the bare driver, for benchmarks.
 //!
 //! [`EmbeddedGuest`] puts 1 and 2 together: `EmbeddedGuest::boot(socket, Profile::qemu(), DriverOptions::default())`.
 //!
@@ -20,6 +21,7 @@
 //! 2. Every wait has a deadline.
 //! 3. Nothing is asked of the device's code: a mistake made there is not made here again.
 
+pub mod bulk;
 mod driver;
 mod error;
 mod fd;

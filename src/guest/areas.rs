@@ -1,4 +1,5 @@
-//! The three areas of a split virtqueue in guest memory, found once a burst (virtio 1.2, sections 2.7.5 to 2.7.8).
+//! The three areas of a split virtqueue in guest memory, found once a burst (virtio 1.2, sections 2.7.5 to
+//! 2.7.8).
 
 use std::sync::atomic::Ordering;
 
@@ -59,7 +60,8 @@ impl Descriptor {
 #[derive(Debug)]
 pub(super) struct Range<'m> {
     first: Slice<'m>,
-    /// Further pieces of a range that crosses a border of memory regions. Empty, hence without an allocation, but for those.
+    /// Further pieces of a range that crosses a border of memory regions. Empty, hence without an allocation,
+    /// but for those.
     rest: Vec<Slice<'m>>,
 }
 
@@ -103,7 +105,8 @@ impl<'m> Range<'m> {
         piece.store(value.to_le(), at, order).ok()
     }
 
-    /// Copies a descriptor out; piecewise where it crosses a border, since descriptors of indirect tables may.
+    /// Copies a descriptor out; piecewise where it crosses a border, since descriptors of indirect tables
+    /// may.
     pub(super) fn descriptor(&self, index: usize) -> Option<Descriptor> {
         let mut bytes = [0; DESC_LEN];
         let mut copied = 0;
@@ -141,7 +144,8 @@ impl<'m> Areas<'m> {
         event_idx: bool,
     ) -> Result<Areas<'m>, RingError> {
         let n = usize::from(size);
-        // used_event and avail_event exist with VIRTIO_F_EVENT_IDX only; a ring at the end of memory may lack them.
+        // used_event and avail_event exist with VIRTIO_F_EVENT_IDX only; a ring at the end of memory may lack
+        // them.
         let event = if event_idx { 2 } else { 0 };
         let find = |area, addr, len, access| {
             Range::resolve(ram, addr, len, access).map_err(|fault| RingError::Memory { area, fault })
@@ -167,7 +171,8 @@ impl<'m> Areas<'m> {
         self.desc.descriptor(usize::from(index)).ok_or(torn)
     }
 
-    /// How far the driver has made entries available. What it wrote before it wrote this is visible afterwards.
+    /// How far the driver has made entries available. What it wrote before it wrote this is visible
+    /// afterwards.
     pub(super) fn avail_idx(&self) -> Result<u16, RingError> {
         self.load_avail(INDEX, Ordering::Acquire)
     }
@@ -188,16 +193,18 @@ impl<'m> Areas<'m> {
         Ok(self.load_avail(FLAGS, Ordering::Relaxed)? & AVAIL_NO_INTERRUPT != 0)
     }
 
-    /// Writes the used element of the free-running `position`. The driver looks at it only after [`Areas::set_used_idx`].
+    /// Writes the used element of the free-running `position`. The driver looks at it only after
+    /// [`Areas::set_used_idx`].
     pub(super) fn write_used(&self, position: u16, head: u16, len: u32) -> Result<(), RingError> {
         let offset = ELEMENTS + 8 * self.slot(position);
-        // Two stores of 4 bytes: an element is aligned to 4 and may lie across a page border, so that with an IOMMU
-        // its halves need not be neighbours.
+        // Two stores of 4 bytes: an element is aligned to 4 and may lie across a page border, so that with an
+        // IOMMU its halves need not be neighbours.
         self.store_used_u32(offset, u32::from(head))?;
         self.store_used_u32(offset + 4, len)
     }
 
-    /// Gives the driver every used element before the free-running `index`, and with them all that was written before.
+    /// Gives the driver every used element before the free-running `index`, and with them all that was
+    /// written before.
     pub(super) fn set_used_idx(&self, index: u16) -> Result<(), RingError> {
         self.store_used(INDEX, index, Ordering::Release)
     }

@@ -20,9 +20,9 @@ pub struct Finished {
 
 /// A ring while chains are taken from it.
 ///
-/// Positions during a burst: `ring.published <= ring.next_used <= ring.next_avail <= avail_idx`, all free-running. What is
-/// between `published` and `next_used` has its used element written; what is between `next_used` and `next_avail` is
-/// reserved and goes back in place if nothing becomes of it (invariant 5).
+/// Positions during a burst: `ring.published <= ring.next_used <= ring.next_avail <= avail_idx`, all
+/// free-running. What is between `published` and `next_used` has its used element written; what is between
+/// `next_used` and `next_avail` is reserved and goes back in place if nothing becomes of it (invariant 5).
 pub(super) struct Burst<'r, 'm> {
     pub ring: &'r mut Ring,
     ram: &'m GuestRam,
@@ -50,9 +50,9 @@ impl<'r, 'm> Burst<'r, 'm> {
         })
     }
 
-    /// Takes the next chain that is available and appends its slices. A chain which makes no sense is given back used,
-    /// with nothing in it, and counted, unless something is reserved before it: then it stays where it is and this
-    /// answers `None`, since chains are used in order.
+    /// Takes the next chain that is available and appends its slices. A chain which makes no sense is given
+    /// back used, with nothing in it, and counted, unless something is reserved before it: then it stays
+    /// where it is and this answers `None`, since chains are used in order.
     pub(super) fn next_chain(&mut self, access: Access) -> Option<Result<(u16, Chain), RingFault>> {
         let at = self.slices.len();
         let head = match self.next_head() {
@@ -125,8 +125,9 @@ impl<'r, 'm> Burst<'r, 'm> {
                 interrupt: false,
             });
         }
-        // The used index must be visible before used_event or the flags are read: the driver writes those and then
-        // reads the used index again (virtio 1.2, 2.7.7.2). A store and then a load: nothing less than SeqCst orders these.
+        // The used index must be visible before used_event or the flags are read: the driver writes those and
+        // then reads the used index again (virtio 1.2, 2.7.7.2). A store and then a load: nothing less than
+        // SeqCst orders these.
         fence(Ordering::SeqCst);
         let interrupt = match self.ring.decided {
             // Whoever served the ring before us may have published and died before it interrupted.
@@ -169,9 +170,9 @@ impl<'r, 'm> Burst<'r, 'm> {
 }
 
 impl Drop for Burst<'_, '_> {
-    /// Without `finish`: chains that are used were dealt with, so they are published, or the next burst would deal with
-    /// them again; what is reserved goes back in place. Whether to interrupt is decided by the next burst that
-    /// finishes. After `finish` there is nothing left to publish.
+    /// Without `finish`: chains that are used were dealt with, so they are published, or the next burst would
+    /// deal with them again; what is reserved goes back in place. Whether to interrupt is decided by the next
+    /// burst that finishes. After `finish` there is nothing left to publish.
     fn drop(&mut self) {
         // An error shows again in the next burst, as the ring's memory is no better then.
         let _ = self.publish();
@@ -179,7 +180,8 @@ impl Drop for Burst<'_, '_> {
     }
 }
 
-/// Whether the used index has passed `event` on its way from `old` to `new`: `vring_need_event` of virtio 1.2, 2.7.7.
+/// Whether the used index has passed `event` on its way from `old` to `new`: `vring_need_event` of virtio
+/// 1.2, 2.7.7.
 fn crossed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }

@@ -1,7 +1,7 @@
 //! Descriptor chains: from a head to the slices of guest memory that it means.
 //!
-//! A chain is a byte stream cut into buffers anywhere (virtio 1.2, 2.7.4 "Message Framing"): nothing here knows of
-//! "the header descriptor" and "the data descriptor".
+//! A chain is a byte stream cut into buffers anywhere (virtio 1.2, 2.7.4 "Message Framing"): nothing here
+//! knows of "the header descriptor" and "the data descriptor".
 
 use super::areas::{Areas, DESC_INDIRECT, DESC_LEN, DESC_NEXT, DESC_WRITE, Descriptor, Range};
 use super::fault::{RingError, RingFault};
@@ -9,8 +9,9 @@ use super::memory::{Access, GuestRam, MemoryFault, Slice};
 use super::ring::MAX_RING_SIZE;
 use crate::vsock::header::HEADER_LEN;
 
-/// Longest indirect table in descriptors. The standard says no longer than the ring, which Linux does not check when
-/// it builds one (`virtqueue_add_split`, drivers/virtio/virtio_ring.c): 18 descriptors of a packet must pass a ring of 16.
+/// Longest indirect table in descriptors. The standard says no longer than the ring, which Linux does not
+/// check when it builds one (`virtqueue_add_split`, drivers/virtio/virtio_ring.c): 18 descriptors of a packet
+/// must pass a ring of 16.
 pub(super) const MAX_INDIRECT: usize = MAX_RING_SIZE as usize;
 
 /// What a chain comes to.
@@ -50,10 +51,12 @@ impl From<MemoryFault> for WalkError {
     }
 }
 
-/// Follows the chain that begins at descriptor `head`, all of whose buffers must be for `access`, and appends its slices to
-/// `out`, cut at the end of the packet header. After an error `out` may hold slices of this chain.
+/// Follows the chain that begins at descriptor `head`, all of whose buffers must be for `access`, and appends
+/// its slices to `out`, cut at the end of the packet header. After an error `out` may hold slices of this
+/// chain.
 ///
-/// Terminates for every content of guest memory (invariant 4): at most ring size + table length descriptors are read.
+/// Terminates for every content of guest memory (invariant 4): at most ring size + table length descriptors
+/// are read.
 pub(super) fn walk<'m>(
     ram: &'m GuestRam,
     areas: &Areas<'m>,
@@ -76,9 +79,9 @@ pub(super) fn walk<'m>(
     for _ in 0..ring_size {
         let descriptor = areas.descriptor(index)?;
         if descriptor.has(DESC_INDIRECT) {
-            // Zero or more plain descriptors may come first, nothing may follow (2.7.5.3.1). WRITE has no meaning
-            // here (2.7.5.3.2). Not looked at: whether VIRTIO_F_INDIRECT_DESC was negotiated. We always offer it, and
-            // a driver that uses it unasked harms nobody.
+            // Zero or more plain descriptors may come first, nothing may follow (2.7.5.3.1). WRITE has no
+            // meaning here (2.7.5.3.2). Not looked at: whether VIRTIO_F_INDIRECT_DESC was negotiated. We
+            // always offer it, and a driver that uses it unasked harms nobody.
             if descriptor.has(DESC_NEXT) {
                 return Err(RingFault::IndirectWithNext.into());
             }

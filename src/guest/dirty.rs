@@ -1,12 +1,12 @@
 //! The dirty log: which pages this device wrote, for a VMM that migrates the guest while it runs.
 //!
-//! The VMM shares a bitmap (SET_LOG_BASE), one bit for each 4 KiB page of guest-physical memory from address 0 on. Nobody
-//! migrates most of the time, so what counts is the price of *no* log: one relaxed load per write to guest memory, no
-//! lock and no reference count. (`BitmapMmapRegion` of vhost-user-backend clones an `Arc` for every slice and takes a lock
-//! for every write.)
+//! The VMM shares a bitmap (SET_LOG_BASE), one bit for each 4 KiB page of guest-physical memory from address
+//! 0 on. Nobody migrates most of the time, so what counts is the price of *no* log: one relaxed load per
+//! write to guest memory, no lock and no reference count. (`BitmapMmapRegion` of vhost-user-backend clones an
+//! `Arc` for every slice and takes a lock for every write.)
 //!
-//! Marks are set after the bytes were written: a VMM that clears a bit and then copies the page sees either the bytes or,
-//! later, the bit.
+//! Marks are set after the bytes were written: a VMM that clears a bit and then copies the page sees either
+//! the bytes or, later, the bit.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -25,9 +25,10 @@ pub struct DirtyBitmap(Arc<State>);
 
 #[derive(Debug)]
 struct State {
-    /// Whether there is a log *and* it is to be written: all that is read when there is nothing to do. Relaxed is enough,
-    /// since a reader that sees `true` takes the lock, and one that sees it late is as a write just before the VMM's
-    /// message: no page is judged clean before the VMM has our answer to that message.
+    /// Whether there is a log *and* it is to be written: all that is read when there is nothing to do.
+    /// Relaxed is enough, since a reader that sees `true` takes the lock, and one that sees it late is as a
+    /// write just before the VMM's message: no page is judged clean before the VMM has our answer to that
+    /// message.
     active: AtomicBool,
     log: RwLock<Log>,
 }
@@ -70,8 +71,8 @@ impl State {
 }
 
 impl DirtyBitmap {
-    /// Writes the log from now on, or no longer. The session calls this with VHOST_F_LOG_ALL of each SET_FEATURES;
-    /// the log itself stays, as a VMM may set the bit again without sending another.
+    /// Writes the log from now on, or no longer. The session calls this with VHOST_F_LOG_ALL of each
+    /// SET_FEATURES; the log itself stays, as a VMM may set the bit again without sending another.
     pub fn set_enabled(&self, enabled: bool) {
         self.0.change(|log| log.enabled = enabled);
     }
@@ -163,8 +164,8 @@ pub struct RegionLog {
 
 impl MemRegionBitmap for RegionLog {
     fn new<R: GuestMemoryRegion>(region: &R, log: Arc<MmapLogReg>) -> io::Result<RegionLog> {
-        // MmapLogReg keeps its length to itself and panics beyond it. The crate's own bitmap knows how to ask:
-        // it refuses a region that is empty, wraps, or whose last page has no bit in the log.
+        // MmapLogReg keeps its length to itself and panics beyond it. The crate's own bitmap knows how to
+        // ask: it refuses a region that is empty, wraps, or whose last page has no bit in the log.
         AtomicBitmapMmap::new(region, Arc::clone(&log))?;
         Ok(RegionLog {
             log: LogMemory::Shared(log),
@@ -183,8 +184,9 @@ impl RegionLog {
         let last = offset.saturating_add(len - 1).min(self.len - 1);
         for page in (self.start + offset) / LOG_PAGE..=(self.start + last) / LOG_PAGE {
             let (byte, bit) = self.bit(page);
-            // The driver of the log reads and clears it by atomic exchange, hence an atomic or (vhost-user.rst,
-            // "Migration"). A look first saves the bus a locked write for a page that is dirty already.
+            // The driver of the log reads and clears it by atomic exchange, hence an atomic or
+            // (vhost-user.rst, "Migration"). A look first saves the bus a locked write for a page that is
+            // dirty already.
             if byte.load(Ordering::Relaxed) & bit == 0 {
                 byte.fetch_or(bit, Ordering::Relaxed);
             }
@@ -298,7 +300,8 @@ mod tests {
 
     #[test]
     fn pages_are_those_of_guest_physical_memory() {
-        // Neither start nor length are on a page border: the last byte is on page 5, which the second region shares.
+        // Neither start nor length are on a page border: the last byte is on page 5, which the second region
+        // shares.
         let ranges = [(GuestAddress(0x1800), 0x4000), (GuestAddress(0x5800), 0x1000)];
         let memory = Memory::from_ranges(&ranges).unwrap();
         let log = TestLog::install(&memory);
@@ -391,7 +394,8 @@ mod tests {
         File::from(file)
     }
 
-    /// A VMM installs a log as it does before it migrates: SET_LOG_BASE through vhost-user-backend, whose types we plug into.
+    /// A VMM installs a log as it does before it migrates: SET_LOG_BASE through vhost-user-backend, whose
+    /// types we plug into.
     #[test]
     fn a_vmms_log_is_written() {
         let dir = tempfile::tempdir().unwrap();

@@ -26,8 +26,8 @@ macro_rules! labelled {
 labelled! {
     /// What a driver did wrong with a ring: `reason` of `vsock_vring_errors_total`.
     ///
-    /// All but the last three concern one descriptor chain: it goes back to the driver unused and the ring goes on.
-    /// The last three stop the ring; see [`RingError`].
+    /// All but the last three concern one descriptor chain: it goes back to the driver unused and the ring
+    /// goes on. The last three stop the ring; see [`RingError`].
     RingFault {
         /// The available ring names a descriptor that the table does not have.
         HeadOutOfRange => "head_out_of_range",
@@ -45,8 +45,9 @@ labelled! {
         AddressUnmapped => "address_unmapped",
         /// A buffer or an indirect table goes beyond the end of the address space.
         AddressWraps => "address_wraps",
-        /// A device-writable descriptor in a TX chain, or a device-readable one in an RX chain. Each chain of this device
-        /// has one direction (virtio 1.2, 5.10.6), so this covers readable after writable too (2.7.4.2).
+        /// A device-writable descriptor in a TX chain, or a device-readable one in an RX chain. Each chain of
+        /// this device has one direction (virtio 1.2, 5.10.6), so this covers readable after writable too
+        /// (2.7.4.2).
         WrongDirection => "wrong_direction",
         /// A chain's buffers sum up to 4 GiB or more (virtio 1.2, 2.7.5: a chain is at most 2^32 bytes).
         ChainTooBig => "chain_too_big",
@@ -117,8 +118,8 @@ pub enum RingError {
         /// What is wrong with its memory.
         fault: MemoryFault,
     },
-    /// An element of an area crosses from one memory region into the next, or is not aligned in our memory though it is in
-    /// the guest's: a memory table with regions that are not page-aligned.
+    /// An element of an area crosses from one memory region into the next, or is not aligned in our memory
+    /// though it is in the guest's: a memory table with regions that are not page-aligned.
     #[error("an element of the {area} crosses a border of memory regions")]
     Torn {
         /// Which area.

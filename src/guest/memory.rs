@@ -1,9 +1,10 @@
 //! Guest memory as the device sees it.
 //!
-//! Every access to guest memory by address goes through [`GuestRam::slices`], which is also where the IOTLB goes:
-//! with VIRTIO_F_ACCESS_PLATFORM the address is an IOVA, a range of it becomes several ranges of guest-physical memory,
-//! and a [`MemoryFault`] can also be "not mapped yet". Callers are written for that already: they take a range as
-//! several slices, they say what they want to do with it, and they hold slices no longer than a burst.
+//! Every access to guest memory by address goes through [`GuestRam::slices`], which is also where the IOTLB
+//! goes: with VIRTIO_F_ACCESS_PLATFORM the address is an IOVA, a range of it becomes several ranges of
+//! guest-physical memory, and a [`MemoryFault`] can also be "not mapped yet". Callers are written for that
+//! already: they take a range as several slices, they say what they want to do with it, and they hold slices
+//! no longer than a burst.
 
 use std::sync::Arc;
 
@@ -60,8 +61,8 @@ impl GuestRam {
         GuestRam(memory)
     }
 
-    /// The range of `len` bytes from `addr` on, as the pieces it consists of, in order. Ends after the first fault. An
-    /// empty range has no pieces, wherever it is.
+    /// The range of `len` bytes from `addr` on, as the pieces it consists of, in order. Ends after the first
+    /// fault. An empty range has no pieces, wherever it is.
     pub fn slices(&self, addr: u64, len: usize, access: Access) -> Slices<'_> {
         let wraps = len > 0 && addr.checked_add(len as u64 - 1).is_none();
         Slices {
@@ -73,8 +74,8 @@ impl GuestRam {
         }
     }
 
-    /// Writes to the dirty log of every region from now on, or no longer; see [`DirtyBitmap::set_enabled`]. A region
-    /// that is added later starts with the log enabled.
+    /// Writes to the dirty log of every region from now on, or no longer; see [`DirtyBitmap::set_enabled`]. A
+    /// region that is added later starts with the log enabled.
     pub fn set_dirty_log_enabled(&self, enabled: bool) {
         for region in self.0.iter() {
             region_bitmap(region).set_enabled(enabled);

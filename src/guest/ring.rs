@@ -72,13 +72,14 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// A ring that goes on where it stood. Touches no guest memory: with an IOMMU the addresses of a new ring are not
-    /// translated yet.
+    /// A ring that goes on where it stood. Touches no guest memory: with an IOMMU the addresses of a new ring
+    /// are not translated yet.
     ///
-    /// Where `position` has two different indices it goes on at the used one. We use chains in order and stop with none in
-    /// flight, so our own positions never differ; they do when a process died with chains in flight (a VMM then sends
-    /// the available index as base, Cloud Hypervisor unless IN_ORDER was negotiated), and those chains would be lost.
-    /// libvhost-user does the same for devices that work in order (`vu_set_vring_addr_exec`, libvhost-user.c).
+    /// Where `position` has two different indices it goes on at the used one. We use chains in order and stop
+    /// with none in flight, so our own positions never differ; they do when a process died with chains in
+    /// flight (a VMM then sends the available index as base, Cloud Hypervisor unless IN_ORDER was
+    /// negotiated), and those chains would be lost. libvhost-user does the same for devices that work in
+    /// order (`vu_set_vring_addr_exec`, libvhost-user.c).
     pub fn new(parts: RingParts) -> Result<Ring, RingError> {
         let RingParts {
             size,
@@ -109,7 +110,8 @@ impl Ring {
             next_avail: position.next_used,
             next_used: position.next_used,
             published: position.next_used,
-            // A ring that has been served may owe the driver an interrupt from back then; a fresh one does not.
+            // A ring that has been served may owe the driver an interrupt from back then; a fresh one does
+            // not.
             decided: (position == RingPosition::default()).then_some(0),
             kicks_wanted: None,
             kick,
@@ -125,8 +127,8 @@ impl Ring {
         self.call = call.map(Call::new);
     }
 
-    /// Tells the driver to go on being quiet: it need not kick us until [`Ring::enable_notifications`]. A hint: kicks may
-    /// come all the same (and with VIRTIO_F_EVENT_IDX, after 2^16 entries, will).
+    /// Tells the driver that it need not kick us until [`Ring::enable_notifications`]. A hint: kicks may come
+    /// all the same (and with VIRTIO_F_EVENT_IDX, after 2^16 entries, will).
     pub fn disable_notifications(&mut self, ram: &GuestRam) -> Result<(), RingError> {
         // With EVENT_IDX an avail_event that lies behind the driver's index is what silences it.
         if !self.event_idx && self.kicks_wanted != Some(false) {
@@ -136,8 +138,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks the driver to kick us for the next entry that it makes available. `true` means that there are entries now, for
-    /// which no kick will come: serve them.
+    /// Asks the driver to kick us for the next entry that it makes available. `true` means that there are
+    /// entries now, for which no kick will come: serve them.
     pub fn enable_notifications(&mut self, ram: &GuestRam) -> Result<bool, RingError> {
         let areas = self.areas(ram)?;
         if self.event_idx {
@@ -146,8 +148,9 @@ impl Ring {
             areas.set_kicks_wanted(true)?;
             self.kicks_wanted = Some(true);
         }
-        // The driver makes an entry available and then reads avail_event or the flags; we write those and then read the
-        // available index again. Each must see the other's store, or an entry waits for ever (virtio 1.2, 2.7.10).
+        // The driver makes an entry available and then reads avail_event or the flags; we write those and
+        // then read the available index again. Each must see the other's store, or an entry waits for ever
+        // (virtio 1.2, 2.7.10).
         fence(Ordering::SeqCst);
         Ok(self.seen_avail_idx(&areas)? != self.next_avail)
     }
@@ -180,8 +183,8 @@ impl Ring {
         self.kick.as_fd()
     }
 
-    /// Consumes what was signalled at [`Ring::kick`]; `false` when there was nothing. Never blocks. Not needed with an
-    /// edge-triggered poller, which reports every new signal of an eventfd.
+    /// Consumes what was signalled at [`Ring::kick`]; `false` when there was nothing. Never blocks. Not
+    /// needed with an edge-triggered poller, which reports every new signal of an eventfd.
     pub fn drain_kick(&self) -> io::Result<bool> {
         if !ready(self.kick.as_fd(), PollFlags::IN)? {
             return Ok(false);
@@ -219,8 +222,8 @@ impl Ring {
         Areas::resolve(ram, self.addresses, self.size, self.event_idx)
     }
 
-    /// The available index, if it is one that a driver can have reached: every entry that it made available and we have not
-    /// published as used occupies a slot. This bounds a burst as well (invariant 4).
+    /// The available index, if it is one that a driver can have reached: every entry that it made available
+    /// and we have not published as used occupies a slot. This bounds a burst as well (invariant 4).
     pub(super) fn seen_avail_idx(&self, areas: &Areas<'_>) -> Result<u16, RingError> {
         let avail = areas.avail_idx()?;
         let size = self.size;
@@ -231,7 +234,8 @@ impl Ring {
                 size,
             });
         }
-        // Reserved entries are below it, too: an index that went backwards would make us take what we hold already.
+        // Reserved entries are below it, too: an index that went backwards would make us take what we hold
+        // already.
         if avail.wrapping_sub(self.published) < self.next_avail.wrapping_sub(self.published) {
             return Err(RingError::AvailIndex {
                 avail,
@@ -243,12 +247,14 @@ impl Ring {
     }
 }
 
-/// The descriptor that interrupts the driver: an eventfd as a rule, of which KVM or the VMM holds the other reference.
+/// The descriptor that interrupts the driver: an eventfd as a rule, of which KVM or the VMM holds the other
+/// reference.
 #[derive(Debug)]
 struct Call {
     fd: OwnedFd,
-    /// Whether a write may block: then it is asked first. The flag belongs to the open file, which we share with the VMM,
-    /// so that we cannot set it: a VMM that relies on blocking reads of its eventfds would break.
+    /// Whether a write may block: then it is asked first. The flag belongs to the open file, which we share
+    /// with the VMM, so that we cannot set it: a VMM that relies on blocking reads of its eventfds would
+    /// break.
     may_block: bool,
 }
 
@@ -290,15 +296,17 @@ fn ready(fd: BorrowedFd<'_>, for_what: PollFlags) -> io::Result<bool> {
 
 /// The allocation of a burst's slices, kept between bursts so that none is made in steady state.
 ///
-/// Slices borrow guest memory for the length of a burst, so they cannot be kept; their room can. The vector is emptied and
-/// then becomes one of another element type with the same layout by an in-place `collect`, which keeps the allocation.
-/// Were the library to stop doing that, a burst would allocate once, and the test which counts would fail.
+/// Slices borrow guest memory for the length of a burst, so they cannot be kept; their room can. The vector
+/// is emptied and then becomes one of another element type with the same layout by an in-place `collect`,
+/// which keeps the allocation. Were the library to stop doing that, a burst would allocate once, and the test
+/// which counts would fail.
 #[derive(Default, Debug)]
 pub(super) struct Scratch(Vec<[usize; SLICE_WORDS]>);
 
 const SLICE_WORDS: usize = size_of::<Slice<'static>>() / size_of::<usize>();
 
-/// Slices kept room for between bursts. A guest with stranger shapes pays for them with an allocation each burst.
+/// Slices kept room for between bursts. A guest with stranger shapes pays for them with an allocation each
+/// burst.
 const SCRATCH_MAX: usize = 8192;
 
 impl Scratch {

@@ -1,7 +1,7 @@
 //! Packets to the guest: the RX ring in bursts.
 //!
-//! Payload goes from the socket straight into the guest's buffers, before it is known how much there is: chains are
-//! reserved, one `readv` fills as many as it can, and those that stay empty go back in place.
+//! Payload goes from the socket straight into the guest's buffers, before it is known how much there is:
+//! chains are reserved, one `readv` fills as many as it can, and those that stay empty go back in place.
 //!
 //! ```text
 //! reserve ──> push_payload ──> readv = n ──> commit(n, header)     n > 0
@@ -53,11 +53,12 @@ impl<'r, 'm> RxBurst<'r, 'm> {
         })
     }
 
-    /// Holds chains until their payload areas have room for `limit` bytes, there are `max_chains` of them, or the driver
-    /// has made no more available. Answers with the room in bytes, which may exceed `limit`; 0 means that there is no buffer.
-    /// What was held before goes back first.
+    /// Holds chains until their payload areas have room for `limit` bytes, there are `max_chains` of them, or
+    /// the driver has made no more available. Answers with the room in bytes, which may exceed `limit`; 0
+    /// means that there is no buffer. What was held before goes back first.
     ///
-    /// Chains that make no sense are queued to go back and counted ([`Ring::take_faults`]) when they are first in line.
+    /// Chains that make no sense are queued to go back and counted ([`Ring::take_faults`]) when they are
+    /// first in line.
     pub fn reserve(&mut self, limit: usize, max_chains: usize) -> Result<usize, RingError> {
         self.give_back();
         while self.room < limit && self.burst.ring.reserved.len() < max_chains {
@@ -66,8 +67,8 @@ impl<'r, 'm> RxBurst<'r, 'm> {
                 None => break,
                 Some(Err(_)) => {}
                 Some(Ok((head, chain))) if chain.payload_len == 0 => {
-                    // Good for a control packet only, but first in line: payload would wait behind it for ever. (And a
-                    // read into no room at all looks like the end of the stream.)
+                    // Good for a control packet only, but first in line: payload would wait behind it for
+                    // ever. (And a read into no room at all looks like the end of the stream.)
                     self.burst.slices.truncate(header_first);
                     self.burst.ring.next_avail = self.burst.ring.next_avail.wrapping_sub(1);
                     if self.burst.reject(head, RingFault::NoPayloadRoom).is_none() {
@@ -90,8 +91,9 @@ impl<'r, 'm> RxBurst<'r, 'm> {
         Ok(self.room)
     }
 
-    /// Copies `bytes` into the payload areas that are held, behind what was copied before, as if they had been read from
-    /// the socket; tells how many had room. For bytes that were read already, such as what follows a `CONNECT` line.
+    /// Copies `bytes` into the payload areas that are held, behind what was copied before, as if they had
+    /// been read from the socket; tells how many had room. For bytes that were read already, such as what
+    /// follows a `CONNECT` line.
     pub fn fill(&mut self, bytes: &[u8]) -> usize {
         let mut copied = 0;
         for slice in self.payload(self.filled, self.filled.saturating_add(bytes.len())) {
@@ -104,8 +106,8 @@ impl<'r, 'm> RxBurst<'r, 'm> {
         copied
     }
 
-    /// Adds the payload areas that are held, without what [`RxBurst::fill`] has written, to `list`: `limit` bytes at most,
-    /// and as many pieces as it takes. Tells how many bytes were added.
+    /// Adds the payload areas that are held, without what [`RxBurst::fill`] has written, to `list`: `limit`
+    /// bytes at most, and as many pieces as it takes. Tells how many bytes were added.
     pub fn push_payload(&self, list: &mut IoVecs<'m>, limit: usize) -> usize {
         let mut bytes = 0;
         for slice in self.payload(self.filled, self.filled.saturating_add(limit)) {
@@ -118,8 +120,9 @@ impl<'r, 'm> RxBurst<'r, 'm> {
     }
 
     /// Makes packets of what was filled in and of the `read` bytes behind it that were read into what
-    /// [`RxBurst::push_payload`] gave: one packet a chain, in order. `header` is asked for each packet's header with the
-    /// length of its payload. Chains that stay empty go back in place. Answers with the number of packets.
+    /// [`RxBurst::push_payload`] gave: one packet a chain, in order. `header` is asked for each packet's
+    /// header with the length of its payload. Chains that stay empty go back in place. Answers with the
+    /// number of packets.
     pub fn commit(
         &mut self,
         read: usize,
@@ -189,8 +192,8 @@ impl<'r, 'm> RxBurst<'r, 'm> {
 
     /// Shows the driver all packets of this burst. What is still held goes back in place.
     ///
-    /// A burst that is dropped without this shows them too, since their bytes have left the socket; an interrupt that is
-    /// due then waits for the next burst that is finished.
+    /// A burst that is dropped without this shows them too, since their bytes have left the socket; an
+    /// interrupt that is due then waits for the next burst that is finished.
     pub fn finish(self) -> Result<Finished, RingError> {
         self.burst.finish()
     }

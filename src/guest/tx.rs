@@ -8,8 +8,9 @@ use crate::vsock::header::HEADER_LEN;
 
 /// A run of packets taken from the TX ring, which go back to the driver together when it ends.
 ///
-/// Until [`TxBurst::finish`] the driver does not own a buffer again, so payload slices of many packets may be gathered for
-/// one `writev`, which must be done before. A burst that is dropped instead also gives them back; see there.
+/// Until [`TxBurst::finish`] the driver does not own a buffer again, so payload slices of many packets may be
+/// gathered for one `writev`, which must be done before. A burst that is dropped instead also gives them
+/// back; see there.
 pub struct TxBurst<'r, 'm> {
     burst: Burst<'r, 'm>,
 }
@@ -22,10 +23,11 @@ impl<'r, 'm> TxBurst<'r, 'm> {
         })
     }
 
-    /// The next packet; `None` when the driver has sent no more, or when the ring has broken, of which `finish` tells.
+    /// The next packet; `None` when the driver has sent no more, or when the ring has broken, of which
+    /// `finish` tells.
     ///
-    /// A fault means that one chain made no sense: it is queued to go back, counted ([`Ring::take_faults`]), and the
-    /// next call goes on behind it.
+    /// A fault means that one chain made no sense: it is queued to go back, counted ([`Ring::take_faults`]),
+    /// and the next call goes on behind it.
     pub fn pop(&mut self) -> Option<Result<TxPacket<'_, 'm>, RingFault>> {
         self.burst.slices.clear();
         let (head, chain) = match self.burst.next_chain(Access::Read)? {
@@ -34,12 +36,17 @@ impl<'r, 'm> TxBurst<'r, 'm> {
         };
         // We wrote nothing into the chain, hence length 0 (2.7.8).
         self.burst.push_used(head, 0);
-        let (header_slices, payload) = self.burst.slices.split_at(chain.payload_first);
+        let (header_slices, payload) = self
+            .burst
+            .slices
+            .split_at_checked(chain.payload_first)
+            .unwrap_or_default();
         // Invariant 1: this is the only time that the header's bytes are read.
         let mut header = [0; HEADER_LEN];
         let mut at = 0;
         for slice in header_slices {
-            at += slice.copy_to(&mut header[at..]);
+            // `walk` cuts the slices so that they end with the header.
+            at += header.get_mut(at..).map_or(0, |rest| slice.copy_to(rest));
         }
         Some(Ok(TxPacket {
             header,
@@ -50,8 +57,8 @@ impl<'r, 'm> TxBurst<'r, 'm> {
 
     /// Gives every packet back to the driver.
     ///
-    /// A burst that is dropped without this gives them back too, since they have been acted upon; an interrupt that is due
-    /// then waits for the next burst that is finished.
+    /// A burst that is dropped without this gives them back too, since they have been acted upon; an
+    /// interrupt that is due then waits for the next burst that is finished.
     pub fn finish(self) -> Result<Finished, RingError> {
         self.burst.finish()
     }
@@ -68,8 +75,8 @@ pub struct TxPacket<'b, 'm> {
 }
 
 impl<'b, 'm> TxPacket<'b, 'm> {
-    /// The first `len` bytes of what follows the header, in order; all of it if there is less. The guest may still change
-    /// them.
+    /// The first `len` bytes of what follows the header, in order; all of it if there is less. The guest may
+    /// still change them.
     pub fn payload(&self, len: u32) -> impl Iterator<Item = Slice<'m>> + use<'b, 'm> {
         take(self.payload.iter().copied(), 0, len as usize)
     }

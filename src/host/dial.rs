@@ -112,7 +112,8 @@ impl Dialer {
     /// Dials, and calls `done` once with the outcome and the time it took, unless the task is dropped before.
     ///
     /// **`done` may be called before this returns**, on the calling thread, when there was nothing to wait for; else it
-    /// is called on the runtime's thread and must not block. From any thread; does not block either.
+    /// is called on the runtime's thread and must not block. From any thread; does not block either. A runtime that has
+    /// ended calls nobody.
     pub fn dial(
         &self,
         request: DialRequest<'_>,

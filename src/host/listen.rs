@@ -26,7 +26,7 @@ use crate::config::{InboundProtocol, ListenAddress};
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::{self, BindError, SocketGuard};
 
-pub use super::handshake::Rejection;
+pub use super::handshake::{MAX_LINE, Rejection};
 
 /// Connections the kernel completes before we accept them; it takes less if net.core.somaxconn says so.
 const BACKLOG: i32 = 1024;
@@ -305,7 +305,9 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Clien
     }
 }
 
-/// Whether accept() tells of one connection that failed in the queue (accept(2), "Error handling"): the next may be fine.
+/// Whether accept() tells of one connection that failed in the queue (accept(2), "Error handling"): that one is gone and the
+/// next may be fine. EPERM is not among them although accept(2) lists it for firewalls: it is also what a system call filter
+/// says, each time anew, and trying again at once would spin.
 fn is_clients_fault(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -320,8 +322,6 @@ fn is_clients_fault(error: &io::Error) -> bool {
                 | Errno::HOSTUNREACH
                 | Errno::OPNOTSUPP
                 | Errno::NETUNREACH
-                | Errno::TIMEDOUT
-                | Errno::PERM
         )
     )
 }

@@ -1,4 +1,5 @@
-//! The metric families of one guest's data path: handles resolved once at start, so that counting is a relaxed add.
+//! The metric families of one guest's data path: handles resolved once at start, so that counting is a relaxed
+//! add.
 //!
 //! Label values are handed in by whoever owns the enum; each array is indexed by that enum (`reason as usize`).
 
@@ -48,8 +49,8 @@ pub const SOCKET_TYPE_LABELS: [&str; 3] = ["other", "stream", "seqpacket"];
 /// Labels of `queue`, in the order of the device's virtqueues.
 pub const QUEUE_LABELS: [&str; 3] = ["rx", "tx", "event"];
 
-/// How many rule names of one guest and direction get series of their own. A rule costs about 30 series, so a file with a
-/// thousand rules must not become a page with thirty thousand lines.
+/// How many rule names of one guest and direction get series of their own. A rule costs about 30 series, so a
+/// file with a thousand rules must not become a page with thirty thousand lines.
 pub const MAX_RULES: usize = 64;
 /// The rule label that all rules after the first [`MAX_RULES`] share.
 pub const OVERFLOW_RULE: &str = "_overflow";
@@ -473,8 +474,8 @@ impl GuestMetrics {
     }
 }
 
-/// Requests that match no rule are refused and nothing else: only that family gets a series with `rule=""`, so that no
-/// sum over rules shows a row without a name.
+/// Requests that match no rule are refused and nothing else: only that family gets a series with `rule=""`, so
+/// that no sum over rules shows a row without a name.
 fn no_rule(f: &GuestFamilies, guest: &str, labels: &LabelSets) -> RuleMetrics {
     let unexported = || IntCounter::new("unexported", "Not exported.").expect("a valid name");
     RuleMetrics {

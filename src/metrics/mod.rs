@@ -5,8 +5,9 @@
 //! - a session keeps its own state, which is *sampled* at each scrape ([`SessionSample`]);
 //! - the rest (build, rules, log messages, process) is set once or read from `/proc`.
 //!
-//! What bounds the number of series: labels take values from closed lists and from the configuration, never from a guest
-//! or a peer, and at most [`MAX_RULES`] rule names of a guest and direction are told apart.
+//! What bounds the number of series: labels take values from closed lists and from the configuration, never
+//! from a guest or a peer, and at most [`MAX_RULES`] rule names of a guest and direction are told apart. (The
+//! one exception is the hint which VMM is connected: one short value for a guest at a time.)
 //!
 //! `docs/metrics.md` lists every family; a test holds it against this module.
 
@@ -68,13 +69,15 @@ impl Registry {
         Arc::new(GuestMetrics::resolve(&self.guests, name, rules, labels))
     }
 
-    /// Exports a guest's session: `sample` is called at each scrape, on the scraping thread, one call at a time. It must
-    /// not block for long and must not scrape. A second call for the same guest replaces the first sampler; the counters go on.
+    /// Exports a guest's session: `sample` is called at each scrape, on the scraping thread, one call at a
+    /// time. It must not block for long and must not scrape. A second call for the same guest replaces the
+    /// first sampler; the counters go on.
     pub fn add_session(&self, guest: &str, sample: impl Fn() -> SessionSample + Send + Sync + 'static) {
         self.sessions.add(guest, Box::new(sample));
     }
 
-    /// Exports which configuration runs. `sha256` is the digest of the file in hexadecimal; its first 12 digits are shown.
+    /// Exports which configuration runs. `sha256` is the digest of the file in hexadecimal; its first 12 digits
+    /// are shown.
     pub fn set_config(&self, sha256: &str) {
         self.config_info.reset();
         self.config_info

@@ -1,8 +1,8 @@
 //! The `process_*` families that every Prometheus client exports, under their standard names.
 //!
-//! Written here rather than taken from the `prometheus` crate for two reasons: its `process_cpu_seconds_total` counts whole
-//! seconds, so that the rate of a sidecar at a few percent is a comb; and it opens and lists `/proc/self/fd` at
-//! each scrape, which is not free with 100,000 connections.
+//! Written here rather than taken from the `prometheus` crate for two reasons: its `process_cpu_seconds_total`
+//! counts whole seconds, so that the rate of a sidecar at a few percent is a comb; and it opens and lists
+//! `/proc/self/fd` at each scrape, which is not free with 100,000 connections.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -1,4 +1,5 @@
-//! The families of one guest's vhost-user session: values that a session keeps anyway, sampled when `/metrics` is read.
+//! The families of one guest's vhost-user session: values that a session keeps anyway, sampled when `/metrics`
+//! is read.
 //!
 //! The session hands in a closure; nothing is pushed and nothing is kept twice. What it returns is a plain value,
 //! so a test writes one as a literal. Counters never go back, whatever the samples say (see [`SessionSample`]).
@@ -56,7 +57,8 @@ impl SessionState {
     }
 }
 
-/// Reasons of `vsock_session_errors_total`. A sample that names another reason is counted as the last one, `other`.
+/// Reasons of `vsock_session_errors_total`. A sample that names another reason is counted as the last one,
+/// `other`.
 pub const SESSION_ERROR_REASONS: &[&str] = &[
     "protocol",
     "feature",
@@ -94,9 +96,9 @@ pub struct MemoryMapChanges {
 
 /// What a session tells about itself at one moment.
 ///
-/// Counters are totals since the process began. One that falls is taken for a session that counts from 0 again, and is
-/// added to what was seen before: what Prometheus reads never falls. (What such a session counted between the last
-/// scrape and its end is lost, so totals that outlive the session are better.)
+/// Counters are totals since the process began. One that falls is taken for a session that counts from 0 again,
+/// and is added to what was seen before: what Prometheus reads never falls. (What such a session counted
+/// between the last scrape and its end is lost, so totals that outlive the session are better.)
 #[derive(Clone, PartialEq, Default, Debug)]
 pub struct SessionSample {
     /// Where the session stands.
@@ -285,8 +287,8 @@ struct Session {
 #[derive(Clone)]
 pub(super) struct Sessions {
     descs: Arc<[Desc]>,
-    /// Locked for the whole of a scrape: samples of two scrapes at once would otherwise be seen out of order, and an
-    /// older one would look like a counter that fell.
+    /// Locked for the whole of a scrape: samples of two scrapes at once would otherwise be seen out of order,
+    /// and an older one would look like a counter that fell.
     sessions: Arc<Mutex<Vec<Session>>>,
 }
 

@@ -1,8 +1,8 @@
 //! Scatter/gather lists over guest memory.
 //!
-//! Why not `std::io::IoSlice`: it is a `&[u8]`, and a Rust reference to guest memory must never exist, since the guest
-//! changes that memory whenever it likes. An `iovec` is an address and a length which only the kernel dereferences.
-#![allow(unsafe_code)]
+//! Why not `std::io::IoSlice`: it is a `&[u8]`, and a Rust reference to guest memory must never exist, since
+//! the guest changes that memory whenever it likes. An `iovec` is an address and a length which only the
+//! kernel dereferences.
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -10,11 +10,12 @@ use std::mem::MaybeUninit;
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::BitmapSlice;
 
-/// How many slices an [`IoVecs`] holds: room for a burst of RX buffers of 4 KiB each (about 470 KiB), and one eighth of
-/// what the kernel takes (`UIO_MAXIOV`).
+/// How many slices an [`IoVecs`] holds: room for a burst of RX buffers of 4 KiB each (about 470 KiB), and one
+/// eighth of what the kernel takes (`UIO_MAXIOV`).
 pub const MAX_IOVECS: usize = 128;
 
-/// A bounded list of memory ranges for one `readv` or `writev`, borrowed for `'m` from whoever owns the memory.
+/// A bounded list of memory ranges for one `readv` or `writev`, borrowed for `'m` from whoever owns the
+/// memory.
 ///
 /// Lives on the stack: creating one costs nothing, so that no buffer has to outlive a burst.
 pub struct IoVecs<'m> {
@@ -23,8 +24,8 @@ pub struct IoVecs<'m> {
     len: usize,
     /// Sum of the entries' lengths.
     bytes: usize,
-    /// The slices stand for memory that is mapped as long as `'m` lasts. A `&mut IoVecs` is invariant in `'m`, so a
-    /// slice of a shorter life cannot be pushed into it.
+    /// The slices stand for memory that is mapped as long as `'m` lasts. A `&mut IoVecs` is invariant in
+    /// `'m`, so a slice of a shorter life cannot be pushed into it.
     memory: PhantomData<VolatileSlice<'m>>,
 }
 
@@ -39,7 +40,8 @@ impl<'m> IoVecs<'m> {
         }
     }
 
-    /// Adds a slice at the end; `false` when the list is full and nothing was added. Empty slices take no entry.
+    /// Adds a slice at the end; `false` when the list is full and nothing was added. Empty slices take no
+    /// entry.
     #[must_use = "a full list takes nothing"]
     pub fn push<B: BitmapSlice>(&mut self, slice: &VolatileSlice<'m, B>) -> bool {
         if slice.is_empty() {
@@ -48,14 +50,16 @@ impl<'m> IoVecs<'m> {
         let Some(entry) = self.entries.get_mut(self.len) else {
             return false;
         };
-        // The guard may go: without vm-memory's `xen` feature it maps nothing, the memory is mapped for 'm anyway.
+        // The guard may go: without vm-memory's `xen` feature it maps nothing, the memory is mapped for 'm
+        // anyway.
         let guard = slice.ptr_guard_mut();
         entry.write(libc::iovec {
             iov_base: guard.as_ptr().cast(),
             iov_len: guard.len(),
         });
         self.len += 1;
-        // Slices may overlap (a guest may name one buffer many times), so their sum is not bounded by the address space.
+        // Slices may overlap (a guest may name one buffer many times), so their sum is not bounded by the
+        // address space.
         self.bytes = self.bytes.saturating_add(slice.len());
         true
     }
@@ -86,7 +90,8 @@ impl<'m> IoVecs<'m> {
         self.bytes = 0;
     }
 
-    /// Copies the bytes behind the first `skip` into `into`, as many as fit; tells how many. For what a socket refused.
+    /// Copies the bytes behind the first `skip` into `into`, as many as fit; tells how many. For what a
+    /// socket refused.
     pub fn copy_to(&self, skip: usize, into: &mut [u8]) -> usize {
         let mut skip = skip;
         let mut copied = 0;
@@ -97,9 +102,9 @@ impl<'m> IoVecs<'m> {
                 break;
             };
             let base = entry.iov_base.cast::<u8>().wrapping_add(passed);
-            // SAFETY: `entry` came from a `VolatileSlice<'m>`, so `iov_len` bytes at `iov_base` are mapped for 'm, which
-            // `self` does not outlive; `passed <= iov_len`, so what is left of them begins at `base`. Others access that
-            // memory with volatile accesses or not from this program.
+            // SAFETY: `entry` came from a `VolatileSlice<'m>`, so `iov_len` bytes at `iov_base` are mapped
+            // for 'm, which `self` does not outlive; `passed <= iov_len`, so what is left of them begins at
+            // `base`. Others access that memory with volatile accesses or not from this program.
             let slice = unsafe { VolatileSlice::new(base, entry.iov_len - passed) };
             copied += slice.copy_to(rest);
         }
@@ -116,8 +121,8 @@ impl<'m> IoVecs<'m> {
     }
 
     pub(super) fn as_slice(&self) -> &[libc::iovec] {
-        // SAFETY: entries 0..len are initialised (`push` writes an entry before it counts it; `len` never exceeds the
-        // array), and `MaybeUninit<T>` has the layout of `T`.
+        // SAFETY: entries 0..len are initialised (`push` writes an entry before it counts it; `len` never
+        // exceeds the array), and `MaybeUninit<T>` has the layout of `T`.
         unsafe { std::slice::from_raw_parts(self.entries.as_ptr().cast(), self.len) }
     }
 }

@@ -1,5 +1,4 @@
 //! Who is at the other end of a unix socket.
-#![allow(unsafe_code)]
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};

@@ -1,9 +1,10 @@
-//! Unix sockets that are bound once: a stale one is replaced, a live one is never stolen, and what is no socket is never
-//! deleted.
+//! Unix sockets that are bound once: a stale one is replaced, a live one is never stolen, and what is no socket
+//! is never deleted.
 //!
-//! A process that was killed leaves its socket file behind, and bind() then fails for ever. Removing the file blindly takes the
-//! socket away from a process that lives: its clients connect to us from then on, and it never learns why. So a connection
-//! decides: only a socket that refuses (ECONNREFUSED, nobody has it open) is removed.
+//! A process that was killed leaves its socket file behind, and bind() then fails for ever. Removing the file
+//! blindly takes the socket away from a process that lives: its clients connect to us from then on, and it
+//! never learns why. So a connection decides: only a socket that refuses (ECONNREFUSED, nobody has it open) is
+//! removed.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,8 +22,8 @@ pub const MAX_PATH: usize = 107;
 /// Connections that wait to be accepted; the kernel takes less if net.core.somaxconn says so.
 const BACKLOG: i32 = 1024;
 
-/// How long another process may hold the directory's lock before we go on without it. It is held for a few system calls; who
-/// holds it longer is no sidecar, and must not keep us from starting.
+/// How long another process may hold the directory's lock before we go on without it. It is held for a few
+/// system calls; who holds it longer is no sidecar, and must not keep us from starting.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why a unix socket could not be bound. Every message names the path and what to do.
@@ -90,8 +91,8 @@ pub enum BindError {
 #[derive(Debug)]
 pub struct SocketGuard {
     path: PathBuf,
-    /// `O_PATH` descriptor of the socket file. While it is open the inode's number cannot be given to another file, so that
-    /// comparing device and inode is exact and a successor's socket is never taken for ours.
+    /// `O_PATH` descriptor of the socket file. While it is open the inode's number cannot be given to another
+    /// file, so that comparing device and inode is exact and a successor's socket is never taken for ours.
     pin: OwnedFd,
 }
 
@@ -119,8 +120,8 @@ impl Drop for SocketGuard {
     }
 }
 
-/// Listens on `path` with the permissions `mode` (for example 0o660; connecting needs the write bit). The listener is
-/// non-blocking and close-on-exec. Keep the guard as long as the listener.
+/// Listens on `path` with the permissions `mode` (for example 0o660; connecting needs the write bit). The
+/// listener is non-blocking and close-on-exec. Keep the guard as long as the listener.
 pub fn bind_unix(path: &Path, mode: u32) -> Result<(UnixListener, SocketGuard), BindError> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
@@ -131,13 +132,15 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<(UnixListener, SocketGuard), 
     }
     let failed = |action: &'static str| move |errno: Errno| failure(action, path, errno);
     let address = SocketAddrUnix::new(path).map_err(failed("name"))?;
-    // Two sidecars that start at once must not both find the same stale socket and the slower one remove the other's new one.
+    // Two sidecars that start at once must not both find the same stale socket and the slower one remove the
+    // other's new one.
     let _lock = DirectoryLock::take(path);
     make_room(path, &address)?;
 
     let socket = stream_socket().map_err(failed("create"))?;
-    // Linux makes the file with the socket's own mode less the umask (net/unix/af_unix.c: unix_bind_bsd), so that there is no
-    // moment at which more may connect than asked for. What the umask took away is given back below.
+    // Linux makes the file with the socket's own mode less the umask (net/unix/af_unix.c: unix_bind_bsd), so
+    // that there is no moment at which more may connect than asked for. What the umask took away is given back
+    // below.
     let mode = Mode::from_raw_mode(mode);
     rustix::fs::fchmod(&socket, mode).map_err(failed("set the mode of"))?;
     rustix::net::bind(&socket, &address).map_err(failed("bind"))?;
@@ -241,13 +244,18 @@ fn kind_of(file_type: FileType) -> &'static str {
     }
 }
 
-/// An advisory lock on the socket's directory, which all sidecars take around "is it stale? then remove it". A lock on
-/// a file beside the socket would itself have to be cleaned up.
+/// An advisory lock on the socket's directory, which all sidecars take around "is it stale? then remove it". A
+/// lock on a file beside the socket would itself have to be cleaned up.
 struct DirectoryLock(#[expect(dead_code, reason = "closing it unlocks")] OwnedFd);
 
 impl DirectoryLock {
-    /// `None` where the lock cannot be had: some network file systems know none, and a directory may be writable and not
-    /// readable. The rest of the procedure is right without it but for two processes that start in the same millisecond.
+    /// `None` where the lock cannot be had: some network file systems know none, and a directory may be
+    /// writable and not readable. The rest of the procedure is right without it but for two processes that
+    /// start in the same millisecond.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "flock() takes no deadline, and a lock that is let go wakes nobody else"
+    )]
     fn take(path: &Path) -> Option<DirectoryLock> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(parent(path), flags, Mode::empty()).ok()?;
@@ -373,7 +381,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let (listener, guard) = bind_unix(&path, 0o660).unwrap();
-        // Somebody removed our file, and then another process came; its inode may well have the number of ours if that is free.
+        // Somebody removed our file, and then another process came; its inode may well have the number of ours
+        // if that is free.
         drop(listener);
         fs::remove_file(&path).unwrap();
         let _successor = UnixListener::bind(&path).unwrap();

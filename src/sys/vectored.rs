@@ -1,32 +1,34 @@
-//! One system call for many slices of guest memory: socket -> guest and guest -> socket without a copy of ours.
+//! One system call for many slices of guest memory: socket -> guest and guest -> socket without a copy of
+//! ours.
 //!
-//! Both ends of a connection are sockets, so these are `recvmsg` and `sendmsg` rather than `readv` and `writev`, which
-//! buys two flags: MSG_NOSIGNAL, so that a peer that has closed is EPIPE and never SIGPIPE, whatever the process
-//! that embeds this library has decided about signals; and MSG_DONTWAIT, so that a socket which somebody forgot to make
-//! non-blocking delays nobody. A descriptor that is no socket is ENOTSOCK.
+//! Both ends of a connection are sockets, so these are `recvmsg` and `sendmsg` rather than `readv` and
+//! `writev`, which buys two flags: MSG_NOSIGNAL, so that a peer that has closed is EPIPE and never SIGPIPE,
+//! whatever the process that embeds this library has decided about signals; and MSG_DONTWAIT, so that a
+//! socket which somebody forgot to make non-blocking delays nobody. A descriptor that is no socket is
+//! ENOTSOCK.
 //!
 //! What `readv` wrote is marked dirty by the caller, who knows whose memory it was (`guest::rx`), not here.
-#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::iovec::IoVecs;
 
-/// Reads once from socket `fd` into the slices of `into`, in order. 0 is the end of the stream; EAGAIN comes as
-/// [`io::ErrorKind::WouldBlock`]. An empty list is refused, since its 0 would look like the end.
+/// Reads once from socket `fd` into the slices of `into`, in order. 0 is the end of the stream; EAGAIN comes
+/// as [`io::ErrorKind::WouldBlock`]. An empty list is refused, since its 0 would look like the end.
 pub fn readv(fd: BorrowedFd<'_>, into: &IoVecs<'_>) -> io::Result<usize> {
     let mut message = header(into)?;
     retry(|| {
-        // SAFETY: `fd` is open, as it is borrowed. `message` is a valid msghdr: no name and no control buffer, and an array of
-        // `msg_iovlen` iovecs that `into` owns. Each iovec names memory that is mapped and writable for the life of
-        // `into` (built from VolatileSlice only), and no Rust reference to it exists that this write could contradict.
+        // SAFETY: `fd` is open, as it is borrowed. `message` is a valid msghdr: no name and no control
+        // buffer, and an array of `msg_iovlen` iovecs that `into` owns. Each iovec names memory that is
+        // mapped and writable for the life of `into` (built from VolatileSlice only), and no Rust reference
+        // to it exists that this write could contradict.
         unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) }
     })
 }
 
-/// Writes once to socket `fd` from the slices of `from`, in order; may take fewer bytes than there are. EAGAIN comes as
-/// [`io::ErrorKind::WouldBlock`].
+/// Writes once to socket `fd` from the slices of `from`, in order; may take fewer bytes than there are.
+/// EAGAIN comes as [`io::ErrorKind::WouldBlock`].
 pub fn writev(fd: BorrowedFd<'_>, from: &IoVecs<'_>) -> io::Result<usize> {
     let message = header(from)?;
     retry(|| {
@@ -43,8 +45,8 @@ fn header(slices: &IoVecs<'_>) -> io::Result<libc::msghdr> {
             "no memory to read into or write from",
         ));
     }
-    // SAFETY: msghdr is a C structure of integers and pointers, for which all zeros is a value (the empty message). Some
-    // libcs have private padding in it, so that it cannot be written as a literal.
+    // SAFETY: msghdr is a C structure of integers and pointers, for which all zeros is a value (the empty
+    // message). Some libcs have private padding in it, so that it cannot be written as a literal.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     // Neither call writes to the iovec array; its type is not const because recvmsg writes to what it names.
     message.msg_iov = iovecs.as_ptr().cast_mut();

@@ -102,7 +102,13 @@ impl VhostUserBackend for Backend {
     fn acked_features(&self, features: u64) {
         let before = std::mem::replace(&mut *lock(&self.acked), features);
         if before != features {
-            info!(guest = %self.link.guest, features = %Features::virtio(features), "features agreed");
+            let (guest, bits) = (&self.link.guest, Features::virtio(features));
+            match before {
+                0 if self.link.watch.is_assumed() => {
+                    info!(%guest, features = %bits, "the VMM goes on with an earlier session: features assumed");
+                }
+                _ => info!(%guest, features = %bits, "features agreed"),
+            }
         }
         if (before ^ features) & VHOST_F_LOG_ALL != 0 {
             self.log_writes(features & VHOST_F_LOG_ALL != 0);
@@ -134,12 +140,16 @@ impl VhostUserBackend for Backend {
         let memory = memory.memory().into_inner();
         check_files(&memory)?;
         let ram = GuestRam::new(memory);
+        let given = ram.clone();
         self.link
             .call("change the guest memory", |done| Command::SetMemory {
-                ram: Some(ram),
+                ram: Some(given),
                 done,
             })
-            .map_err(io::Error::other)
+            .map_err(io::Error::other)?;
+        // Replaces what may be the last reference to the memory before it, which is unmapped here and now.
+        *lock(&self.ram) = Some(ram);
+        Ok(())
     }
 
     /// RESET_DEVICE: the crate has disabled the rings, which has stopped them.
@@ -200,7 +210,7 @@ mod tests {
     #[test]
     fn configuration_space_answers_every_read() {
         let (link, _device) = testing::link();
-        let backend = Backend::new(0x0102_0304, Mode::Server, link);
+        let backend = Backend::new(0x0102_0304, Mode::Server, Arc::new(link));
         assert_eq!(backend.get_config(0, 8), [4, 3, 2, 1, 0, 0, 0, 0]);
         assert_eq!(backend.get_config(2, 4), [2, 1, 0, 0]);
         assert_eq!(backend.get_config(4, 8), [0; 8]);

@@ -113,3 +113,109 @@ pub(super) fn directory_of(path: &Path) -> &Path {
         _ => Path::new("."),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::vhost_user::testing::config;
+
+    #[test]
+    fn what_cannot_be_bound_is_told_in_one_line_with_the_path_and_the_remedy() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("file"), "precious").unwrap();
+        fs::create_dir(at("directory")).unwrap();
+        let live = UnixListener::bind(at("live")).unwrap();
+        let rows = [
+            (
+                at("missing").join("s"),
+                "does not exist: create it or mount a volume there",
+            ),
+            (at("directory"), "it is a directory"),
+            (at("file"), "it is a regular file"),
+            (at(&"x".repeat(108)), "the kernel takes at most 107"),
+            (
+                at("live"),
+                "is served by another process: stop that process or choose another path",
+            ),
+        ];
+        for (path, expected) in rows {
+            let error = Endpoint::bind(&config(Mode::Server, &path))
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.starts_with("vhost-user: ") && error.contains(expected),
+                "{error}"
+            );
+            assert!(
+                error.contains(&path.display().to_string()) && !error.contains('\n'),
+                "{error}"
+            );
+        }
+        assert_eq!(fs::read_to_string(at("file")).unwrap(), "precious");
+        UnixStream::connect(at("live")).expect("still served");
+        drop(live);
+        assert_eq!(
+            fs::read_dir(directory.path()).unwrap().count(),
+            3,
+            "something was left behind"
+        );
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_goes_with_the_endpoint() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        let endpoint = Endpoint::bind(&config(Mode::Server, &path)).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        assert!(UnixStream::connect(&path).is_ok());
+        drop(endpoint);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    /// Each finds the stale file; whoever comes second must find a live one.
+    #[test]
+    fn of_sidecars_that_start_on_one_stale_socket_one_gets_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        for _ in 0..20 {
+            drop(UnixListener::bind(&path).unwrap());
+            let config = config(Mode::Server, &path);
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let starts: Vec<_> = (0..4).map(|_| scope.spawn(|| Endpoint::bind(&config))).collect();
+                starts.into_iter().map(|start| start.join().unwrap()).collect()
+            });
+            let mut winners = results.iter().filter_map(|result| result.as_ref().ok());
+            let winner = winners.next().expect("nobody got it");
+            assert!(winners.next().is_none(), "two got it");
+            for error in results.iter().filter_map(|result| result.as_ref().err()) {
+                assert!(
+                    matches!(error, BindError::Socket(unix_socket::BindError::InUse { .. })),
+                    "{error}"
+                );
+            }
+            let _client = UnixStream::connect(&path).unwrap();
+            // The losers' looks, which closed at once, may be in front of it.
+            winner.accept().expect("the file is the winner's");
+            drop(results);
+            assert!(!path.exists());
+        }
+    }
+
+    #[test]
+    fn in_client_mode_only_the_path_is_judged() {
+        let directory = tempfile::tempdir().unwrap();
+        let endpoint = Endpoint::bind(&config(Mode::Client, directory.path().join("later"))).unwrap();
+        assert_eq!(endpoint.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        let long = directory.path().join("x".repeat(108));
+        let error = Endpoint::bind(&config(Mode::Client, long))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("the kernel takes at most 107"), "{error}");
+    }
+}

@@ -228,3 +228,91 @@ fn block_on<T>(mut answer: oneshot::Receiver<T>, deadline: Instant) -> Answer<T>
         std::thread::park_timeout(left);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vhost_user::testing;
+
+    #[test]
+    fn a_call_waits_for_the_answer() {
+        let (link, device) = testing::link();
+        std::thread::scope(|scope| {
+            let caller = scope.spawn(|| link.call("end", |done| Command::EndSession { done }));
+            let Ok(Command::EndSession { done }) = device.commands.recv() else {
+                panic!("another command")
+            };
+            assert!(!caller.is_finished());
+            done.send(()).unwrap();
+            assert_eq!(caller.join().unwrap(), Ok(()));
+        });
+        assert!(link.failure().is_none());
+        assert!(!device.was_woken());
+    }
+
+    #[test]
+    fn a_device_that_has_ended_raises_the_alarm() {
+        let (link, mut device) = testing::link();
+        device.commands = std::sync::mpsc::channel().1;
+        assert_eq!(
+            link.call("stop a ring", |done| Command::StopQueue { index: 0, done }),
+            Err(DeviceGone)
+        );
+        let failure = link.failure().unwrap();
+        assert_eq!(
+            (failure.kind, failure.detail.as_str()),
+            (
+                SessionError::Io,
+                "the device thread has ended, stop a ring was not done"
+            )
+        );
+        assert!(device.was_woken());
+    }
+
+    /// A device that drops a command has not done it.
+    #[test]
+    fn a_command_that_is_dropped_is_a_device_that_has_ended() {
+        let (link, device) = testing::link();
+        std::thread::scope(|scope| {
+            let caller = scope.spawn(|| link.call("end", |done| Command::EndSession { done }));
+            drop(device.commands.recv());
+            assert_eq!(caller.join().unwrap(), Err(DeviceGone));
+        });
+    }
+
+    #[test]
+    fn a_device_that_hangs_is_given_up_once() {
+        let (link, _device) = testing::link();
+        let link = link.with_deadline(Duration::from_millis(20));
+        assert!(
+            link.call("stop a ring", |done| Command::StopQueue { index: 0, done })
+                .is_err()
+        );
+        assert_eq!(link.failure().unwrap().kind, SessionError::Timeout);
+        // What follows does not wait again, and does not hide the first failure.
+        let link = link.with_deadline(Duration::from_secs(3600));
+        assert!(link.call("end", |done| Command::EndSession { done }).is_err());
+        link.alarm(SessionError::Io, "later".into());
+        assert_eq!(
+            link.failure().unwrap().detail,
+            "the device thread did not stop a ring within 20ms"
+        );
+    }
+
+    #[test]
+    fn the_end_of_the_crates_thread_is_seen_even_when_it_panics() {
+        let (link, device) = testing::link();
+        let link = Arc::new(link);
+        let thread = std::thread::spawn({
+            let link = Arc::clone(&link);
+            move || {
+                link.enter();
+                link.enter();
+                std::panic::resume_unwind(Box::new("as if"));
+            }
+        });
+        assert!(thread.join().is_err());
+        assert!(link.thread_ended());
+        assert!(device.was_woken());
+    }
+}

@@ -1,4 +1,74 @@
-//! The session with the VMM.
+//! The session: how a VMM talks to us over vhost-user, and how what it says reaches the device thread.
+//!
+//! # Theory of operation
+//!
+//! `vhost-user-backend` (the *crate*, below) parses the protocol. In front of it stands our [`gate`], always: the crate
+//! tells nobody what was negotiated, ends a session without a word about the reason, and cannot translate addresses,
+//! which a later IOTLB has to do in between. The crate takes its connection only from a listener, so each session makes
+//! a private one ([`private_socket`]), connects to it and removes it before a byte has passed.
+//!
+//! ```text
+//!      VMM            session thread                crate's thread                 device thread
+//!       │  connect          │                              │                             │
+//!       ├──────────────────▶│ first byte: session begins,  │                             │
+//!       │                   │ private socket, daemon ─────▶│ started                     │
+//!       │ SET_MEM_TABLE +fd │                              │                             │
+//!       ├──────────────────▶│ Relay: Gate, Negotiation ───▶│ mmap                        │
+//!       │                   │                              ├─ SetMemory ────────────────▶│ uses the new memory
+//!       │                   │                              │◀──────────────────── done ──┤
+//!       │◀──────────────────┤◀──────────── answer ("done") ┤                             │
+//!       │ SET_VRING_* +fd   │                              │                             │
+//!       ├──────────────────▶│ ────────────────────────────▶│ Vring: ready, not enabled   │
+//!       │ SET_VRING_ENABLE 1│                              │                             │
+//!       ├──────────────────▶│ ────────────────────────────▶├─ StartQueue(parts) ────────▶│ owns the ring
+//!       │                   │                              │◀──────────────────── done ──┤
+//!       │ ......................... kicks and calls: eventfds, past all of us ...........▶│
+//!       │ GET_VRING_BASE    │                              │                             │
+//!       ├──────────────────▶│ ────────────────────────────▶├─ StopQueue ────────────────▶│ gives it back
+//!       │                   │                              │◀──────────────── position ──┤
+//!       │◀──────────────────┤◀─────────────── base (avail) ┤                             │
+//!       │ close             │                              │                             │
+//!       ├──────────────────▶│ closes the private socket ──▶│ ends                        │
+//!       │                   ├─ EndSession ───────────────────────────────────────────────▶ lets go of everything
+//!       │                   │◀──────────────────────────────────────────────────── done ──┤
+//! ```
+//!
+//! # Threads
+//!
+//! - The *session thread*, one a guest ([`Session::spawn`]), waits in `poll` for the VMM, the crate, other VMMs that
+//!   knock, and its wake descriptor. It relays, observes, and ends sessions. It blocks on nobody; only at the end of a
+//!   session does it wait for the two others.
+//! - The *crate's thread* lives as long as a session. It parses, keeps the settings, and asks the device thread; our
+//!   `Backend` and `Vring` run on it. It waits for every answer of the device, up to a deadline.
+//! - The *device thread* owns memory and rings while they run ([`crate::device`]). It knows commands, not sessions.
+//!
+//! Readers in other threads get copies of [`Negotiation`].
+//!
+//! # How the crate is made to do it
+//!
+//! - It starts no worker thread when `queues_per_thread` is empty, and then shows nobody its vrings. `VringT::new` has no
+//!   context, so vrings find their session in a thread-local place while the crate makes them (`Vring::hatch`).
+//! - Its guards must be of its own types, so `Vring` wraps `VringMutex`, which keeps the settings.
+//! - It reads a body with one `recvmsg`, so the relay passes messages on in one piece.
+//! - An answer "no" ends its session: it returns the handler's error after having sent it. So does whatever it does not
+//!   know. The gate says which request it was, and why.
+//! - Should its thread panic, it leaves a duplicate of its socket open, and the VMM would wait for ever: a thread-local
+//!   value's destructor tells the session thread (`DeviceLink::enter`).
+//!
+//! # Invariants
+//!
+//! 1. What the VMM says reaches the crate byte for byte, with its descriptors and in its order, and the other way round.
+//!    The one exception is the prelude in front of a session that is none of ours ([`gate`]).
+//! 2. "Done" means done: the answer to SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG, GET_VRING_BASE and RESET_DEVICE is sent
+//!    after the device thread's answer. A position is back before it is read.
+//! 3. Each direction of the relay holds one message at most, and waits for its own reader only.
+//! 4. A ring has one owner: the crate's settings are what *will* be started; a change under a running ring stops it first.
+//! 5. Memory stays mapped as long as the device has it, whatever the crate has let go of.
+//! 6. When the VMM sees its connection end, the device thread has let go of its memory, rings and descriptors, or has been
+//!    given up as hanging or dead, which ends the session by an error.
+//! 7. A session leaves nothing behind: no thread, descriptor, mapping or file.
+//! 8. Nothing that comes over the socket costs more than its session: not the thread, not the guest's other sessions, not
+//!    the process.
 
 mod backend;
 mod endpoint;
@@ -19,41 +89,4 @@ pub use negotiation::{Negotiation, NegotiationWatch, SessionError, SessionState}
 pub use session::{Session, SessionHandle};
 
 #[cfg(test)]
-mod testing {
-    use std::sync::{Arc, mpsc};
-
-    use super::link::{DeviceLink, WakeFd};
-    use super::{Mode, NegotiationWatch, SessionConfig};
-    use crate::device::{Command, DeviceHandle};
-
-    /// A link to a device that is whoever holds the receiver.
-    pub fn link() -> (Arc<DeviceLink>, Device) {
-        let poll = mio::Poll::new().unwrap();
-        let waker = Arc::new(mio::Waker::new(poll.registry(), mio::Token(0)).unwrap());
-        let (sender, receiver) = mpsc::channel();
-        let config = SessionConfig {
-            guest: "g".into(),
-            cid: 3,
-            socket: "/x".into(),
-            mode: Mode::Server,
-        };
-        let link = DeviceLink::new(
-            "g".into(),
-            DeviceHandle::new(sender, waker),
-            NegotiationWatch::new(&config),
-            Arc::new(WakeFd::new().unwrap()),
-        );
-        (
-            Arc::new(link),
-            Device {
-                commands: receiver,
-                _poll: poll,
-            },
-        )
-    }
-
-    pub struct Device {
-        pub commands: mpsc::Receiver<Command>,
-        _poll: mio::Poll,
-    }
-}
+mod testing;

@@ -449,6 +449,13 @@ impl Negotiation {
     }
 }
 
+fn unix_seconds() -> Option<u64> {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .map(|time| time.as_secs())
+}
+
 fn fresh_rings() -> [RingState; QUEUES] {
     QUEUE_NAMES.map(|queue| RingState {
         queue,
@@ -492,10 +499,7 @@ impl NegotiationWatch {
         value.state = SessionState::Connected;
         value.sessions_total += 1;
         value.session = value.sessions_total;
-        value.since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .ok()
-            .map(|time| time.as_secs());
+        value.since = unix_seconds();
         value.session
     }
 
@@ -536,6 +540,11 @@ impl NegotiationWatch {
         value.protocol_features_acked = Features::protocol(protocol_features);
     }
 
+    /// Whether the gate has negotiated in the VMM's place.
+    pub(super) fn is_assumed(&self) -> bool {
+        lock(&self.value).assumed
+    }
+
     pub(super) fn request(&self, message: &Message) {
         lock(&self.value).request(message);
     }
@@ -563,3 +572,7 @@ impl NegotiationWatch {
         lock(&self.value).rings.iter().any(|ring| ring.started)
     }
 }
+
+#[cfg(test)]
+#[path = "tests/negotiation.rs"]
+mod tests;

@@ -76,6 +76,10 @@ fn remove(directory: &Path) {
     let _ = fs::remove_dir(directory);
 }
 
+fn age(metadata: &fs::Metadata) -> Option<Duration> {
+    SystemTime::now().duration_since(metadata.modified().ok()?).ok()
+}
+
 /// Removes private directories that a killed process left in `parent`. Only ours, only old ones.
 pub fn remove_leftovers(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
@@ -86,11 +90,7 @@ pub fn remove_leftovers(parent: &Path) {
         }
         // `DirEntry::metadata` does not follow symbolic links.
         let Ok(metadata) = entry.metadata() else { continue };
-        let is_old = metadata
-            .modified()
-            .ok()
-            .and_then(|time| SystemTime::now().duration_since(time).ok())
-            .is_some_and(|age| age > LEFTOVER_AGE);
+        let is_old = age(&metadata).is_some_and(|age| age > LEFTOVER_AGE);
         if metadata.is_dir() && metadata.uid() == uid && is_old {
             remove(&entry.path());
         }
@@ -139,7 +139,7 @@ mod tests {
             fs::create_dir(path).unwrap();
         }
         drop(UnixListener::bind(old.join("s")).unwrap());
-        let long_ago = SystemTime::now() - Duration::from_secs(3600);
+        let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1);
         for path in [&old, &other] {
             fs::File::open(path).unwrap().set_modified(long_ago).unwrap();
         }

@@ -1,6 +1,7 @@
 //! The full-duplex pump between the VMM's socket and the crate's private one, through the gate.
 //!
-//! It never blocks and never waits: [`Relay::turn`] moves what can be moved, [`Relay::interest`] says what to poll for.
+//! It never blocks and never waits: [`Relay::turn`] moves what can be moved, [`Relay::vmm_interest`] and
+//! [`Relay::backend_interest`] say what to poll for.
 //! Each direction holds at most one message that the other side has not taken yet (the prelude's few apart), and reads
 //! no further while it does: what a peer does not read stays with the sender. Neither direction waits for the other.
 
@@ -90,7 +91,8 @@ impl Relay {
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::IN, self.to_vmm.is_empty());
         flags.set(PollFlags::OUT, !self.to_backend.is_empty() && !self.backend_deaf);
-        (!self.backend_closed && !(self.backend_deaf && flags.is_empty())).then_some(flags)
+        let hung_up = self.backend_closed || (self.backend_deaf && flags.is_empty());
+        (!hung_up).then_some(flags)
     }
 
     /// To be told when polling found the crate's socket hung up, which it reports whether asked to or not.
@@ -188,3 +190,7 @@ impl Relay {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+#[path = "tests/relay.rs"]
+mod tests;

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -10,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
+use socket2::{Domain, SockAddr, Socket, Type};
 use tracing::{debug, error, info, warn};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
@@ -236,50 +238,51 @@ impl Server {
 
     /// Client mode: connects, again and again, and waits until the VMM speaks.
     fn reach_vmm(&self) -> Option<UnixStream> {
-        let path = &self.config().socket;
+        let socket = self.config().socket.display();
         let mut pause = RETRY.0;
-        let mut last_error = None;
-        loop {
-            if self.stopping() {
-                return None;
-            }
-            match UnixStream::connect(path) {
+        // What was logged last: once per change, however often it is tried.
+        let mut told = None;
+        while !self.stopping() {
+            let state = match connect(&self.config().socket) {
                 Ok(stream) => {
-                    info!(guest = %self.guest, socket = %path.display(), "connected, waiting for the VMM to speak");
-                    (pause, last_error) = (RETRY.0, None);
-                    self.watch.connected(peer_of(&stream));
-                    loop {
-                        wait(
-                            &mut [
-                                PollFd::new(&*self.wake, PollFlags::IN),
-                                PollFd::new(&stream, PollFlags::IN),
-                            ],
-                            None,
-                        );
-                        self.wake.clear();
-                        if self.stopping() {
-                            return None;
-                        }
-                        match has_spoken(&stream) {
-                            Some(true) => return Some(stream),
-                            Some(false) => {}
-                            None => break,
-                        }
+                    if told != Some(Ok(())) {
+                        info!(guest = %self.guest, %socket, "connected, waiting for the VMM to speak");
                     }
-                    debug!(guest = %self.guest, "the VMM closed the connection without a message");
+                    self.watch.connected(peer_of(&stream));
+                    if self.wait_for_words(&stream) {
+                        return Some(stream);
+                    }
+                    debug!(guest = %self.guest, "the connection ended without a message");
                     self.watch.silent();
+                    Ok(())
                 }
                 Err(error) => {
-                    // Once per state, however often it is tried.
-                    if last_error != Some(error.kind()) {
-                        info!(guest = %self.guest, socket = %path.display(), %error, "no VMM to connect to yet, retrying");
-                        last_error = Some(error.kind());
+                    if told != Some(Err(error.kind())) {
+                        info!(guest = %self.guest, %socket, %error, "no VMM to connect to yet, retrying");
                     }
+                    Err(error.kind())
                 }
-            }
+            };
+            told = Some(state);
             self.pause(Some(pause));
             pause = (pause * 2).min(RETRY.1);
         }
+        None
+    }
+
+    /// Waits until there is something to read; false at the connection's end, or at shutdown.
+    fn wait_for_words(&self, stream: &UnixStream) -> bool {
+        while !self.stopping() {
+            match has_spoken(stream) {
+                Some(true) => return true,
+                Some(false) => {}
+                None => return false,
+            }
+            let wake = PollFd::new(&*self.wake, PollFlags::IN);
+            wait(&mut [wake, PollFd::new(stream, PollFlags::IN)], None);
+            self.wake.clear();
+        }
+        false
     }
 
     /// Serves one VMM from its first message to the end.
@@ -550,7 +553,7 @@ fn wait(fds: &mut [PollFd<'_>], timeout: Option<Duration>) {
         && error != rustix::io::Errno::INTR
     {
         // Out of memory, at most; do not spin on it.
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::park_timeout(Duration::from_millis(10));
     }
 }
 
@@ -563,6 +566,14 @@ fn has_spoken(stream: &UnixStream) -> Option<bool> {
         Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Some(false),
         Err(_) => None,
     }
+}
+
+/// Connects without waiting for a listener whose queue is full, which would keep us from ending.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    Ok(socket.into())
 }
 
 fn is_transient(error: &io::Error) -> bool {

@@ -251,18 +251,6 @@ impl Connection {
         self.state == State::Dialing || self.owed.contains(Owed::RESPONSE)
     }
 
-    /// Whether a REQUEST for the same flow begins a new connection. Two kinds of finished flow have ports that the
-    /// guest may use again: one whose RST still waits for a buffer, where the old RST would kill the new connection;
-    /// and one that got SHUTDOWN of both directions, which Linux forgets at once although its RST may take until the
-    /// application has read the rest (`virtio_transport_recv_connected`).
-    pub(super) fn is_replaceable(&self) -> bool {
-        match self.state {
-            State::Dead => true,
-            State::Closing => !self.owed.contains(Owed::SHUTDOWN),
-            State::Dialing | State::Requested | State::Established | State::Draining => false,
-        }
-    }
-
     /// What identifies it.
     pub fn key(&self) -> ConnectionKey {
         self.key

@@ -58,7 +58,7 @@
 //! 3. An RST is never answered with an RST.
 //! 4. Replies owed are a set: each kind is owed at most once for a connection, however many requests come.
 //! 5. Every packet of a connection carries its valid `buf_alloc` and `fwd_cnt`.
-//! 6. Memory is bounded: `max_connections` connections, [`backlog::Backlog::MAX_STRAYS`] resets for unknown flows. When
+//! 6. Memory is bounded: `max_connections` connections, 1024 (`Backlog::MAX_STRAYS`) resets for unknown flows. When
 //!    those wait because the guest posts no buffers, its packets wait in its ring ([`Muxer::accepts_input`]).
 //! 7. A guest's fault is a [`Misbehavior`]: it costs that connection and a count; never an error, never a panic.
 //! 8. Every connection that caused [`Event::Dial`] or came from [`Muxer::connect`] ends with exactly one

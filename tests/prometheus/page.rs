@@ -1,18 +1,20 @@
 //! Registries as a running program has them.
 
-use std::time::SystemTime;
+use std::time::{Duration, UNIX_EPOCH};
 
+use vsock_sidecar::guest::RingFault;
 use vsock_sidecar::metrics::{
     Direction, LabelSets, MemoryMapChanges, Registry, RingSample, RuleNames, SessionSample, SessionState,
 };
+use vsock_sidecar::vsock::misbehavior::Misbehavior;
 use vsock_sidecar::vsock::reason::{CloseReason, RefuseReason};
 
-/// The program's lists; the two that grow with its checks are represented by a few values.
+/// The program's lists.
 pub const LABELS: LabelSets = LabelSets {
     refused: RefuseReason::LABELS,
     closed: CloseReason::LABELS,
-    misbehavior: &["bad_source_cid", "unknown_op", "credit_overrun"],
-    ring_errors: &["loop", "out_of_bounds", "indirect"],
+    misbehavior: Misbehavior::LABELS,
+    ring_errors: RingFault::LABELS,
 };
 
 /// Guests of which nothing has been heard yet.
@@ -90,7 +92,7 @@ pub fn populated() -> Registry {
         connected: true,
         sessions: 2,
         errors: vec![("io", 1)],
-        started: Some(SystemTime::now()),
+        started: Some(UNIX_EPOCH + Duration::from_secs(1_700_000_000)),
         cid: 3,
         vmm_hint: "qemu".to_owned(),
         socket: "/run/vsock-sidecar/web.sock".to_owned(),

@@ -385,7 +385,7 @@ fn a_ring_is_told_the_vmms_base_and_the_guests_used_index() {
         assert_eq!(
             ring.position,
             RingPosition {
-                next_avail: 5,
+                next_avail: 9,
                 next_used: 5
             }
         );
@@ -465,10 +465,51 @@ fn a_migration_logs_what_is_written() {
     vmm.send_u64(request::SET_FEATURES, setup.offered);
     vmm.barrier();
     assert!(rig.negotiation().dirty_log_active);
+    assert!(rig.device.logs_writes());
     assert_eq!(rig.device.take_told(), [], "the rings run on");
+    // The migration has failed or is done: the crate alone would log for ever.
     vmm.send_u64(request::SET_FEATURES, setup.offered & !(1 << 26));
     vmm.barrier();
     assert!(!rig.negotiation().dirty_log_active);
+    assert!(!rig.device.logs_writes());
+}
+
+/// A balloon, a hot-plugged DIMM, a PCI bar: the table changes while the rings run, and they run on.
+#[test]
+fn a_table_that_is_replaced_under_running_rings_leaves_them_running() {
+    let rig = Rig::new(Mode::Server);
+    let vmm = rig.connect();
+    let setup = vmm.realize();
+    let _running = vmm.start(&setup);
+    rig.device.take_told();
+    let more = memory(MIB);
+    let table = table_body(&[[0, RAM_SIZE, RAM_UADDR, 0], [1 << 32, MIB, 0x1000_0000, 0]]);
+    assert_eq!(
+        vmm.acked(
+            request::SET_MEM_TABLE,
+            &table,
+            &[setup.memory.as_fd(), more.as_fd()]
+        ),
+        0
+    );
+    assert_eq!(rig.device.take_told(), [Told::SetMemory]);
+    assert_eq!(rig.device.regions(), [(0, RAM_SIZE), (1 << 32, MIB)]);
+    for number in [request::REM_MEM_REG, request::ADD_MEM_REG] {
+        let fds = [more.as_fd()];
+        let fds = if number == request::ADD_MEM_REG {
+            &fds[..]
+        } else {
+            &[]
+        };
+        assert_eq!(
+            vmm.acked(number, &region_body([1 << 32, MIB, 0x1000_0000, 0]), fds),
+            0
+        );
+        assert_eq!(rig.device.take_told(), [Told::SetMemory]);
+    }
+    assert_eq!(rig.device.regions(), [(0, RAM_SIZE), (1 << 32, MIB)]);
+    assert_eq!(rig.negotiation().memory.len(), 2);
+    assert_eq!(rig.negotiation().state, SessionState::Running);
 }
 
 // ------------------------------------------------------------------------------------------- who may talk
@@ -704,6 +745,101 @@ fn shutdown_is_prompt_in_every_state_and_leaves_no_file() {
     }
 }
 
+/// A VMM that asks and never reads: the answers fill its socket, and we wait, but not so that we could not end.
+#[test]
+fn a_vmm_that_does_not_read_its_answers_holds_up_nobody() {
+    let mut rig = Rig::new(Mode::Server);
+    let vmm = rig.connect();
+    vmm.socket.set_nonblocking(true).unwrap();
+    let questions = Message::new(request::GET_FEATURES, VERSION, &[])
+        .bytes()
+        .repeat(64);
+    // Blocked for good when the socket takes nothing twice, with time for the session in between.
+    let mut refused = 0;
+    while refused < 20 {
+        match (&vmm.socket).write(&questions) {
+            Ok(_) => refused = 0,
+            Err(_) => {
+                refused += 1;
+                std::thread::park_timeout(std::time::Duration::from_millis(2));
+            }
+        }
+    }
+    // It goes on refusing others, and ends when it is told to.
+    rig.connect().wait_closed();
+    let began = std::time::Instant::now();
+    rig.shutdown();
+    assert!(began.elapsed().as_secs() < 2);
+    assert_eq!(rig.negotiation().last_end.unwrap().reason, "shutdown");
+}
+
+/// Whatever somebody says on the socket, with or without descriptors: that session ends or goes on, the next works.
+#[test]
+fn no_bytes_break_more_than_their_session() {
+    use proptest::prelude::*;
+    let rig = Rig::new(Mode::Server);
+    // Mostly messages, so that they get behind the header's checks.
+    let message = (
+        0u32..48,
+        any::<u32>(),
+        proptest::collection::vec(any::<u8>(), 0..64),
+    )
+        .prop_map(|(number, flags, body)| {
+            let flags = if flags % 8 == 0 {
+                flags
+            } else {
+                VERSION | flags & 8
+            };
+            Message::new(number, flags, &body).bytes().to_vec()
+        });
+    // Rings that exist, addresses that are mapped, sizes that are right.
+    let likely = (8u32..19, 0u32..4, 0u64..3, any::<u64>()).prop_map(|(number, index, value, wild)| {
+        let body = match number {
+            9 => addr_body(
+                index,
+                if wild % 4 == 0 {
+                    wild
+                } else {
+                    RAM_UADDR + (value << 20)
+                },
+            ),
+            12..=14 => (u64::from(index) | (value & 1) << 8).to_ne_bytes().to_vec(),
+            _ => state_body(index, value as u32),
+        };
+        Message::new(number, VERSION, &body).bytes().to_vec()
+    });
+    let saying = proptest::collection::vec((prop_oneof![message, likely], 0usize..3), 1..20);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 200,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    let result = runner.run(&saying, |saying| {
+        let sessions = rig.negotiation().sessions_total;
+        let vmm = rig.connect();
+        vmm.socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        let setup = vmm.realize();
+        vmm.send_u64(request::SET_FEATURES, setup.offered);
+        vmm.set_memory(&setup.memory, RAM_UADDR);
+        let descriptors = [event(), memory(4096)];
+        for (bytes, fds) in &saying {
+            let fds: Vec<_> = descriptors.iter().take(*fds).map(AsFd::as_fd).collect();
+            if !vmm.try_send_bytes(bytes, &fds) {
+                break;
+            }
+        }
+        drop(vmm);
+        rig.wait_end(sessions + 1);
+        prop_assert!(!rig.device.has_memory());
+        Ok(())
+    });
+    result.unwrap();
+    let vmm = rig.connect();
+    let setup = vmm.realize();
+    vmm.start(&setup);
+    assert_eq!(rig.negotiation().state, SessionState::Running);
+}
+
 // ------------------------------------------------------------------------------------------- client mode
 
 fn accept(listener: &UnixListener) -> Vmm {
@@ -773,4 +909,25 @@ fn a_vmm_that_goes_on_with_the_session_of_a_process_before_us_is_served() {
         0,
         "our own messages are not the VMM's"
     );
+}
+
+/// A listener that accepts nobody: connecting to it would block for ever once its queue is full.
+#[test]
+fn in_client_mode_a_vmm_that_accepts_nobody_does_not_keep_us_from_ending() {
+    let mut rig = Rig::new(Mode::Client);
+    let listener = UnixListener::bind(rig.socket()).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let mut waiting = Vec::new();
+    // As many as fit, ours perhaps among them.
+    loop {
+        let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        match socket.connect(&socket2::SockAddr::unix(rig.socket()).unwrap()) {
+            Ok(()) => waiting.push(socket),
+            Err(_) => break,
+        }
+    }
+    let began = std::time::Instant::now();
+    rig.shutdown();
+    assert!(began.elapsed().as_secs() < 2);
 }

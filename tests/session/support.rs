@@ -27,7 +27,7 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "timed out waiting for {what}");
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 
@@ -181,6 +181,19 @@ impl FakeDevice {
         look(self.state().parts.get(&index).expect("the ring runs"))
     }
 
+    /// Guest-physical start and length of each region that it has.
+    pub fn regions(&self) -> Vec<(u64, u64)> {
+        self.state()
+            .ram
+            .as_ref()
+            .map(|ram| ram.regions().collect())
+            .unwrap_or_default()
+    }
+
+    pub fn logs_writes(&self) -> bool {
+        self.state().ram.as_ref().is_some_and(GuestRam::dirty_log_active)
+    }
+
     pub fn has_memory(&self) -> bool {
         self.state().ram.is_some()
     }
@@ -291,19 +304,27 @@ impl Vmm {
     }
 
     pub fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        assert!(self.try_send_bytes(bytes, fds), "the connection is closed");
+    }
+
+    /// False if the other side has closed.
+    pub fn try_send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
             assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
         }
-        let sent = sendmsg(
+        match sendmsg(
             &self.socket,
             &[IoSlice::new(bytes)],
             &mut control,
             SendFlags::NOSIGNAL,
-        )
-        .unwrap();
-        assert_eq!(sent, bytes.len());
+        ) {
+            Ok(sent) => assert_eq!(sent, bytes.len()),
+            Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => return false,
+            Err(error) => panic!("{error}"),
+        }
+        true
     }
 
     pub fn send(&self, number: u32, body: &[u8], fds: &[BorrowedFd<'_>]) {

@@ -16,7 +16,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub struct Assets {
     /// The kernel's release, as `uname -r` tells it.
     pub release: String,
-    /// `vmlinuz`.
+    /// `vmlinux`, an ELF file.
     pub kernel: PathBuf,
     /// An uncompressed cpio archive: `/init` and `/modules`.
     pub initramfs: Vec<u8>,
@@ -45,7 +45,7 @@ pub fn assets(version: &str) -> Assets {
     }
     Assets {
         release,
-        kernel: dir.join("vmlinuz"),
+        kernel: dir.join("vmlinux"),
         initramfs: initramfs(&init, &dir.join("modules")),
     }
 }

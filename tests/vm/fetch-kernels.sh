@@ -1,10 +1,11 @@
 #!/bin/sh
 # Fetches the guest kernels of the real guest test and the programs it needs.
 #
-#   fetch-kernels.sh DIR VERSION...        for example: fetch-kernels.sh target/vm 6.1 6.12
+#   fetch-kernels.sh [DIR VERSION...]
 #
+# DIR is `vm` in cargo's target directory and the VERSIONs are 6.1 and 6.12 unless given otherwise.
 # For each VERSION it leaves
-#   DIR/VERSION/vmlinuz            the kernel
+#   DIR/VERSION/vmlinux            the kernel, uncompressed, to be entered as an ELF file (PVH)
 #   DIR/VERSION/modules/NN-*.ko    the modules a vsock guest needs, uncompressed, to be loaded in the order of NN
 #   DIR/VERSION/release            the kernel's release; written last, so its presence means that the rest is whole
 #
@@ -22,7 +23,8 @@ fail() {
     exit 1
 }
 
-[ $# -ge 2 ] || fail "usage: fetch-kernels.sh DIR VERSION..."
+[ $# -gt 0 ] || set -- "${CARGO_TARGET_DIR:-$(dirname "$0")/../../target}/vm" 6.1 6.12
+[ $# -ge 2 ] || fail "usage: fetch-kernels.sh [DIR VERSION...]"
 mkdir -p "$1"
 dir=$(cd "$1" && pwd)
 shift
@@ -34,6 +36,8 @@ if command -v flock >/dev/null && [ "${FETCH_KERNELS_LOCKED:-}" != "$dir" ]; the
     FETCH_KERNELS_LOCKED=$dir exec flock "$dir/lock" sh "$0" "$dir" "$@"
 fi
 
+PATH=$PATH:/usr/sbin:/sbin
+
 updated=
 update_lists() {
     [ -z "$updated" ] || return 0
@@ -43,11 +47,13 @@ update_lists() {
     apt-get -qq update >&2 || echo "fetch-kernels: apt-get update failed; going on with the lists at hand" >&2
 }
 
-need_programs() {
+# need PROGRAM PACKAGE...: installs the packages whose program is missing.
+need() {
     missing=
-    command -v qemu-system-x86_64 >/dev/null || missing="$missing qemu-system-x86"
-    command -v depmod >/dev/null || [ -x /sbin/depmod ] || missing="$missing kmod"
-    command -v xz >/dev/null || missing="$missing xz-utils"
+    while [ $# -ge 2 ]; do
+        command -v "$1" >/dev/null || missing="$missing $2"
+        shift 2
+    done
     [ -n "$missing" ] || return 0
     command -v apt-get >/dev/null || fail "install what Debian calls$missing, then run this again"
     [ "$(id -u)" = 0 ] || fail "missing programs; run: sudo apt-get install --no-install-recommends$missing"
@@ -94,12 +100,33 @@ download() { # VERSION INTO
     } || fail "could not download $packages"
 }
 
+# Takes the ELF file out of a bzImage (Linux's Documentation/arch/x86/boot.rst: setup_sects, payload_offset and
+# payload_length). Without KVM a boot after a reset takes 3 s this way instead of 16: QEMU watches for writes to memory
+# that it has translated code from, which is where the compressed kernel would unpack itself to.
+unpack_kernel() { # VMLINUZ INTO
+    [ -f "$1" ] || fail "no kernel image at $1"
+    sectors=$(od -An -tu1 -j497 -N1 "$1" | tr -d ' ')
+    # shellcheck disable=SC2046 # two numbers
+    set -- "$1" "$2" $(od -An -tu4 -j584 -N8 "$1")
+    # The last four bytes are the size of what comes out, which the build appends.
+    payload() { tail -c +$(((sectors + 1) * 512 + $2 + 1)) "$1" | head -c $(($3 - 4)); }
+    magic=$(payload "$1" "$3" "$4" | od -An -tx1 -N4 | tr -d ' ')
+    case $magic in
+    02214c18) need lz4 lz4 && unpack="lz4 -dc" ;;
+    28b52ffd) need zstd zstd && unpack="zstd -qdc" ;;
+    fd377a58) need xz xz-utils && unpack="xz -dc" ;;
+    1f8b08*) unpack="gzip -dc" ;;
+    *) fail "$1: unknown compression, its payload begins with $magic" ;;
+    esac
+    payload "$1" "$3" "$4" | $unpack >"$2" || [ "$magic" != "${magic#1f8b}" ] || fail "$1: cannot be unpacked"
+}
+
 kernel() { # VERSION
     version=$1 dest=$dir/$1
-    if [ -s "$dest/release" ] && [ "$(cat "$dest/wanted")" = "$wanted" ]; then
+    if [ -s "$dest/release" ] && [ -s "$dest/vmlinux" ] && [ "$(cat "$dest/wanted")" = "$wanted" ]; then
         return 0
     fi
-    need_programs
+    need depmod kmod xz xz-utils
     work=$dir/.work-$version
     rm -rf "$work" "$dest"
     download "$version" "$work/debs"
@@ -111,8 +138,8 @@ kernel() { # VERSION
     [ -e "$work/root/lib" ] || ln -s usr/lib "$work/root/lib"
     release=$(basename "$work"/root/lib/modules/*)
     tree=$work/root/lib/modules/$release
-    cp "$work/root/boot/vmlinuz-$release" "$work/out/vmlinuz" || fail "no kernel image in the package of $release"
-    PATH=$PATH:/sbin:/usr/sbin depmod -b "$work/root" "$release" || fail "depmod failed for $release"
+    unpack_kernel "$work/root/boot/vmlinuz-$release" "$work/out/vmlinux"
+    depmod -b "$work/root" "$release" || fail "depmod failed for $release"
 
     # A line of modules.dep is "module: dependencies", the one to load first last.
     for name in $wanted; do
@@ -134,7 +161,10 @@ kernel() { # VERSION
         case $file in
         *.ko) cp "$tree/$module" "$out" ;;
         *.ko.xz) xz -dc "$tree/$module" >"$out" ;;
-        *.ko.zst) zstd -qdc "$tree/$module" >"$out" || fail "unpacking $file needs zstd" ;;
+        *.ko.zst)
+            need zstd zstd
+            zstd -qdc "$tree/$module" >"$out"
+            ;;
         *) fail "module $file: unknown compression" ;;
         esac
         number=$((number + 1))
@@ -147,7 +177,7 @@ kernel() { # VERSION
     mv "$dest/.release" "$dest/release"
 }
 
-command -v qemu-system-x86_64 >/dev/null || need_programs
+need qemu-system-x86_64 qemu-system-x86 setpriv util-linux
 for version in "$@"; do
     kernel "$version"
 done

@@ -2,7 +2,7 @@
 //!
 //! # Theory of operation
 //!
-//! One mutex holds the driver and the [`Protocol`]; a thread sleeps on the rings' call eventfds and hands packets to
+//! One mutex holds the driver and the protocol; a thread sleeps on the rings' call eventfds and hands packets to
 //! the protocol; system calls run in their callers' threads, copy into the transmit ring under the lock and kick, as
 //! Linux does since 6.12, and sleep on their connection's condition variable.
 //!

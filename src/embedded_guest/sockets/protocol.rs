@@ -693,5 +693,4 @@ impl Connection {
 }
 
 #[cfg(test)]
-#[path = "protocol_tests.rs"]
 mod tests;

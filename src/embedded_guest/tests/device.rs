@@ -20,6 +20,15 @@ use crate::vsock::header::{HEADER_LEN, Header, Op};
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
+/// Between two looks at a condition that has a deadline.
+#[allow(
+    clippy::disallowed_methods,
+    reason = "only the pace of looking, never what is waited for"
+)]
+pub fn pause() {
+    std::thread::sleep(Duration::from_millis(1));
+}
+
 /// What the device does with packets.
 pub trait Host: Send + Sync {
     /// A packet from the guest; answers go to `out`.
@@ -131,7 +140,7 @@ impl TestDevice {
             }
             drop(state);
             assert!(Instant::now() < deadline, "timed out waiting until {what}");
-            std::thread::sleep(Duration::from_millis(1));
+            pause();
         }
     }
 }

@@ -339,3 +339,52 @@ fn front_ends_say_what_was_wrong() {
     let missing = FrontEnd::connect(&device.dir().join("nobody"), Profile::qemu()).unwrap_err();
     assert_eq!(missing.to_string(), "connect to the vhost-user socket");
 }
+
+#[test]
+fn the_memory_table_is_replaced_while_the_rings_run() {
+    let device = TestDevice::start(RINGS, Silent);
+    let profile = Profile::qemu().without_protocol(protocol_feature::CONFIGURE_MEM_SLOTS);
+    let mut guest = EmbeddedGuest::boot(&device.socket(), profile, DriverOptions::default()).unwrap();
+    let header = from_guest(Op::Rw, 1, 2, 5);
+    for (number, gpa) in [0x1_0000_0000, 0x2_0000_0000].into_iter().enumerate() {
+        let region = guest.driver.memory_mut().add_region(gpa, 1 << 20).unwrap();
+        guest
+            .front_end
+            .set_mem_table(guest.driver.memory().regions())
+            .unwrap();
+        guest.driver.memory().write(gpa, b"table").unwrap();
+        // The header in the old memory, the payload in the new.
+        let sent = guest.driver.queue_packet(&header, &[], &Shape::single()).unwrap();
+        guest.driver.notify_tx();
+        guest.driver.flush_tx(SOON).unwrap();
+        let segments = [(sent.gpa, HEADER_LEN as u32), (gpa, 5)].map(|(addr, len)| Segment {
+            addr,
+            len,
+            writable: false,
+        });
+        guest.driver.send_chain(TX, &segments, Table::AsLinux).unwrap();
+        guest.driver.flush_tx(SOON).unwrap();
+        assert_eq!(device.lock().seen[2 * number + 1].bytes[HEADER_LEN..], *b"table");
+        guest.driver.memory_mut().remove_region(gpa);
+        drop(region);
+    }
+}
+
+#[test]
+fn a_header_can_change_after_the_kick() {
+    let device = TestDevice::start(0, Silent);
+    let mut front_end = FrontEnd::connect(&device.socket(), Profile::qemu()).unwrap();
+    let features = front_end.negotiate().unwrap().features;
+    let driver = crate::embedded_guest::Driver::new(DriverOptions::default(), features).unwrap();
+    let mut guest = EmbeddedGuest { front_end, driver };
+    // The rings stand still, so the change comes for certain before the device looks.
+    let sent = guest
+        .driver
+        .send_packet(&from_guest(Op::Rw, 1, 2, 3), b"abc", &Shape::single())
+        .unwrap();
+    let other = from_guest(Op::Rst, 9, 9, 3).encode();
+    guest.driver.memory().write(sent.gpa, &other).unwrap();
+    guest.start(&[]).unwrap();
+    device.wait_until("the packet arrives", |s| s.seen.len() == 1);
+    assert_eq!(device.lock().seen[0].bytes[..HEADER_LEN], other);
+}

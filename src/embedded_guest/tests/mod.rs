@@ -1,5 +1,6 @@
 //! The guest against an independent device: proven before it judges ours.
 
+mod bulk;
 mod device;
 mod driver;
 mod host;

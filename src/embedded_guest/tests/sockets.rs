@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::device::{TestDevice, from_host};
+use super::device::{TestDevice, from_host, pause};
 use super::host::{self, Seen, Services};
 use crate::embedded_guest::profile::feature;
 use crate::embedded_guest::{
@@ -55,7 +55,7 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + SOON;
     while !condition() {
         assert!(Instant::now() < deadline, "timed out waiting until {what}");
-        std::thread::sleep(Duration::from_millis(1));
+        pause();
     }
 }
 

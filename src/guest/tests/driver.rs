@@ -9,7 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::guest::{GuestRam, Memory, Ring, RingParts, RingPosition};
 
-/// Where things are. Three regions: two that are neighbours for the guest and not for us, and one behind a hole.
+/// Where things are. Three regions: two that are neighbours for the guest and not for us, and one behind a
+/// hole.
 pub const REGION: u64 = 0x10_0000;
 /// Border between the first two regions.
 pub const BORDER: u64 = REGION;

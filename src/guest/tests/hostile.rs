@@ -7,8 +7,8 @@ use crate::guest::{
 
 const TABLE: u64 = 0x2_0000;
 
-/// A trick: what it does to an idle ring of 8 entries, and what it is called. It makes descriptor 0 available, unless it
-/// makes something else available itself.
+/// A trick: what it does to an idle ring of 8 entries, and what it is called. It makes descriptor 0
+/// available, unless it makes something else available itself.
 struct Trick {
     name: &'static str,
     play: fn(&mut Driver),

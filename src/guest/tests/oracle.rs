@@ -42,7 +42,8 @@ struct Both {
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// The driver makes so many chains available, as far as there is room, and the device uses them in one burst.
+    /// The driver makes so many chains available, as far as there is room, and the device uses them in one
+    /// burst.
     Serve(u16),
     /// The driver wants an interrupt so many elements after the used index.
     UsedEvent(u16),

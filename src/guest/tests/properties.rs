@@ -11,7 +11,8 @@ use crate::guest::{RingFault, RxBurst, TxBurst};
 use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::{readv, writev};
 
-/// How a packet is laid out: lengths of its buffers, gaps between them, how many of them are indirect, and where.
+/// How a packet is laid out: lengths of its buffers, gaps between them, how many of them are indirect, and
+/// where.
 #[derive(Clone, Debug)]
 struct Shape {
     pieces: Vec<(u32, u8)>,
@@ -197,7 +198,8 @@ proptest! {
         let (mut ring, ram) = (driver.ring(), driver.ram.clone());
         let mut faults = 0;
         if rx {
-            // RX writes where a guest tells it to, which may be the ring itself: so look at what is counted, not at memory.
+            // RX writes where a guest tells it to, which may be the ring itself: so look at what is counted,
+            // not at memory.
             let mut burst = RxBurst::begin(&mut ring, &ram).unwrap();
             burst.reserve(usize::MAX, 16).unwrap();
             burst.give_back();

@@ -226,9 +226,9 @@ fn a_list_that_is_full_reads_less() {
 #[test]
 fn the_dirty_log_names_what_was_written_and_nothing_else() {
     let mut driver = Driver::new(16, true);
-    // Page 0x40: header. Pages 0x41 and 0x42: payload. Pages 0x43 to 0x45: a second buffer.
+    // Page 0x40: header, 0x41 and 0x42: payload. A second buffer likewise from page 0x43 on.
     driver.offer(&[w(BUFFERS, 44), w(BUFFERS + 0x1000, 0x2000)]);
-    driver.offer(&[w(BUFFERS + 0x3000, 44 + 0x2000)]);
+    driver.offer(&[w(BUFFERS + 0x3000, 44), w(BUFFERS + 0x4000, 0x2000)]);
     driver.offer(&[w(HIGH, 44 + 0x1000)]);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
     let log = TestLog::install(&driver.mem);
@@ -243,10 +243,10 @@ fn the_dirty_log_names_what_was_written_and_nothing_else() {
         "used element, header, payload"
     );
     assert_eq!(burst.reserve(1, 1), Ok(0x2000));
-    assert_eq!(burst.fill(b"abc"), 3);
-    assert_eq!(log.take(), [0x43]);
-    assert_eq!(burst.commit(0, with_len), Ok(1));
-    assert_eq!(log.take(), [0x9, 0x43]);
+    assert_eq!(burst.fill(&[1; 0x1000]), 0x1000);
+    assert_eq!(log.take(), [0x44]);
+    assert_eq!(burst.commit(1, with_len), Ok(1));
+    assert_eq!(log.take(), [0x9, 0x43, 0x45], "not again what was filled in");
     assert_eq!(burst.control(&header(1)), Ok(true));
     assert_eq!(log.take(), [0x9, 0x400]);
     burst.finish().unwrap();

@@ -295,8 +295,8 @@ fn a_dropped_burst_has_used_what_it_took() {
     drop(burst);
     assert_eq!(driver.used(), [(0, 0), (1, 0)]);
     assert_eq!(ring.available(&ram), Ok(1));
-    // The interrupt for those two (used_event is 0: at the first) is owed, and comes with the next burst that finishes,
-    // though that one used nothing.
+    // The interrupt for those two (used_event is 0: at the first) is owed, and comes with the next burst that
+    // finishes, though that one used nothing.
     let burst = TxBurst::begin(&mut ring, &ram).unwrap();
     assert_eq!(
         burst.finish(),
@@ -334,7 +334,8 @@ fn a_position_with_chains_in_flight_goes_on_at_the_used_index() {
     let mut burst = TxBurst::begin(&mut ring, &ram).unwrap();
     assert_eq!(burst.pop().unwrap().unwrap().header, header(0));
     let finished = burst.finish().unwrap();
-    // It may have died between publishing and interrupting, so the first burst interrupts whatever used_event says.
+    // It may have died between publishing and interrupting, so the first burst interrupts whatever used_event
+    // says.
     assert!(finished.interrupt);
     assert_eq!(driver.used(), [(0, 0)]);
 }

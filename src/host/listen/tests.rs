@@ -245,9 +245,15 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
         client.write_all(b"CONNECT 9\n").unwrap();
     }
     let mut reached = Vec::new();
-    while let Some(outcome) = handshakes.next().await {
-        reached.extend(outcome.map(|outcome| outcome.unwrap().peer));
-    }
+    // Long before the lines that do not come time out.
+    let all = async {
+        while let Some(outcome) = handshakes.next().await {
+            reached.extend(outcome.map(|outcome| outcome.unwrap().peer));
+        }
+    };
+    timeout(LONG / 2, all)
+        .await
+        .expect("those who had to go are not waited for");
     reached.sort();
     assert_eq!(reached, ["fourth", "third"]);
     assert!(handshakes.open.is_empty());
@@ -396,13 +402,7 @@ fn a_pause_doubles_up_to_a_second_and_starts_anew() {
 
 #[test]
 fn a_lack_of_our_own_is_not_the_clients_fault() {
-    for errno in [
-        Errno::CONNABORTED,
-        Errno::PROTO,
-        Errno::NETUNREACH,
-        Errno::PERM,
-        Errno::INTR,
-    ] {
+    for errno in [Errno::CONNABORTED, Errno::PROTO, Errno::NETUNREACH, Errno::INTR] {
         assert!(is_clients_fault(&errno.into()), "{errno}");
     }
     for errno in [
@@ -410,6 +410,7 @@ fn a_lack_of_our_own_is_not_the_clients_fault() {
         Errno::NFILE,
         Errno::NOMEM,
         Errno::NOBUFS,
+        Errno::PERM,
         Errno::BADF,
     ] {
         assert!(!is_clients_fault(&errno.into()), "{errno}");
@@ -456,12 +457,12 @@ async fn without_descriptors() {
     while let Ok(fd) = waiting[0].try_clone() {
         hoard.push(fd);
     }
-    // Two pauses at least: nothing comes, and the thread is not busy.
-    let begun = std::time::Instant::now();
+    // Two pauses at least: nothing comes, and the thread is not busy. A loop that spins has a third of the time even where
+    // it shares the processor with others.
     let busy = cpu_time(&stat);
     assert!(timeout(Duration::from_millis(300), served.next()).await.is_err());
     let busy = cpu_time(&stat) - busy;
-    assert!(busy < begun.elapsed() / 2, "{busy:?} of {:?}", begun.elapsed());
+    assert!(busy < Duration::from_millis(60), "{busy:?}");
     drop(hoard);
     for client in &waiting {
         let incoming = timeout(LONG, served.next()).await.expect("goes on").unwrap();

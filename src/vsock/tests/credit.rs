@@ -278,3 +278,18 @@ fn nothing_is_told_of_a_connection_after_its_end() {
         assert!(matches!(events.last(), Some(Event::Closed { .. })), "{events:?}");
     }
 }
+
+#[test]
+fn a_connection_that_closed_while_it_was_stalled_is_not_resumed() {
+    let mut s = Scene::new();
+    let id = s.established(FLOW);
+    s.mux.host_readable(id);
+    s.host_sends(id, GUEST_BUF, true);
+    s.sent();
+    s.mux.host_write_failed(s.now, id);
+    s.mux.host_eof(s.now, id);
+    assert!(matches!(s.events().last(), Some(Event::Closed { .. })));
+    assert_eq!(s.state(id), Some(State::Closing));
+    s.guest(FLOW.sends_credit(GUEST_BUF, GUEST_BUF));
+    assert_eq!(s.events(), []);
+}

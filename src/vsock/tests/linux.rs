@@ -84,6 +84,11 @@ pub(super) struct Linux {
 }
 
 impl Socket {
+    /// It was connected, and its application still has it.
+    fn is_open(&self) -> bool {
+        self.progress == Progress::Connected && !self.released
+    }
+
     /// Its application set a buffer that nothing fits in.
     pub(super) fn refuses_everything(&self) -> bool {
         self.buf_alloc == 0
@@ -99,7 +104,8 @@ impl Linux {
         }
     }
 
-    /// A port that nobody has; or the last one given up, if nobody has that and none of its packets is `under_way`.
+    /// A port that nobody has; or the last one given up, if nobody has that and none of its packets is `under_way`:
+    /// whoever is faster cuts off the new connection with what was meant for the old one.
     pub(super) fn free_port(&mut self, reuse: bool, under_way: &HashSet<u32>) -> u32 {
         let mut given_up = self
             .sockets
@@ -110,7 +116,7 @@ impl Linux {
         let taken = |port: &u32| {
             self.sockets
                 .iter()
-                .any(|s| s.linked && s.flow.guest_port == *port)
+                .any(|s| (s.linked || s.is_open()) && s.flow.guest_port == *port)
                 || under_way.contains(port)
         };
         if let (true, Some(port)) = (reuse, given_up.find(|port| *port >= 1024 && !taken(port))) {

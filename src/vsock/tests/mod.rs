@@ -8,6 +8,7 @@ mod closing;
 mod credit;
 mod dialing;
 mod half_close;
+mod hostile;
 mod linux;
 mod misbehavior;
 mod properties;

@@ -157,6 +157,11 @@ impl World {
 
     /// Once nobody stalls, every byte of a live connection has arrived.
     fn assert_nobody_waits(&self) {
+        for id in self.mux.ids() {
+            let state = self.mux.connection(id).map(|c| c.state());
+            assert_ne!(state, Some(State::Draining), "everything was taken");
+            assert_ne!(state, Some(State::Dead), "every RST had a buffer");
+        }
         for h in self.hosts.iter().filter(|h| h.established && !h.ended) {
             let s = &self.guest.sockets[h.socket.expect("established")];
             if s.progress != Progress::Connected || s.done || !s.linked {
@@ -165,6 +170,7 @@ impl World {
             assert_eq!(s.pending, 0, "the guest waits for credit: {s:?} {h:?}");
             if !h.write_failed {
                 assert_eq!(h.delivered, s.sent, "{s:?} {h:?}");
+                assert_eq!(h.got_eof, s.own_shutdown & 2 != 0, "{s:?} {h:?}");
             }
             // A buffer of nothing at all is the guest's own wish.
             if s.own_shutdown & 1 == 0 && !s.refuses_everything() {

@@ -196,7 +196,9 @@ impl World {
         if packet.header.op == Op::Request as u16 {
             // A new socket may repeat what an older one asked for.
             let of_flow = |c: &Connection| {
-                (c.key().guest_port, c.key().peer_port) == (packet.header.src_port, packet.header.dst_port)
+                c.state() != State::Draining
+                    && (c.key().guest_port, c.key().peer_port)
+                        == (packet.header.src_port, packet.header.dst_port)
             };
             for h in self.hosts.iter_mut().filter(|h| !h.ended) {
                 if self.mux.connection(h.id).is_some_and(of_flow) {

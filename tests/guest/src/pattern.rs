@@ -128,3 +128,39 @@ impl Digest {
             .rotate_left(29);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_knows_what_but_not_how_it_was_cut() {
+        let mut bytes = vec![0; 1000];
+        Pattern::new(1).fill(&mut bytes);
+        let whole = Digest::of_pattern(1, 1000);
+        for cut in [1, 7, 8, 13, 999] {
+            let mut digest = Digest::default();
+            bytes.chunks(cut).for_each(|part| digest.update(part));
+            assert_eq!(digest.finish(), whole, "cut into {cut}");
+        }
+        for (a, b) in [(0, 8), (3, 990), (8, 16)] {
+            let mut swapped = bytes.clone();
+            swapped.swap(a, b);
+            let mut digest = Digest::default();
+            digest.update(&swapped);
+            assert_ne!(digest.finish(), whole, "{a} and {b} swapped");
+        }
+        assert_ne!(Digest::of_pattern(1, 999), whole);
+        assert_ne!(Digest::of_pattern(2, 1000), whole);
+    }
+
+    #[test]
+    fn the_first_wrong_byte_is_named() {
+        let mut bytes = vec![0; 1000];
+        Pattern::new(1).fill(&mut bytes);
+        let mut pattern = Pattern::new(1);
+        pattern.check(&bytes[..501]).unwrap();
+        bytes[777] ^= 1;
+        assert_eq!(pattern.check(&bytes[501..]), Err(777));
+    }
+}
