@@ -356,7 +356,9 @@ impl VringT<GuestMemoryAtomic<Memory>> for Vring {
         {
             // The ring waits on the old descriptor, so it stops first in any case.
             let mut hand = lock(&self.hand);
-            self.stop(&mut hand, self.inner.get_ref().get_queue().ready());
+            // Not an argument below: the guard would live through the call, which needs the lock as well.
+            let pause = self.inner.get_ref().get_queue().ready();
+            self.stop(&mut hand, pause);
             hand.kick = file.as_ref().and_then(|file| self.duplicate("kick", file));
         }
         self.inner.set_kick(file);

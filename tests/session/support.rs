@@ -100,7 +100,13 @@ impl FakeDevice {
         };
         let (mutex, changed) = shared;
         let mut state = mutex.lock().unwrap();
-        state.told.push(told);
+        match &command {
+            // A ring that was paused is now stopped in earnest: nothing to give back, and nothing new to tell of.
+            Command::StopQueue {
+                index, pause: false, ..
+            } if !state.parts.contains_key(index) => {}
+            _ => state.told.push(told),
+        }
         changed.notify_all();
         while state.allowance == Some(0) {
             state = changed.wait(state).unwrap();
