@@ -112,8 +112,11 @@ pub fn run(options: Options) -> Result<(), Error> {
         true => vm::show(&mut terminal, &interrupt, EFFORT, options),
         false => show(&mut terminal, &interrupt, EFFORT, options),
     };
-    match shown {
+    let told = match shown {
         Err(Error::Interrupted) => terminal.line("\n  interrupted; everything is taken down"),
+        other => other,
+    };
+    match told {
         // `demo | head`: the reader has seen enough.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,

@@ -40,11 +40,6 @@ impl Vm {
         }
     }
 
-    /// Sends a command and waits for nothing.
-    pub fn start(&mut self, command: &str) {
-        must(self.0.start(command));
-    }
-
     /// Presses the reset button and waits for nothing; [`Vm::wait_for_boot`] does.
     pub fn press_reset(&mut self) {
         self.qmp("system_reset", json!({}));
