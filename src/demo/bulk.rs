@@ -1,4 +1,4 @@
-//! The embedded guest's bulk run: as much as an [`Effort`](super::Effort) allows, each way, through one guest connection.
+//! The embedded guest's bulk run: as much as an [`Effort`] allows, each way, through one guest connection.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;

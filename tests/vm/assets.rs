@@ -37,7 +37,9 @@ fn prepare() -> Result<(Source, PathBuf), String> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .parent()
         .expect("tmp is below target");
-    let source = Source::find(Some(target)).map_err(|e| e.to_string())?;
+    let source = Source::find(Some(target))
+        .map_err(|e| e.to_string())?
+        .may_install();
     source
         .fetch_kernels(&VERSIONS, &mut || true)
         .map_err(|e| e.to_string())?;

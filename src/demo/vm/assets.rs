@@ -37,6 +37,8 @@ pub struct Assets {
 pub struct Source {
     tree: PathBuf,
     cache: PathBuf,
+    /// Whether the kernels' script may install programs that it lacks.
+    install: bool,
 }
 
 impl Source {
@@ -56,6 +58,7 @@ impl Source {
                     .map_or_else(|| tree.join("target"), PathBuf::from),
             }
             .join("vm"),
+            install: false,
         };
         for missing in [source.script(), source.guest()] {
             if !missing.is_file() {
@@ -63,6 +66,15 @@ impl Source {
             }
         }
         Ok(source)
+    }
+
+    /// Lets root's [`fetch_kernels`](Source::fetch_kernels) install programs that are missing, as a test machine wants it.
+    /// Else they are named: a demo installs nothing.
+    pub fn may_install(self) -> Source {
+        Source {
+            install: true,
+            ..self
+        }
     }
 
     /// Kernels, the guest program's own target directory, and how QEMU runs guests here.
@@ -83,6 +95,9 @@ impl Source {
         })?;
         let mut command = Command::new(sh);
         command.arg(self.script()).arg(&self.cache).args(versions);
+        if !self.install {
+            command.env("FETCH_KERNELS_INSTALL", "no");
+        }
         self.succeed("fetching the guest's kernel", &mut command, go_on)
     }
 

@@ -25,8 +25,6 @@ pub(super) struct RealGuest {
     release: String,
     qemu: String,
     cid: u64,
-    /// Time from QEMU's start to the first command that was answered.
-    boot: Duration,
     /// Bytes that the bulk service moved; the guest's program says nothing before it is done.
     moved: Arc<AtomicU64>,
     interrupt: Interrupt,
@@ -59,12 +57,10 @@ impl RealGuest {
             release: String::new(),
             qemu: qemu::version().unwrap_or_default(),
             cid: 0,
-            boot: Duration::ZERO,
             moved: Arc::clone(&place.services.moved),
             interrupt: interrupt.clone(),
         };
         guest.release = guest.ask("release")?.success()?.text("release")?.to_owned();
-        guest.boot = started.elapsed();
         guest.cid = guest.ask("cid")?.success()?.number("cid")?;
         let page = text::encode(http::response(GUEST_PAGE).as_bytes());
         guest
@@ -102,7 +98,7 @@ impl Guest for RealGuest {
         format!(
             "Linux {}, booted in {:.1} s by QEMU {}, {processor}",
             self.release,
-            self.boot.as_secs_f64(),
+            self.vm.boot_time().as_secs_f64(),
             self.qemu
         )
     }

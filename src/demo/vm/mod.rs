@@ -63,10 +63,12 @@ fn prepare(source: &Source, t: &mut Terminal, interrupt: &Interrupt) -> Result<A
             "the first time only",
         )?;
     }
-    source.fetch_kernels(&[KERNEL], &mut || {
+    let kernels = source.fetch_kernels(&[KERNEL], &mut || {
         t.elapsed(&format!("fetching Linux {KERNEL}"), started);
         !interrupt.raised()
-    })?;
+    });
+    t.clear()?;
+    kernels?;
     if !fetched {
         t.field("prepare", "building the guest's program", "the first time only")?;
     }

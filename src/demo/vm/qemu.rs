@@ -90,6 +90,9 @@ pub struct Vm {
     control: Lines,
     qmp: Lines,
     accelerator: Accelerator,
+    /// When QEMU was started.
+    started: Instant,
+    boot_time: Duration,
     console: PathBuf,
     log: PathBuf,
 }
@@ -106,6 +109,7 @@ impl Vm {
         let accelerator = accelerator(assets, dir, go_on)?;
         let mut vm = Vm::launch(assets, Some(socket), dir, options, accelerator, go_on)?;
         vm.wait_for_boot(go_on)?;
+        vm.boot_time = vm.started.elapsed();
         Ok(vm)
     }
 
@@ -194,6 +198,7 @@ impl Vm {
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(stderr);
+        let started = Instant::now();
         let child = command.spawn().map_err(VmError::io(format!(
             "run {PROGRAM} through setpriv, which util-linux has"
         )))?;
@@ -221,6 +226,8 @@ impl Vm {
             control,
             qmp,
             accelerator,
+            started,
+            boot_time: Duration::ZERO,
             console: path("console.log"),
             log,
         };
@@ -317,6 +324,11 @@ impl Vm {
     /// The file that [`console`](Vm::console) reads.
     pub fn console_log(&self) -> &Path {
         &self.console
+    }
+
+    /// Time from QEMU's start to the guest program's first word.
+    pub fn boot_time(&self) -> Duration {
+        self.boot_time
     }
 
     /// What its instructions run on.
