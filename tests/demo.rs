@@ -8,6 +8,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use vsock_sidecar::demo::vm::assets::Source;
 
 /// Killed when a test fails.
 struct Demo(Child);
@@ -25,16 +26,17 @@ fn start(arguments: &[&str], directory: &Path) -> Demo {
         .args(arguments)
         .env("TMPDIR", directory)
         // The kernels and the guest's program that the real guest test prepares as well.
-        .env(
-            "CARGO_TARGET_DIR",
-            Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap(),
-        )
+        .env("CARGO_TARGET_DIR", target())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     Demo(child)
+}
+
+fn target() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap()
 }
 
 fn get(url: &str) -> String {
@@ -111,15 +113,22 @@ fn a_reader_that_has_seen_enough_is_no_failure() {
     assert_eq!(directory.path().read_dir().unwrap().count(), 0);
 }
 
-/// Fetching kernels and building the guest's program included, on a machine that has neither.
+/// Building the guest's program included, on a machine that has not built it yet.
 const FIRST_BOOT: Duration = Duration::from_secs(900);
 
+/// Whether the real guest is left out. Else everything that it needs is there afterwards: where the demo only says what to
+/// install, root's tests install it, as those of `tests/real_guest.rs` do.
 fn without_vm() -> bool {
     let without = std::env::var_os("VSOCK_TEST_NO_VM").is_some();
     assert!(
         !without || std::env::var_os("CI").is_none(),
         "CI runs the real guest: unset VSOCK_TEST_NO_VM"
     );
+    if !without {
+        let source = Source::find(Some(target())).unwrap().may_install();
+        let fetched = source.fetch_kernels(&["6.12"], &mut || true);
+        fetched.unwrap_or_else(|e| panic!("{e}"));
+    }
     without
 }
 

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -158,7 +159,12 @@ impl Source {
     /// everything that it started.
     fn succeed(&self, what: &'static str, command: &mut Command, go_on: GoOn<'_>) -> Result<(), VmError> {
         fs::create_dir_all(&self.cache).map_err(VmError::io(format!("make {}", self.cache.display())))?;
-        let log = Log(self.cache.join(format!("prepare-{}.log", std::process::id())));
+        /// Threads of one process may prepare at the same time.
+        static RUN: AtomicU32 = AtomicU32::new(0);
+        let run = RUN.fetch_add(1, Ordering::Relaxed);
+        let log = Log(self
+            .cache
+            .join(format!("prepare-{}-{run}.log", std::process::id())));
         let output = File::create(&log.0).map_err(VmError::io(format!("create {}", log.0.display())))?;
         command
             .process_group(0)
