@@ -1,8 +1,4 @@
 //! The admin server through its sockets: what a kubelet, a Prometheus, a person with curl and a stranger see.
-#![expect(
-    clippy::disallowed_methods,
-    reason = "clients that are slow on purpose, and conditions that nobody signals"
-)]
 
 use std::fs;
 use std::io::{self, Read, Write};

@@ -1,8 +1,4 @@
 //! The log of a whole process. Each scenario is a child of its own, since a process has one log.
-#![expect(
-    clippy::disallowed_methods,
-    reason = "the end of a child with a deadline is polled for"
-)]
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};

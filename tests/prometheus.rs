@@ -1,8 +1,4 @@
 //! Prometheus is the judge: its linter reads a fully populated page, and a real server scrapes the admin port.
-#![expect(
-    clippy::disallowed_methods,
-    reason = "Prometheus does not tell when it has scraped"
-)]
 
 #[path = "prometheus/families.rs"]
 mod families;

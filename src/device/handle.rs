@@ -37,6 +37,9 @@ pub enum Command {
     StopQueue {
         /// 0 rx, 1 tx, 2 event.
         index: usize,
+        /// Whether it is to go on later where it stands: the guest remembers its connections. Otherwise they end
+        /// when both data rings have stopped, also if this one was paused before.
+        pause: bool,
         /// Answered when the ring is no longer touched.
         done: Reply<Option<RingPosition>>,
     },

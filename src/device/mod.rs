@@ -32,7 +32,8 @@
 //!
 //! 1. Nothing here blocks but the poll. Sockets are non-blocking; dials and names are the control runtime's.
 //! 2. A ring, its memory and its descriptors are touched only between StartQueue and the answer to StopQueue.
-//! 3. When both data rings have stopped, every connection has ended: the guest has lost its memory of them.
+//! 3. When both data rings have stopped, every connection has ended: the guest has lost its memory of them. Rings that
+//!    are paused (disabled, and not asked for their base) keep them: so does the guest.
 //! 4. Sockets are registered once, edge-triggered, for both directions. That a connection is not served (no credit,
 //!    no buffers) costs no wake-up.
 //! 5. A turn does a bounded amount of work (`budget`), and so does each connection in it.
@@ -50,7 +51,7 @@ use mio::{Events, Interest, Poll, Waker};
 use tracing::{debug, warn};
 
 use crate::config::Limits;
-use crate::guest::{GuestRam, Ring, RingParts, RingPosition};
+use crate::guest::{GuestRam, Ring, RingParts};
 use crate::host::dial::Dialer;
 use crate::metrics::{GuestMetrics, QUEUE_LABELS};
 use crate::vsock::{Cid, Header, Muxer, MuxerConfig};
@@ -293,8 +294,11 @@ impl Device {
             Command::StartQueue { index, parts, done } => {
                 let _ = done.send(self.start_queue(index, parts));
             }
-            Command::StopQueue { index, done } => {
-                let position = self.stop_queue(now, index);
+            Command::StopQueue { index, pause, done } => {
+                let position = self.take_queue(index).map(|ring| ring.position());
+                if !pause {
+                    self.forget_connections(now, index);
+                }
                 let _ = done.send(position);
             }
             Command::SetCall { index, call, done } => {
@@ -309,7 +313,8 @@ impl Device {
             }
             Command::EndSession { done } => {
                 for index in 0..QUEUES {
-                    self.stop_queue(now, index);
+                    self.take_queue(index);
+                    self.forget_connections(now, index);
                 }
                 self.switchboard.session_ended(now);
                 self.ram = None;
@@ -365,7 +370,8 @@ impl Device {
         Ok(())
     }
 
-    fn stop_queue(&mut self, now: Instant, index: usize) -> Option<RingPosition> {
+    /// Takes a ring out of service; its connections wait.
+    fn take_queue(&mut self, index: usize) -> Option<Ring> {
         let running = self.rings.get_mut(index)?.take()?;
         // The VMM keeps its copy of the descriptor open, so closing ours would not end the registration.
         if let Err(error) = self
@@ -379,11 +385,15 @@ impl Device {
         if index == RX {
             self.rx_starved_since = None;
         }
+        Some(running.ring)
+    }
+
+    /// A ring was stopped, and not to go on: without both data rings the guest has no connections (invariant 3).
+    fn forget_connections(&mut self, now: Instant, index: usize) {
         if self.rings[RX].is_none() && self.rings[TX].is_none() && index != QUEUES - 1 {
             self.unsent = None;
             self.switchboard.reset(now);
         }
-        Some(running.ring.position())
     }
 
     fn show(&self) {

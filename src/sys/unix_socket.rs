@@ -252,10 +252,7 @@ impl DirectoryLock {
     /// `None` where the lock cannot be had: some network file systems know none, and a directory may be
     /// writable and not readable. The rest of the procedure is right without it but for two processes that
     /// start in the same millisecond.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "flock() takes no deadline, and a lock that is let go wakes nobody else"
-    )]
+    // Looks again and again: flock() takes no deadline, and a lock that is let go wakes nobody else.
     fn take(path: &Path) -> Option<DirectoryLock> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(parent(path), flags, Mode::empty()).ok()?;

@@ -255,7 +255,11 @@ mod tests {
         let (link, mut device) = testing::link();
         device.commands = std::sync::mpsc::channel().1;
         assert_eq!(
-            link.call("stop a ring", |done| Command::StopQueue { index: 0, done }),
+            link.call("stop a ring", |done| Command::StopQueue {
+                index: 0,
+                pause: false,
+                done
+            }),
             Err(DeviceGone)
         );
         let failure = link.failure().unwrap();
@@ -285,8 +289,12 @@ mod tests {
         let (link, _device) = testing::link();
         let link = link.with_deadline(Duration::from_millis(20));
         assert!(
-            link.call("stop a ring", |done| Command::StopQueue { index: 0, done })
-                .is_err()
+            link.call("stop a ring", |done| Command::StopQueue {
+                index: 0,
+                pause: false,
+                done
+            })
+            .is_err()
         );
         assert_eq!(link.failure().unwrap().kind, SessionError::Timeout);
         // What follows does not wait again, and does not hide the first failure.

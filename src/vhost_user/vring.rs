@@ -4,6 +4,9 @@
 //! owns from [`Command::StartQueue`] to [`Command::StopQueue`]. [`Vring`] lies between: it lets `VringMutex` keep the
 //! settings, and after each change compares what should run with what does.
 //!
+//! A ring that is disabled is paused: Cloud Hypervisor pauses a VM so, and its guest remembers its connections. One that
+//! is asked for its base is stopped: QEMU resets a device so, and its guest remembers nothing.
+//!
 //! A ring should run when it is ready (it has a kick descriptor; QEMU sends it before anything is enabled), enabled,
 //! and its addresses are known. A setting that changes under a running ring stops it and starts it anew, but for the
 //! call descriptor, which QEMU exchanges at each mask and unmask.
@@ -55,6 +58,8 @@ struct Hand {
     bad_size: Option<u16>,
     /// What the device runs.
     running: Option<Settings>,
+    /// It ran, and was stopped without being asked for its base: the device keeps its connections.
+    paused: bool,
 }
 
 /// The settings of a ring that cannot change while it runs.
@@ -109,10 +114,12 @@ impl Vring {
     fn settle(&self) {
         let mut hand = lock(&self.hand);
         let wanted = self.wanted(&hand);
-        if hand.running == wanted {
+        // GET_VRING_BASE and resets take the readiness away, SET_VRING_ENABLE does not.
+        let pause = self.inner.get_ref().get_queue().ready();
+        if hand.running == wanted && (pause || !hand.paused) {
             return;
         }
-        self.stop(&mut hand);
+        self.stop(&mut hand, pause);
         if let Some(settings) = wanted {
             self.start(&mut hand, settings);
         }
@@ -168,6 +175,7 @@ impl Vring {
                     next_avail = position.next_avail, next_used = position.next_used, "ring started"
                 );
                 hand.running = Some(settings);
+                hand.paused = false;
                 self.link.watch.ring_started(self.index, true);
             }
             Ok(Err(reason)) => {
@@ -195,14 +203,20 @@ impl Vring {
         }
     }
 
-    fn stop(&self, hand: &mut Hand) {
-        if hand.running.take().is_none() {
+    /// Stops the ring if it runs; and if it was paused and now is not to go on, lets the device know.
+    fn stop(&self, hand: &mut Hand, pause: bool) {
+        let ran = hand.running.take().is_some();
+        if !ran && (pause || !hand.paused) {
             return;
         }
+        hand.paused = pause;
         let index = self.index;
         let position = self
             .link
-            .call("stop a ring", |done| Command::StopQueue { index, done });
+            .call("stop a ring", |done| Command::StopQueue { index, pause, done });
+        if !ran {
+            return;
+        }
         self.link.watch.ring_started(self.index, false);
         let position = match position {
             Ok(Some(position)) => position,
@@ -293,6 +307,13 @@ impl VringT<GuestMemoryAtomic<Memory>> for Vring {
 
     fn set_queue_next_avail(&self, base: u16) {
         self.link.enter();
+        // A front-end that disabled the ring, did not ask for its base and now sets another one has reset the device.
+        if base != self.inner.queue_next_avail() {
+            let mut hand = lock(&self.hand);
+            if hand.paused {
+                self.stop(&mut hand, false);
+            }
+        }
         // A running ring's position is the device's; it is overwritten here when the ring stops.
         self.inner.set_queue_next_avail(base);
     }
@@ -335,7 +356,7 @@ impl VringT<GuestMemoryAtomic<Memory>> for Vring {
         {
             // The ring waits on the old descriptor, so it stops first in any case.
             let mut hand = lock(&self.hand);
-            self.stop(&mut hand);
+            self.stop(&mut hand, self.inner.get_ref().get_queue().ready());
             hand.kick = file.as_ref().and_then(|file| self.duplicate("kick", file));
         }
         self.inner.set_kick(file);

@@ -572,6 +572,107 @@ fn a_receive_buffer_that_shrinks_stops_the_flow_and_overflows_nothing() {
     hostile.good_goes_on();
 }
 
+/// Inbound connections are answered by a guest that means no good: it repeats RESPONSE, or answers clients that have left.
+#[test]
+fn answers_that_nobody_waits_for_cost_their_connection() {
+    use std::io::{Read, Write};
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: {GUEST}\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{{name: echo, port: {ECHO}, to: \"tcp://127.0.0.1:{}\"}}]\n  \
+         inbound: [{{name: mux, listen: \"unix://{{dir}}/mux.sock\", protocol: connect}}]\n",
+        serve(echo)
+    ));
+    let mut hostile = Hostile::boot(&sidecar, DriverOptions::default());
+    let client = |hostile: &mut Hostile| {
+        let mut client = std::os::unix::net::UnixStream::connect(sidecar.path("mux.sock")).unwrap();
+        client.set_read_timeout(Some(LONG)).unwrap();
+        client.write_all(b"CONNECT 52\n").unwrap();
+        // Resets of what came before may still be on their way.
+        let request = loop {
+            let packet = hostile.await_of(52).header;
+            if packet.op == Op::Request as u16 {
+                break packet;
+            }
+            assert_eq!(packet.op, Op::Rst as u16);
+        };
+        (client, header(Op::Response as u16, 52, request.src_port.0))
+    };
+    // RESPONSE twice, and a thousand times more: one connection, one count, and never a second OK.
+    let (mut patient, response) = client(&mut hostile);
+    for _ in 0..1000 {
+        hostile.send(response, &[]);
+        while let Some(packet) = hostile.guest.driver.try_recv().unwrap() {
+            hostile.others.push(packet);
+        }
+    }
+    hostile.good_goes_on();
+    let mut said = Vec::new();
+    let _ = patient.read_to_end(&mut said);
+    let said = String::from_utf8(said).unwrap();
+    assert!(
+        said.is_empty() || said == format!("OK {}\n", response.dst_port),
+        "{said:?}"
+    );
+    assert_eq!(
+        sidecar.metric("vsock_misbehavior_total", &[("kind", "unexpected_response")]),
+        1.0
+    );
+    assert!(
+        hostile
+            .take_others()
+            .iter()
+            .all(|packet| packet.header.op == Op::Rst as u16)
+    );
+
+    // The client has left before the guest answers: RST, and no word to anybody.
+    for _ in 0..50 {
+        let (gone, response) = client(&mut hostile);
+        drop(gone);
+        hostile.send(response, &[]);
+        let end = hostile.await_of(52).header;
+        assert_eq!((end.op, end.src_port), (Op::Rst as u16, response.dst_port));
+    }
+    hostile.good_goes_on();
+    sidecar.until_metric("vsock_connections_active", &[("rule", "mux")], 0.0);
+
+    // A guest that answers its own REQUESTs' ports, which we never asked for.
+    let port = hostile.port();
+    hostile.send(header(Op::Response as u16, port, 1 << 30), &[]);
+    assert_eq!(hostile.await_of(port).header.op, Op::Rst as u16);
+    hostile.good_goes_on();
+}
+
+/// CREDIT_REQUESTs without end are answered as often as there is room for answers, which are a set.
+#[test]
+fn a_storm_of_credit_requests_owes_one_answer_at_a_time() {
+    let sidecar = served();
+    let mut hostile = Hostile::boot(&sidecar, DriverOptions::default());
+    hostile.guest.driver.set_refill(Refill::Never);
+    let memory = sidecar.anonymous_memory();
+    let flow = hostile.good.port;
+    let mut ask = header(Op::CreditRequest as u16, flow, ECHO);
+    ask.fwd_cnt = hostile.good.fwd_cnt;
+    for _ in 0..20_000 {
+        hostile.send(ask, &[]);
+    }
+    hostile.guest.driver.flush_tx(LONG).unwrap();
+    let grown = sidecar.anonymous_memory().saturating_sub(memory);
+    assert!(grown < 1 << 20, "grew by {grown} bytes");
+    hostile.guest.driver.set_refill(Refill::AtHalf);
+    let mut updates = 0;
+    while let Some(packet) = hostile.guest.driver.try_recv().unwrap() {
+        assert_eq!(packet.header.op, Op::CreditUpdate as u16);
+        updates += 1;
+    }
+    assert!(
+        (1..=200).contains(&updates),
+        "{updates} answers for one ring of buffers"
+    );
+    hostile.guest.driver.post_rx(usize::MAX).unwrap();
+    hostile.good_goes_on();
+    assert_eq!(sidecar.metric("vsock_misbehavior_total", &[]), 0.0);
+}
+
 /// Sends `count` bare packets as fast as the ring takes them, and takes what comes meanwhile; answers how many resets
 /// that was.
 fn storm(hostile: &mut Hostile, count: u32, packet: impl Fn(u32) -> Header) -> usize {

@@ -388,3 +388,100 @@ fn ten_thousand_idle_connections_stay_open_at_a_few_kib_each() {
     sidecar.until_metric("vsock_connections_active", &[], 0.0);
     until("the descriptors are given back", || sidecar.descriptors() < 100);
 }
+
+/// Descriptors run out: what needs one is refused by name, what is open goes on, nothing spins, and it works again.
+#[test]
+fn descriptors_that_run_out_are_refusals_by_name() {
+    let port = serve(echo);
+    let inbound = free_port();
+    let sidecar = Sidecar::start_with_descriptors(
+        64,
+        &format!(
+            "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+             outbound: [{{name: echo, port: 7, to: \"tcp://127.0.0.1:{port}\"}}]\n  \
+             inbound: [{{name: in, listen: \"tcp://127.0.0.1:{inbound}\", port: 22}}]\n"
+        ),
+    );
+    let guest = linux(&sidecar.path("web.sock"));
+    let listener = guest.listen(22).unwrap();
+    let mut held = Vec::new();
+    let mut failures = 0;
+    while failures < 20 {
+        match guest.connect(7) {
+            Ok(stream) => held.push(stream),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+                failures += 1;
+            }
+        }
+        assert!(held.len() < 64);
+    }
+    println!("{} connections of 64 descriptors", held.len());
+    let cpu = sidecar.cpu_time();
+    // A client in the queue of a listener that cannot accept.
+    let waiting = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
+    waiting.set_read_timeout(Some(LONG)).unwrap();
+    thread::sleep(Duration::from_secs(1));
+    assert!(sidecar.cpu_time() - cpu < Duration::from_millis(150), "it spins");
+    for stream in &mut held {
+        stream.write_all(b"alive").unwrap();
+        stream.read_exact(&mut [0; 5]).unwrap();
+    }
+    held.truncate(held.len() / 2);
+    // Now there is room again, for the guest and for who waited.
+    until("a connection is possible again", || guest.connect(7).is_ok());
+    let labels = [("rule", "echo"), ("reason", "limit")];
+    assert!(sidecar.metric("vsock_connections_refused_total", &labels) >= 20.0);
+    // The client that waited was accepted, or was closed when it was its turn; a new one is served.
+    drop(waiting);
+    let client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
+    let address = client.local_addr().unwrap();
+    println!("{address}");
+    let mut server = listener.accept_timeout(LONG).unwrap();
+    let _ = server.write_all(b"x");
+    assert_lawful(&guest);
+}
+
+/// Targets that do not answer cost other connections nothing: dials do not happen on the data path.
+#[test]
+fn dials_that_hang_delay_nobody() {
+    let full = rustix_listener_with_backlog_zero();
+    let hole = full.local_addr().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&hole, Duration::from_millis(200)) {
+        queued.push(stream);
+    }
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound:\n  \
+         - {{name: echo, port: 1, to: \"tcp://127.0.0.1:{}\"}}\n  - {{name: hole, port: 2, to: \"tcp://{hole}\"}}\n  \
+         limits: {{connectTimeout: 1500ms}}\n",
+        serve(echo),
+    ));
+    let guest = Arc::new(linux(&sidecar.path("web.sock")));
+    let mut stream = guest.connect(1).unwrap();
+    stream.set_read_timeout(Some(LONG));
+    let hanging: Vec<_> = (0..50)
+        .map(|_| {
+            let guest = Arc::clone(&guest);
+            thread::spawn(move || guest.connect(2).map(drop).unwrap_err().kind())
+        })
+        .collect();
+    until("the dials hang", || {
+        sidecar.metric("vsock_tcp_dials_total", &[("rule", "hole")]) == 50.0
+    });
+    let mut slowest = Duration::ZERO;
+    for _ in 0..100 {
+        let started = Instant::now();
+        stream.write_all(b"ping").unwrap();
+        stream.read_exact(&mut [0; 4]).unwrap();
+        slowest = slowest.max(started.elapsed());
+    }
+    println!("slowest round trip beside 50 dials: {slowest:?}");
+    assert!(slowest < Duration::from_millis(500), "{slowest:?}");
+    for dial in hanging {
+        assert_eq!(dial.join().unwrap(), ErrorKind::ConnectionReset);
+    }
+    let labels = [("rule", "hole"), ("reason", "dial_timeout")];
+    assert_eq!(sidecar.metric("vsock_connections_refused_total", &labels), 50.0);
+    assert_lawful(&guest);
+}

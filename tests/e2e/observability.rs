@@ -368,15 +368,6 @@ fn promtool_and_prometheus_like_a_page_scraped_amid_traffic() {
     assert_lawful(&guest);
 }
 
-/// Lets the traffic end whatever happens to the judge.
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 fn lint(page: &str) {
     let spawned = Command::new("promtool")
         .args(["check", "metrics"])

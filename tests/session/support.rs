@@ -120,7 +120,7 @@ impl FakeDevice {
                     done.send(Ok(())).ok();
                 }
             },
-            Command::StopQueue { index, done } => {
+            Command::StopQueue { index, done, .. } => {
                 let parts = state.parts.remove(&index);
                 let position = state.positions.get(&index).copied();
                 done.send(parts.map(|parts| position.unwrap_or(parts.position)))

@@ -21,10 +21,6 @@ use crate::vsock::header::{HEADER_LEN, Header, Op};
 type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
 /// Between two looks at a condition that has a deadline.
-#[allow(
-    clippy::disallowed_methods,
-    reason = "only the pace of looking, never what is waited for"
-)]
 pub fn pause() {
     std::thread::sleep(Duration::from_millis(1));
 }

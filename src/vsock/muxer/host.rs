@@ -59,7 +59,7 @@ impl Muxer {
         }
     }
 
-    /// The host end took `n` of the bytes that [`Disposition::Payload`] gave it.
+    /// The host end took `n` of the bytes that [`Disposition::Payload`](super::Disposition::Payload) gave it.
     pub fn host_wrote(&mut self, now: Instant, id: ConnectionId, n: u32) {
         let Some(connection) = self.connection_mut(id) else {
             return;

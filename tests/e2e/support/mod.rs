@@ -5,6 +5,7 @@ mod host;
 mod process;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 pub use bytes::Bytes;
@@ -54,4 +55,13 @@ pub fn assert_lawful(guest: &Sockets) {
     let stats = guest.stats();
     assert!(stats.violations.is_empty(), "{:?}", stats.violations);
     assert_eq!(guest.crossed_resets(), 0, "resets that crossed");
+}
+
+/// Sets a flag when dropped: lets a test's other threads end whatever happens to the one that judges.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

@@ -32,7 +32,24 @@ impl Sidecar {
         sidecar.started()
     }
 
+    /// The same in a process that may have so many descriptors open.
+    #[track_caller]
+    pub fn start_with_descriptors(most: usize, configuration: &str) -> Sidecar {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -n {most}; exec \"$0\" \"$@\"")]);
+        command.arg(env!("CARGO_BIN_EXE_vsock-sidecar"));
+        Sidecar::spawn_by(command, tempfile::tempdir().unwrap(), configuration).started()
+    }
+
     fn spawn(dir: tempfile::TempDir, configuration: &str) -> Sidecar {
+        Sidecar::spawn_by(
+            Command::new(env!("CARGO_BIN_EXE_vsock-sidecar")),
+            dir,
+            configuration,
+        )
+    }
+
+    fn spawn_by(mut command: Command, dir: tempfile::TempDir, configuration: &str) -> Sidecar {
         let admin = dir.path().join("admin.sock");
         let head = if configuration.contains("admin:") {
             String::new()
@@ -48,7 +65,7 @@ impl Sidecar {
         let file = dir.path().join("sidecar.yaml");
         fs::write(&file, head + log + &text).unwrap();
         let output = File::create(dir.path().join("sidecar.log")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_vsock-sidecar"))
+        let child = command
             .args(["run", "--config"])
             .arg(&file)
             .stdin(Stdio::null())
