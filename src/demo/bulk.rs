@@ -1,4 +1,4 @@
-//! The bulk run: as much as an [`Effort`] allows, each way, through one guest connection.
+//! The embedded guest's bulk run: as much as an [`Effort`] allows, each way, through one guest connection.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -6,20 +6,20 @@ use std::time::{Duration, Instant};
 
 use super::interrupt::Interrupt;
 use super::service::{CHUNK, Pattern, SINK, SOURCE};
-use super::stage::{BULK_PORT, Stage};
+use super::stage::{BULK_PORT, Way};
 use super::terminal::Terminal;
 use super::{Effort, Error};
-use crate::embedded_guest::GuestStream;
+use crate::embedded_guest::{GuestStream, Sockets};
 
 /// The guest sends, the service counts and checks.
 pub(super) fn guest_to_host(
-    stage: &Stage,
+    guest: &Sockets,
     t: &mut Terminal,
     interrupt: &Interrupt,
     effort: Effort,
 ) -> Result<(), Error> {
-    const LABEL: &str = "guest -> service";
-    let mut stream = connect(stage, SINK)?;
+    let label = Way::GuestToHost.label();
+    let mut stream = connect(guest, SINK)?;
     let pattern = Pattern::new();
     let started = Instant::now();
     let mut sent = 0;
@@ -29,7 +29,7 @@ pub(super) fn guest_to_host(
             .write_all(pattern.chunk())
             .map_err(Error::io("send from the guest"))?;
         sent += CHUNK as u64;
-        t.progress(LABEL, fraction(sent, started, effort), sent, started.elapsed())?;
+        t.progress(label, fraction(sent, started, effort), sent, started.elapsed())?;
     }
     stream
         .shutdown(Shutdown::Write)
@@ -46,18 +46,18 @@ pub(super) fn guest_to_host(
         );
         return Err(Error::Unexpected(what));
     }
-    t.result(LABEL, sent, took)
+    t.result(label, sent, took)
 }
 
 /// The service sends, the guest checks.
 pub(super) fn host_to_guest(
-    stage: &Stage,
+    guest: &Sockets,
     t: &mut Terminal,
     interrupt: &Interrupt,
     effort: Effort,
 ) -> Result<(), Error> {
-    const LABEL: &str = "service -> guest";
-    let mut stream = connect(stage, SOURCE)?;
+    let label = Way::HostToGuest.label();
+    let mut stream = connect(guest, SOURCE)?;
     let pattern = Pattern::new();
     let mut bytes = vec![0; 4 * CHUNK];
     let started = Instant::now();
@@ -75,19 +75,18 @@ pub(super) fn host_to_guest(
         }
         received += len as u64;
         t.progress(
-            LABEL,
+            label,
             fraction(received, started, effort),
             received,
             started.elapsed(),
         )?;
     }
-    t.result(LABEL, received, started.elapsed())
+    t.result(label, received, started.elapsed())
 }
 
-fn connect(stage: &Stage, wish: &str) -> Result<GuestStream, Error> {
+fn connect(guest: &Sockets, wish: &str) -> Result<GuestStream, Error> {
     const PATIENCE: Option<Duration> = Some(Duration::from_secs(10));
-    let mut stream = stage
-        .guest
+    let mut stream = guest
         .connect(BULK_PORT)
         .map_err(Error::io("connect to the bulk service"))?;
     stream.set_read_timeout(PATIENCE);

@@ -47,13 +47,20 @@ pub(super) fn get_unix(socket: &Path, path: &str) -> io::Result<Answer> {
 
 /// GET over any stream, which ends with the answer.
 pub(super) fn get(mut stream: impl Read + Write, host: &str, path: &str) -> io::Result<Answer> {
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-    )?;
+    stream.write_all(request(host, path).as_bytes())?;
     let mut bytes = Vec::new();
     stream.take(MAX_ANSWER).read_to_end(&mut bytes)?;
-    let text = String::from_utf8_lossy(&bytes);
+    parse(&bytes)
+}
+
+/// A request after whose answer the connection ends.
+pub(super) fn request(host: &str, path: &str) -> String {
+    format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")
+}
+
+/// An answer from all of its bytes.
+pub(super) fn parse(bytes: &[u8]) -> io::Result<Answer> {
+    let text = String::from_utf8_lossy(bytes);
     let (head, body) = text
         .split_once("\r\n\r\n")
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the answer has no end of head"))?;
@@ -72,11 +79,15 @@ pub(super) fn serve(mut stream: impl Read + Write, page: &str) -> io::Result<()>
             break;
         }
     }
-    write!(
-        stream,
+    stream.write_all(response(page).as_bytes())?;
+    stream.flush()
+}
+
+/// A page of plain text with its head.
+pub(super) fn response(page: &str) -> String {
+    format!(
         "HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n\
          Connection: close\r\n\r\n{page}",
         page.len()
-    )?;
-    stream.flush()
+    )
 }

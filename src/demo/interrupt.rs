@@ -49,10 +49,15 @@ impl Interrupt {
 
     /// An error once the demo should end.
     pub(super) fn check(&self) -> Result<(), Error> {
-        if *self.state.0.lock().unwrap_or_else(PoisonError::into_inner) {
+        if self.raised() {
             return Err(Error::Interrupted);
         }
         Ok(())
+    }
+
+    /// Whether the demo should end.
+    pub(super) fn raised(&self) -> bool {
+        *self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the demo should end.

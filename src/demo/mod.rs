@@ -2,10 +2,11 @@
 //! and without privileges.
 //!
 //! The sidecar is the real one, started as `run` starts it; only the guest is embedded
-//! ([`embedded_guest`]): it connects to the vhost-user socket as QEMU would. Nothing is left
-//! behind: sockets live in a directory that is removed at the end, Ctrl-C included.
+//! ([`embedded_guest`]): it connects to the vhost-user socket as QEMU would. With `--vm` it is Linux in QEMU instead
+//! ([`vm`]). Nothing is left behind: sockets live in a directory that is removed at the end, Ctrl-C included.
 
 mod bulk;
+mod embedded;
 mod http;
 mod interrupt;
 mod report;
@@ -14,13 +15,14 @@ mod stage;
 mod terminal;
 #[cfg(test)]
 mod tests;
-mod vm;
+pub mod vm;
 
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
+use self::embedded::Embedded;
 use self::interrupt::Interrupt;
-use self::stage::{GUEST_WEB_PORT, HTTP_PORT, Stage, UNRULED_PORT};
+use self::stage::{GUEST_WEB_PORT, HTTP_PORT, Stage, UNRULED_PORT, Way};
 use self::terminal::Terminal;
 pub use self::vm::VmError;
 use crate::config::ConfigError;
@@ -66,7 +68,16 @@ pub enum Error {
     Interrupted,
     /// The real guest could not be shown.
     #[error(transparent)]
-    Vm(#[from] VmError),
+    Vm(VmError),
+}
+
+impl From<VmError> for Error {
+    fn from(error: VmError) -> Error {
+        match error {
+            VmError::Interrupted => Error::Interrupted,
+            error => Error::Vm(error),
+        }
+    }
 }
 
 impl Error {
@@ -95,73 +106,59 @@ const EFFORT: Effort = Effort {
 /// Shows the demo on standard output.
 pub fn run(options: Options) -> Result<(), Error> {
     let interrupt = Interrupt::install()?;
-    if options.vm {
-        return Ok(vm::run(options.keep)?);
-    }
     let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     let mut terminal = Terminal::new(io::stdout(), io::stdout().is_terminal(), colour);
-    let shown = show(&mut terminal, &interrupt, EFFORT, options.keep);
-    match shown {
+    let shown = match options.vm {
+        true => vm::show(&mut terminal, &interrupt, EFFORT, options),
+        false => show(&mut terminal, &interrupt, EFFORT, options),
+    };
+    let told = match shown {
         Err(Error::Interrupted) => terminal.line("\n  interrupted; everything is taken down"),
+        other => other,
+    };
+    match told {
         // `demo | head`: the reader has seen enough.
         Err(Error::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         other => other,
     }
 }
 
-/// The demo, act by act.
-fn show(t: &mut Terminal, interrupt: &Interrupt, effort: Effort, keep: bool) -> Result<(), Error> {
+/// The demo with the embedded guest.
+fn show(t: &mut Terminal, interrupt: &Interrupt, effort: Effort, options: Options) -> Result<(), Error> {
     t.title(
         "vsock-sidecar demo",
         "a service, the sidecar and a guest in one process: no VM, no root",
     )?;
-    let stage = Stage::set_up()?;
-    t.field(
-        "service",
-        &format!("http://{}", stage.services.http),
-        "a small HTTP server",
-    )?;
-    t.field(
-        "sidecar",
-        &stage.vhost_user.display().to_string(),
-        "its vhost-user socket",
-    )?;
-    t.field(
-        "guest",
-        &format!("CID {}", stage.cid),
-        "negotiates like QEMU, drives its rings like Linux",
-    )?;
+    let stage = Stage::set_up(t, |place, _| Ok(Box::new(Embedded::boot(place)?)))?;
+    acts(stage, t, interrupt, effort, options)
+}
 
+/// The demo, act by act, with whatever guest is on the stage.
+fn acts(
+    mut stage: Stage,
+    t: &mut Terminal,
+    interrupt: &Interrupt,
+    effort: Effort,
+    options: Options,
+) -> Result<(), Error> {
     let rule = format!(
         "vsock 2:{HTTP_PORT} -> rule \"http\" -> tcp://{}",
         stage.services.http
     );
     t.act(1, "The guest fetches a page from the service", &rule)?;
-    let started = Instant::now();
-    let stream = stage
-        .guest
-        .connect(HTTP_PORT)
-        .map_err(Error::io("connect from the guest"))?;
-    let answer = http::get(stream, "service", "/").map_err(Error::io("fetch the page"))?;
-    let took = started.elapsed();
-    t.out_line("GET / HTTP/1.1")?;
-    t.in_line(&answer.status, Some(took))?;
-    t.in_line(&answer.first_line(), None)?;
-    expect_ok(&answer)?;
+    let (answer, took) = stage.guest.fetch(HTTP_PORT)?;
+    page(t, &answer, took)?;
     interrupt.check()?;
 
     let rule = format!(
         "tcp://{} -> rule \"web\" -> vsock {}:{GUEST_WEB_PORT}",
-        stage.web, stage.cid
+        stage.web,
+        stage.guest.cid()
     );
     t.act(2, "A TCP client fetches a page from a server in the guest", &rule)?;
     let started = Instant::now();
     let answer = http::get_tcp(stage.web, "/").map_err(Error::io("fetch the guest's page"))?;
-    let took = started.elapsed();
-    t.out_line("GET / HTTP/1.1")?;
-    t.in_line(&answer.status, Some(took))?;
-    t.in_line(&answer.first_line(), None)?;
-    expect_ok(&answer)?;
+    page(t, &answer, started.elapsed())?;
     interrupt.check()?;
 
     t.act(
@@ -169,39 +166,29 @@ fn show(t: &mut Terminal, interrupt: &Interrupt, effort: Effort, keep: bool) -> 
         "The guest tries a port that no rule names",
         &format!("vsock 2:{UNRULED_PORT} -> no rule"),
     )?;
-    let started = Instant::now();
-    match stage.guest.connect(UNRULED_PORT) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-            t.in_line(
-                "RST: connect() fails at once, no timeout",
-                Some(started.elapsed()),
-            )?;
-        }
-        other => {
-            let what = format!("a port without a rule answered {:?}", other.map(drop));
-            return Err(Error::Unexpected(what));
-        }
-    }
+    let took = stage.guest.knock(UNRULED_PORT)?;
+    t.in_line("RST: connect() fails at once, no timeout", Some(took))?;
 
-    t.act(
-        4,
-        "Bulk data, every byte checked",
-        "64 KiB writes, one connection",
-    )?;
-    bulk::guest_to_host(&stage, t, interrupt, effort)?;
-    bulk::host_to_guest(&stage, t, interrupt, effort)?;
+    t.act(4, "Bulk data, every byte checked", stage.guest.bulk_remark())?;
+    for way in [Way::GuestToHost, Way::HostToGuest] {
+        stage.guest.bulk(way, t, interrupt, effort)?;
+    }
 
     report::negotiation(&stage, t)?;
     report::flows(&stage, t)?;
-    report::where_to_look(&stage, t, keep)?;
-    if keep {
+    report::where_to_look(&stage, t, options)?;
+    if options.keep {
         interrupt.wait();
         t.line("")?;
     }
     stage.take_down()
 }
 
-fn expect_ok(answer: &http::Answer) -> Result<(), Error> {
+/// A page that was got, which must be one.
+fn page(t: &mut Terminal, answer: &http::Answer, took: Duration) -> Result<(), Error> {
+    t.out_line("GET / HTTP/1.1")?;
+    t.in_line(&answer.status, Some(took))?;
+    t.in_line(&answer.first_line(), None)?;
     if answer.status.contains(" 200 ") {
         Ok(())
     } else {

@@ -2,9 +2,9 @@
 
 use serde_json::Value;
 
-use super::Error;
 use super::stage::Stage;
 use super::terminal::{Style, Terminal, grouped, size};
+use super::{Error, Options};
 
 /// The features at both layers, the rings and the memory.
 pub(super) fn negotiation(stage: &Stage, t: &mut Terminal) -> Result<(), Error> {
@@ -161,12 +161,10 @@ pub(super) fn flows(stage: &Stage, t: &mut Terminal) -> Result<(), Error> {
     t.line("")?;
     t.field("opened", &format!("{} connections", grouped(opened)), "")?;
     t.field("refused", &format!("{} for want of a rule", grouped(no_rule)), "")?;
-    let violations = stage.violations();
-    let verdict = match violations.is_empty() {
-        true => t.paint(Style::Green, "kept by the device"),
-        false => t.paint(Style::Yellow, &format!("broken by the device: {violations:?}")),
-    };
-    t.field("standard", &verdict, "judged by the guest")
+    let verdict = stage.guest.verdict();
+    let style = if verdict.good { Style::Green } else { Style::Yellow };
+    let text = t.paint(style, &verdict.text);
+    t.field(verdict.about, &text, verdict.judge)
 }
 
 /// The sum of a family's samples that have all these labels.
@@ -185,10 +183,13 @@ fn sum(page: &str, family: &str, labels: &[(&str, &str)]) -> u64 {
 }
 
 /// How to look at the same with curl.
-pub(super) fn where_to_look(stage: &Stage, t: &mut Terminal, keep: bool) -> Result<(), Error> {
-    if !keep {
+pub(super) fn where_to_look(stage: &Stage, t: &mut Terminal, options: Options) -> Result<(), Error> {
+    if !options.keep {
         t.heading("Look around", "")?;
-        t.line("  cargo run --release -- demo --keep     leaves all of this running, for curl")?;
+        let vm = if options.vm { "--vm " } else { "" };
+        t.line(&format!(
+            "  cargo run --release -- demo {vm}--keep     leaves all of this running, for curl"
+        ))?;
         return t.line("");
     }
     t.heading("Look around", "(running until Ctrl-C)")?;

@@ -3,10 +3,11 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::vm::pattern;
 use super::{Error, http};
 
 const PAGE: &str = "Hello from a TCP service that knows nothing of vsock.\n";
@@ -15,6 +16,12 @@ const PAGE: &str = "Hello from a TCP service that knows nothing of vsock.\n";
 pub(super) const SINK: &str = "SINK\n";
 /// Asks the bulk service to send bytes until the connection ends.
 pub(super) const SOURCE: &str = "SOURCE\n";
+
+/// Asks the bulk service to take bytes; it answers with how many there were and their digest. For guests whose data come
+/// from [`pattern`].
+pub(super) const DIGEST: &str = "DIGEST\n";
+/// Asks the bulk service to send so many bytes of the pattern of a seed: `PATTERN bytes seed`.
+pub(super) const PATTERN: &str = "PATTERN";
 
 /// How many bytes one read or write of bulk data has.
 pub(super) const CHUNK: usize = 64 * 1024;
@@ -29,6 +36,8 @@ pub(super) struct Services {
     pub(super) http: SocketAddr,
     /// Where the bulk service listens.
     pub(super) bulk: SocketAddr,
+    /// Bytes of bulk data that went through so far, for progress bars.
+    pub(super) moved: Arc<AtomicU64>,
     stopping: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -39,18 +48,22 @@ impl Services {
         let mut services = Services {
             http: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             bulk: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            moved: Arc::default(),
             stopping: Arc::default(),
             threads: Vec::new(),
         };
         services.http = services.serve("demo-http", |stream| http::serve(stream, PAGE))?;
-        services.bulk = services.serve("demo-bulk", serve_bulk)?;
+        services.bulk = {
+            let moved = Arc::clone(&services.moved);
+            services.serve("demo-bulk", move |stream| serve_bulk(stream, &moved))?
+        };
         Ok(services)
     }
 
     fn serve(
         &mut self,
         name: &str,
-        handle: impl Fn(TcpStream) -> io::Result<()> + Copy + Send + 'static,
+        handle: impl Fn(TcpStream) -> io::Result<()> + Send + 'static,
     ) -> Result<SocketAddr, Error> {
         let listener =
             TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(Error::io("bind a service to 127.0.0.1"))?;
@@ -91,10 +104,10 @@ impl Drop for Services {
     }
 }
 
-fn serve_bulk(stream: TcpStream) -> io::Result<()> {
+fn serve_bulk(stream: TcpStream, moved: &AtomicU64) -> io::Result<()> {
     let mut reader = BufReader::with_capacity(CHUNK, &stream);
     let mut wish = String::new();
-    reader.by_ref().take(16).read_line(&mut wish)?;
+    reader.by_ref().take(64).read_line(&mut wish)?;
     let pattern = Pattern::new();
     match wish.as_str() {
         SINK => {
@@ -115,11 +128,44 @@ fn serve_bulk(stream: TcpStream) -> io::Result<()> {
         SOURCE => loop {
             (&stream).write_all(pattern.chunk())?;
         },
-        _ => Ok(()),
+        DIGEST => {
+            let mut digest = pattern::Digest::default();
+            let mut bytes = vec![0; CHUNK];
+            loop {
+                let len = reader.read(&mut bytes)?;
+                if len == 0 {
+                    break;
+                }
+                digest.update(&bytes[..len]);
+                moved.fetch_add(len as u64, Ordering::Relaxed);
+            }
+            (&stream).write_all(format!("{} {:016x}\n", digest.length(), digest.finish()).as_bytes())
+        }
+        wish => match wish.split_whitespace().collect::<Vec<_>>().as_slice() {
+            [PATTERN, bytes, seed] => {
+                let number = |word: &str| word.parse().map_err(io::Error::other);
+                send_pattern(&stream, number(bytes)?, number(seed)?, moved)
+            }
+            _ => Ok(()),
+        },
     }
 }
 
-/// The bulk data: a sequence that repeats every [`CHUNK`] bytes and nowhere within.
+fn send_pattern(mut stream: &TcpStream, bytes: u64, seed: u64, moved: &AtomicU64) -> io::Result<()> {
+    let mut data = pattern::Pattern::new(seed);
+    let mut buffer = vec![0; CHUNK];
+    let mut left = bytes;
+    while left > 0 {
+        let chunk = &mut buffer[..left.min(CHUNK as u64) as usize];
+        data.fill(chunk);
+        stream.write_all(chunk)?;
+        left -= chunk.len() as u64;
+        moved.fetch_add(chunk.len() as u64, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// The embedded guest's bulk data, which cost next to nothing to make: a sequence that repeats every [`CHUNK`] bytes and nowhere within.
 #[derive(Debug)]
 pub(super) struct Pattern(Vec<u8>);
 

@@ -6,16 +6,14 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::interrupt::Interrupt;
 use super::service::Services;
-use super::{Error, http};
+use super::terminal::Terminal;
+use super::{Effort, Error, http};
 use crate::app::Sidecar;
 use crate::config::{self, ListenAddress};
-use crate::embedded_guest::{
-    DriverOptions, EmbeddedGuest, GuestListener, Profile, SocketOptions, Sockets, Violations,
-};
 use crate::metrics::Registry;
 
 /// Port of the outbound rule to the HTTP service.
@@ -27,27 +25,97 @@ pub(super) const UNRULED_PORT: u32 = 4444;
 /// Where a server listens in the guest.
 pub(super) const GUEST_WEB_PORT: u32 = 8080;
 
-const GUEST_PAGE: &str = "Hello from a server in the guest that knows nothing of TCP.\n";
+/// What it serves.
+pub(super) const GUEST_PAGE: &str = "Hello from a server in the guest that knows nothing of TCP.\n";
+
+/// What the acts need of a guest, be it embedded or real. It connects to the host, CID 2, and has a web server of its own
+/// at [`GUEST_WEB_PORT`]. Times are taken where the guest's program runs. All of these block.
+pub(super) trait Guest {
+    /// Its CID, as the device told it.
+    fn cid(&self) -> u64;
+
+    /// What it is, in a few words.
+    fn description(&self) -> String;
+
+    /// Gets `/` from an HTTP service behind a port of the host: the answer, and the time from connect to its end.
+    fn fetch(&mut self, port: u32) -> Result<(http::Answer, Duration), Error>;
+
+    /// Connects to a port that refuses with RST; how long that took.
+    fn knock(&mut self, port: u32) -> Result<Duration, Error>;
+
+    /// Moves data through one connection to the bulk service, has them checked and shows what came out.
+    fn bulk(
+        &mut self,
+        way: Way,
+        t: &mut Terminal,
+        interrupt: &Interrupt,
+        effort: Effort,
+    ) -> Result<(), Error>;
+
+    /// How it moves them, and what to think of the figures.
+    fn bulk_remark(&self) -> &'static str;
+
+    /// What it has to say of the device.
+    fn verdict(&self) -> Verdict;
+
+    /// Ends it.
+    fn end(self: Box<Self>) -> Result<(), Error>;
+}
+
+/// Which way bulk data go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Way {
+    GuestToHost,
+    HostToGuest,
+}
+
+impl Way {
+    /// For a line of figures.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Way::GuestToHost => "guest -> service",
+            Way::HostToGuest => "service -> guest",
+        }
+    }
+}
+
+/// What a guest has to say of the device.
+#[derive(Debug)]
+pub(super) struct Verdict {
+    /// One word.
+    pub(super) about: &'static str,
+    /// Nothing to complain of.
+    pub(super) good: bool,
+    /// The verdict.
+    pub(super) text: String,
+    /// Whose it is.
+    pub(super) judge: &'static str,
+}
+
+/// Where a guest is booted.
+pub(super) struct Place<'a> {
+    /// The vhost-user socket, on which the sidecar listens.
+    pub(super) vhost_user: &'a Path,
+    /// For files of its own, removed at the end.
+    pub(super) dir: &'a Path,
+    /// The services that it will talk to.
+    pub(super) services: &'a Services,
+}
 
 /// The running demo.
 pub(super) struct Stage {
     // Fields end in this order: the guest first, its directory last.
-    /// The guest's sockets.
-    pub(super) guest: Sockets,
-    server: Option<JoinHandle<()>>,
+    /// The guest.
+    pub(super) guest: Box<dyn Guest>,
     sidecar: SidecarGuard,
     /// The services that the guest reaches.
     pub(super) services: Services,
-    /// The guest's CID, as the device told it.
-    pub(super) cid: u64,
     /// Where the inbound rule listens.
     pub(super) web: SocketAddr,
     /// Where the admin server listens on TCP.
     pub(super) admin: SocketAddr,
     /// Where it listens besides.
     pub(super) admin_socket: PathBuf,
-    /// The vhost-user socket.
-    pub(super) vhost_user: PathBuf,
     _dir: TempDir,
 }
 
@@ -75,8 +143,11 @@ guests:
 }
 
 impl Stage {
-    /// Starts services, sidecar and guest, in this order.
-    pub(super) fn set_up() -> Result<Stage, Error> {
+    /// Starts services, sidecar and guest, in this order, and introduces them.
+    pub(super) fn set_up(
+        t: &mut Terminal,
+        boot: impl FnOnce(&Place<'_>, &mut Terminal) -> Result<Box<dyn Guest>, Error>,
+    ) -> Result<Stage, Error> {
         let dir = TempDir::create()?;
         let services = Services::start()?;
         let (mut config, _) = config::parse(&configuration(dir.path(), &services), "demo.yaml")?;
@@ -92,26 +163,30 @@ impl Stage {
         let web = tcp_of(sidecar.inbound_address("demo", "web"))?;
         let sidecar = SidecarGuard(Some(sidecar));
         let vhost_user = dir.path().join("vhost-user.sock");
-        let guest = EmbeddedGuest::boot(&vhost_user, Profile::qemu(), DriverOptions::default())?;
-        let cid = guest.cid();
-        let guest = Sockets::start(guest, SocketOptions::default())?;
-        let listener = guest
-            .listen(GUEST_WEB_PORT)
-            .map_err(Error::io("listen in the guest"))?;
-        let server = std::thread::Builder::new()
-            .name("guest-server".into())
-            .spawn(move || serve_in_guest(&listener))
-            .map_err(Error::io("start the guest's server"))?;
+        t.field(
+            "service",
+            &format!("http://{}", services.http),
+            "a small HTTP server",
+        )?;
+        t.field(
+            "sidecar",
+            &vhost_user.display().to_string(),
+            "its vhost-user socket",
+        )?;
+        let place = Place {
+            vhost_user: &vhost_user,
+            dir: dir.path(),
+            services: &services,
+        };
+        let guest = boot(&place, t)?;
+        t.field("guest", &format!("CID {}", guest.cid()), &guest.description())?;
         let stage = Stage {
             guest,
-            server: Some(server),
             sidecar,
             services,
-            cid,
             web,
             admin,
             admin_socket: dir.path().join("admin.sock"),
-            vhost_user,
             _dir: dir,
         };
         stage.wait_until_ready()?;
@@ -123,25 +198,16 @@ impl Stage {
         http::get_unix(&self.admin_socket, path).map_err(Error::io(format!("GET {path} of the admin server")))
     }
 
-    /// The rules of the standard that the device broke, as the guest saw it.
-    pub(super) fn violations(&self) -> Violations {
-        self.guest.stats().violations
-    }
-
     /// Ends everything in order.
     pub(super) fn take_down(self) -> Result<(), Error> {
         let Stage {
             guest,
-            server,
             sidecar,
             services,
             _dir,
             ..
         } = self;
-        guest.shut_down()?;
-        if let Some(server) = server {
-            let _ = server.join();
-        }
+        guest.end()?;
         drop(sidecar);
         drop(services);
         Ok(())
@@ -171,15 +237,6 @@ impl Drop for SidecarGuard {
         if let Some(sidecar) = self.0.take() {
             sidecar.stop();
         }
-    }
-}
-
-/// The guest's server: one page, until the guest ends.
-fn serve_in_guest(listener: &GuestListener) {
-    while let Ok(stream) = listener.accept() {
-        stream.set_read_timeout(Some(Duration::from_secs(10)));
-        // A client that goes away early concerns nobody else.
-        let _ = http::serve(stream, GUEST_PAGE);
     }
 }
 

@@ -112,6 +112,42 @@ impl Terminal {
             .map_err(Error::Output)
     }
 
+    /// Something that takes its time begins. On a terminal [`elapsed`](Terminal::elapsed) says how long it has taken.
+    pub(super) fn waiting(&mut self, what: &str) -> Result<(), Error> {
+        match self.moving {
+            true => Ok(()),
+            false => self.line(&format!("  {what}")),
+        }
+    }
+
+    /// How long something has taken, if there is a terminal and it is time. What cannot be drawn is not: the next line
+    /// finds out.
+    pub(super) fn elapsed(&mut self, what: &str, since: Instant) {
+        if self.moving && self.drawn.is_none_or(|drawn| drawn.elapsed() >= FRAME) {
+            self.drawn = Some(Instant::now());
+            let _ = write!(
+                self.out,
+                "\r\x1b[K  {what}  {:.1} s",
+                since.elapsed().as_secs_f64()
+            );
+            let _ = self.out.flush();
+        }
+    }
+
+    /// Removes what [`elapsed`](Terminal::elapsed) drew.
+    pub(super) fn clear(&mut self) -> Result<(), Error> {
+        match self.drawn.take() {
+            Some(_) => self.out.write_all(b"\r\x1b[K").map_err(Error::Output),
+            None => Ok(()),
+        }
+    }
+
+    /// A remark below a result.
+    pub(super) fn remark(&mut self, text: &str) -> Result<(), Error> {
+        let text = self.paint(Style::Dim, text);
+        self.line(&format!("    {:<17} {text}", ""))
+    }
+
     /// What a bulk run gave, in place of its progress bar.
     pub(super) fn result(&mut self, label: &str, bytes: u64, took: Duration) -> Result<(), Error> {
         self.drawn = None;

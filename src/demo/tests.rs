@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::interrupt::Interrupt;
 use super::terminal::{Terminal, grouped, rate, size};
-use super::{Effort, Error, show};
+use super::{Effort, Error, Options, show};
 
 #[derive(Clone, Default)]
 struct Page(Arc<Mutex<Vec<u8>>>);
@@ -52,7 +52,7 @@ fn the_demo_shows_every_act_and_leaves_nothing() {
         &mut Terminal::new(page.clone(), false, false),
         &Interrupt::default(),
         SMALL,
-        false,
+        Options::default(),
     )
     .unwrap();
     let text = page.text();
@@ -100,7 +100,11 @@ fn ctrl_c_takes_everything_down() {
     let interrupt = Interrupt::default();
     interrupt.raise();
     let page = Page::default();
-    let shown = show(&mut Terminal::new(page, false, false), &interrupt, SMALL, true);
+    let options = Options {
+        keep: true,
+        vm: false,
+    };
+    let shown = show(&mut Terminal::new(page, false, false), &interrupt, SMALL, options);
     assert!(matches!(shown, Err(Error::Interrupted)));
     assert_eq!(demo_directories(), 0);
 }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fetches the guest kernels of the real guest test and the programs it needs.
+# Fetches the guest kernels of the real guest test and of `demo --vm`, and the programs that these need.
 #
 #   fetch-kernels.sh [DIR VERSION...]
 #
@@ -12,7 +12,7 @@
 # The kernels are Debian's cloud kernels, taken out of their packages; nothing is installed from them. What is there is
 # kept, so a second run costs nothing and needs no network. A package file put into DIR/debs is preferred to the
 # system's package sources, which is the way for systems that have only one of the kernels, or none.
-# Programs that are missing are installed when this runs as root, and named otherwise.
+# Programs that are missing are installed when this runs as root, and named otherwise, or if FETCH_KERNELS_INSTALL=no.
 set -eu
 
 # What is loaded at boot; what these need comes by modules.dep. Built-in ones are left out by themselves.
@@ -56,7 +56,7 @@ need() {
     done
     [ -n "$missing" ] || return 0
     command -v apt-get >/dev/null || fail "install what Debian calls$missing, then run this again"
-    [ "$(id -u)" = 0 ] || fail "missing programs; run: sudo apt-get install --no-install-recommends$missing"
+    [ "$(id -u)" = 0 ] && [ "${FETCH_KERNELS_INSTALL:-yes}" != no ] || fail "missing programs; run: sudo apt-get install --no-install-recommends$missing"
     update_lists
     echo "fetch-kernels: apt-get install$missing" >&2
     # shellcheck disable=SC2086 # a list of package names

@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use super::assets::{Assets, assets};
-use super::qemu::{Options, Vm};
+use super::qemu::{Options, Vm, complaint};
 use super::service::{self, ClosedPort, Service};
 use super::sidecar::Sidecar;
 
@@ -242,9 +242,7 @@ impl Suite {
         let result = catch_unwind(AssertUnwindSafe(|| {
             scenario(&mut lab);
             let console = lab.vm.as_ref().map(Vm::console).unwrap_or_default();
-            let complaint = console
-                .lines()
-                .find(|line| ["BUG:", "Oops", "panic"].iter().any(|word| line.contains(word)));
+            let complaint = complaint(&console);
             assert!(complaint.is_none(), "the guest's kernel complains: {complaint:?}");
         }));
         let time = begin.elapsed().as_secs_f64();

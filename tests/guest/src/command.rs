@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use socket2::Socket;
 
 use crate::script::{self, Failure, Fault, GATES, Outcome, Step};
-use crate::sys;
+use crate::{sys, text};
 
 /// What lives from one command to the next. Shared, since a command may run in the background.
 #[derive(Default)]
@@ -252,20 +252,23 @@ fn fault(outcome: &Outcome, failure: &Failure, time: Duration) -> String {
 }
 
 fn fields(outcome: &Outcome, time: Duration) -> String {
-    let mut text = format!(
+    let mut line = format!(
         "connect_us={} us={}",
         outcome.connect.as_micros(),
         time.as_micros()
     );
     for (name, digest) in [("sent", &outcome.sent), ("received", &outcome.received)] {
         let _ = write!(
-            text,
+            line,
             " {name}={} {name}_digest={:016x}",
             digest.length(),
             digest.finish()
         );
     }
-    text
+    if let Some(kept) = &outcome.kept {
+        let _ = write!(line, " kept={}", text::encode(kept));
+    }
+    line
 }
 
 fn parse(steps: &[&str]) -> Result<Vec<Step>, Error> {

@@ -5,9 +5,12 @@
 //! ends init, which makes the kernel panic: the test sees both in the console's log.
 
 mod command;
+#[path = "../../../src/demo/vm/pattern.rs"]
 mod pattern;
 mod script;
 mod sys;
+#[path = "../../../src/demo/vm/text.rs"]
+mod text;
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::sync::Arc;

@@ -5,11 +5,14 @@
 //! | `send:bytes=N,chunk=C,seed=S` | writes N bytes of the pattern S, C at a time (65536) |
 //! | `recv:bytes=N,chunk=C,seed=S` | reads N bytes, without `bytes` until the peer's end; with `seed` compares them |
 //! | `exchange:bytes=N,chunk=C,seed=S` | writes and reads N bytes at the same time, as a client of an echo service |
+//! | `text:WORD` | writes the text that WORD stands for (`text`) |
+//! | `head` | reads to an empty line, the end of an HTTP request |
+//! | `keep` | reads to the peer's end, 4 KiB at most, and gives it back as `kept=WORD` |
 //! | `echo` | sends back what comes, until the peer's end |
 //! | `shutwr`, `shutrd` | shuts one direction down |
 //! | `gate:NAME` | goes on only after the command `open NAME` |
 //!
-//! A connection is closed after the last step.
+//! A connection is closed after the last step. What `text`, `head` and `keep` write and read is no part of the digests.
 
 use std::collections::HashSet;
 use std::io::{self, Read, Write};
@@ -20,10 +23,13 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::pattern::{Digest, Pattern};
+use crate::text;
 
 /// The host's CID, `VMADDR_CID_HOST`.
 const HOST: u32 = 2;
 const ANY: u32 = u32::MAX;
+/// How much text a step takes in.
+const KEPT: usize = 4096;
 
 /// One thing to do on a connection.
 #[derive(Clone, Debug)]
@@ -34,6 +40,12 @@ pub enum Step {
     Receive(Bulk),
     /// Both at once.
     Exchange(Bulk),
+    /// Writes a text.
+    Text(Vec<u8>),
+    /// Reads an HTTP request, as far as it goes without a body.
+    Head,
+    /// Reads what the answer then tells.
+    Keep,
     /// Sends back what comes.
     Echo,
     /// Shuts one direction down.
@@ -59,6 +71,8 @@ pub struct Outcome {
     pub sent: Digest,
     /// Bytes read.
     pub received: Digest,
+    /// What `keep` read.
+    pub kept: Option<Vec<u8>>,
 }
 
 /// Why a script ended early.
@@ -91,6 +105,9 @@ fn parse_step(word: &str) -> Option<Step> {
         "send" => Step::Send(parse_bulk(rest)?),
         "recv" => Step::Receive(parse_bulk(rest)?),
         "exchange" => Step::Exchange(parse_bulk(rest)?),
+        "text" => Step::Text(text::decode(rest)?),
+        "head" => Step::Head,
+        "keep" => Step::Keep,
         "echo" => Step::Echo,
         "shutwr" => Step::Shut(Shutdown::Write),
         "shutrd" => Step::Shut(Shutdown::Read),
@@ -179,6 +196,9 @@ pub fn run(socket: &Socket, steps: &[Step], index: u64, outcome: &mut Outcome) -
                     result.and(sender.join().expect("the sender does not panic"))
                 })
             }
+            Step::Text(text) => (&*socket).write_all(text).map_err(Fault::from),
+            Step::Head => read_head(socket),
+            Step::Keep => keep(socket, outcome),
             Step::Echo => echo(socket, outcome),
             Step::Shut(how) => socket.shutdown(*how).map_err(Fault::from),
             Step::Gate(name) => {
@@ -243,6 +263,26 @@ fn receive(mut socket: &Socket, bulk: &Bulk, index: u64, received: &mut Digest) 
         }
         left -= n as u64;
     }
+    Ok(())
+}
+
+/// Byte by byte, so that nothing behind the empty line is taken from the next step.
+fn read_head(mut socket: &Socket) -> Result<(), Fault> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        if socket.read(&mut byte)? == 0 || head.len() == KEPT {
+            return Err(Fault::Early);
+        }
+        head.extend(byte);
+    }
+    Ok(())
+}
+
+fn keep(socket: &Socket, outcome: &mut Outcome) -> Result<(), Fault> {
+    let mut kept = Vec::new();
+    socket.take(KEPT as u64).read_to_end(&mut kept)?;
+    outcome.kept = Some(kept);
     Ok(())
 }
 

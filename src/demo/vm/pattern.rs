@@ -2,7 +2,7 @@
 //!
 //! Both ends of a connection make the same data from a seed, so that a receiver can name the first byte that is wrong: lost,
 //! doubled and swapped pieces show, since a word depends on its position. The digest is taken over the bytes that really
-//! went through a socket, and two ends compare theirs. This file is compiled into the guest's program and into the tests.
+//! went through a socket, and two ends compare theirs. This file is compiled into the guest's program and into ours.
 
 /// Endless bytes, fixed by a seed.
 #[derive(Clone, Debug)]
@@ -69,7 +69,7 @@ pub struct Digest {
 
 impl Digest {
     /// The digest of the first `bytes` bytes of the pattern of `seed`.
-    #[allow(dead_code)] // one of the two programs that include this file has no use for it
+    #[allow(dead_code)] // the guest's program, which includes this file, has no use for it
     pub fn of_pattern(seed: u64, bytes: u64) -> u64 {
         let (mut pattern, mut digest) = (Pattern::new(seed), Digest::default());
         let mut buffer = [0; 65536];
@@ -90,12 +90,12 @@ impl Digest {
             self.byte(rest[0]);
             rest = &rest[1..];
         }
-        let mut words = rest.chunks_exact(8);
-        for word in &mut words {
-            self.mix(u64::from_le_bytes(word.try_into().unwrap()));
+        let (words, rest) = rest.as_chunks();
+        for word in words {
+            self.mix(u64::from_le_bytes(*word));
             self.length += 8;
         }
-        for &byte in words.remainder() {
+        for &byte in rest {
             self.byte(byte);
         }
     }
