@@ -379,7 +379,7 @@ const ROWS: &[Row] = &[
 ];
 
 /// What a trick is called, the counter that shows it, and how it is played.
-type Row<F> = (&'static str, &'static str, F);
+type Played<F> = (&'static str, &'static str, F);
 
 #[test]
 fn a_trick_costs_the_connection_it_is_played_on() {
@@ -893,7 +893,7 @@ fn a_malformed_chain_costs_that_chain() {
         }
     }
     // Tables by hand: at the head of the ring's own free list lies one descriptor.
-    let by_hand: &[Row<fn(&mut Hostile, u64)>] = &[
+    let by_hand: &[Played<fn(&mut Hostile, u64)>] = &[
         ("a loop in a table", "descriptor_loop", |h, gpa| {
             let mut table = Vec::new();
             table.extend(descriptor(gpa, 10, DESC_F_NEXT, 1));
@@ -980,7 +980,7 @@ fn loops_and_wild_indices_in_the_ring_itself_cost_that_chain() {
             &[("guest", "web"), ("reason", reason)],
         )
     };
-    let rows: &[Row<fn(&mut Hostile)>] = &[
+    let rows: &[Played<fn(&mut Hostile)>] = &[
         ("a loop", "descriptor_loop", |h| {
             let queue = h.guest.driver.queue(TX);
             queue.write_descriptor(120, 0x100_0000, 10, DESC_F_NEXT, 121);
