@@ -379,7 +379,10 @@ const ROWS: &[Row] = &[
 ];
 
 /// What a trick is called, the counter that shows it, and how it is played.
-type Played<F> = (&'static str, &'static str, F);
+type Played = (&'static str, &'static str, fn(&mut Hostile));
+
+/// The same for tricks that need memory: its guest-physical address.
+type PlayedAt = (&'static str, &'static str, fn(&mut Hostile, u64));
 
 #[test]
 fn a_trick_costs_the_connection_it_is_played_on() {
@@ -893,7 +896,7 @@ fn a_malformed_chain_costs_that_chain() {
         }
     }
     // Tables by hand: at the head of the ring's own free list lies one descriptor.
-    let by_hand: &[Played<fn(&mut Hostile, u64)>] = &[
+    let by_hand: &[PlayedAt] = &[
         ("a loop in a table", "descriptor_loop", |h, gpa| {
             let mut table = Vec::new();
             table.extend(descriptor(gpa, 10, DESC_F_NEXT, 1));
@@ -980,7 +983,7 @@ fn loops_and_wild_indices_in_the_ring_itself_cost_that_chain() {
             &[("guest", "web"), ("reason", reason)],
         )
     };
-    let rows: &[Played<fn(&mut Hostile)>] = &[
+    let rows: &[Played] = &[
         ("a loop", "descriptor_loop", |h| {
             let queue = h.guest.driver.queue(TX);
             queue.write_descriptor(120, 0x100_0000, 10, DESC_F_NEXT, 121);
