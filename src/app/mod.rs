@@ -86,16 +86,19 @@ fn starting(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain.
 pub fn run(config: &Config, registry: Arc<Registry>) -> Result<(), Error> {
     raise_descriptor_limit();
-    let sidecar = Sidecar::start(config, registry)?;
+    let control = Control::start()?;
     let (first, signalled) = mpsc::channel();
-    let shortcut = sidecar.drain.shortcut();
+    // Before anything is bound: a signal that comes meanwhile would end us with socket files left behind, or, as the
+    // first process of a container, be lost.
     let (mut terminate, mut interrupt) = {
-        let _in_runtime = sidecar.control.handle.enter();
+        let _in_runtime = control.handle.enter();
         (
             signal(SignalKind::terminate()).map_err(starting("the SIGTERM handler"))?,
             signal(SignalKind::interrupt()).map_err(starting("the SIGINT handler"))?,
         )
     };
+    let sidecar = Sidecar::start_on(control, config, registry)?;
+    let shortcut = sidecar.drain.shortcut();
     sidecar.control.handle.spawn(async move {
         let mut seen = 0;
         loop {
@@ -237,6 +240,10 @@ pub struct Sidecar {
 impl Sidecar {
     /// Binds everything, then starts everything. On an error nothing is left behind.
     pub fn start(config: &Config, registry: Arc<Registry>) -> Result<Sidecar, Error> {
+        Sidecar::start_on(Control::start()?, config, registry)
+    }
+
+    fn start_on(control: Control, config: &Config, registry: Arc<Registry>) -> Result<Sidecar, Error> {
         let started = SystemTime::now();
         let admin_server = AdminServer::bind(&config.admin)?;
         let admin_addresses = admin_server.addresses();
@@ -246,7 +253,6 @@ impl Sidecar {
             .map(BoundGuest::bind)
             .collect::<Result<Vec<_>, _>>()?;
 
-        let control = Control::start()?;
         let drain = Drain::new();
         let startup = Readiness::new();
         let starting_up = startup.latch("guests and listeners have started");

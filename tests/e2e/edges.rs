@@ -1,0 +1,98 @@
+//! Moments at which a byte, an end or a reset is easily lost.
+
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::net::{Ipv4Addr, Shutdown, TcpListener};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use vsock_sidecar::embedded_guest::{
+    DriverOptions, EmbeddedGuest, GuestStream, Profile, Refill, Shape, SocketOptions, Sockets,
+};
+use vsock_sidecar::vsock::{Cid, Header, Op, Port};
+
+use crate::support::*;
+
+const GUEST: &[(&str, &str)] = &[("guest", "web")];
+
+fn tcp_target() -> (TcpListener, Sidecar) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{{name: out, port: 7, to: \"tcp://127.0.0.1:{port}\"}}]\n  \
+         limits: {{idleTimeout: 400ms}}\n"
+    ));
+    (listener, sidecar)
+}
+
+fn inbound() -> Sidecar {
+    Sidecar::start(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {socket: \"{dir}/web.sock\"}\n  inbound:\n  \
+         - {name: plain, listen: \"unix://{dir}/plain.sock\", port: 52}\n  \
+         - {name: mux, listen: \"unix://{dir}/mux.sock\", protocol: connect}\n",
+    )
+}
+
+/// A guest connection whose credit is used up by 4096 bytes, so that what follows is in the socket as a whole when it
+/// is read.
+fn out_of_credit(sidecar: &Sidecar) -> (Sockets, GuestStream) {
+    let options = SocketOptions {
+        buf_alloc: 4096,
+        ..SocketOptions::default()
+    };
+    let guest = guest(
+        &sidecar.path("web.sock"),
+        Profile::qemu(),
+        DriverOptions::default(),
+        options,
+    );
+    let stream = guest.connect(7).unwrap();
+    stream.set_read_timeout(Some(LONG));
+    (guest, stream)
+}
+
+#[track_caller]
+fn expect_the_rest(sidecar: &Sidecar, mut stream: &GuestStream) {
+    sidecar.until_metric(
+        "vsock_credit_stalls_total",
+        &[("direction", "host_to_guest")],
+        1.0,
+    );
+    let mut got = vec![0; 4096 + 6];
+    stream.read_exact(&mut got).unwrap();
+    assert_eq!(&got[4096..], b"abcdef");
+}
+
+/// A signal in the first moment, when the socket file has just been made, ends it like any other: 0, and no file left. It
+/// used to kill the process there; and the first process of a container, which no default action kills, ignored it.
+#[test]
+fn a_signal_during_the_start_is_not_lost() {
+    for _ in 0..5 {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("web.sock");
+        let file = dir.path().join("sidecar.yaml");
+        let text = format!(
+            "guests: [{{name: web, cid: 3, vhostUser: {{socket: \"{}\"}}}}]\n",
+            socket.display()
+        );
+        std::fs::write(&file, text).unwrap();
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_vsock-sidecar"))
+            .args(["run", "--config"])
+            .arg(&file)
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let deadline = std::time::Instant::now() + LONG;
+        while !socket.exists() {
+            assert!(std::time::Instant::now() < deadline, "no socket");
+            std::thread::yield_now();
+        }
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        assert!(!socket.exists());
+    }
+}
