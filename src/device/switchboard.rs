@@ -518,6 +518,8 @@ impl Switchboard {
     }
 
     fn accepted(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
+        // Before the line, which may fail: for the guest the connection exists, and what is closed was opened.
+        self.established(now, id);
         let Some(flow) = self.flows.get(id) else { return };
         if flow.wants_ok {
             let line = format!("OK {}\n", key.peer_port);
@@ -527,10 +529,8 @@ impl Switchboard {
                 .map(|stream| stream.write(&[io::IoSlice::new(line.as_bytes())]));
             if !matches!(written, Some(Ok(n)) if n == line.len()) {
                 self.muxer.host_failed(id, CloseReason::PeerRst);
-                return;
             }
         }
-        self.established(now, id);
     }
 
     fn established(&mut self, now: Instant, id: ConnectionId) {

@@ -36,6 +36,23 @@ fn inbound() -> Sidecar {
     )
 }
 
+/// The guest accepts, and the client takes no answer: the connection was opened and is closed, in this order. Once it was
+/// closed without having been opened, and the gauge of active connections was -1 for ever.
+#[test]
+fn a_client_that_takes_no_ok_leaves_no_trace_in_the_gauge() {
+    let sidecar = inbound();
+    let guest = linux(&sidecar.path("web.sock"));
+    let listener = guest.listen(52).unwrap();
+    let mut client = UnixStream::connect(sidecar.path("mux.sock")).unwrap();
+    client.shutdown(Shutdown::Read).unwrap();
+    client.write_all(b"CONNECT 52\n").unwrap();
+    let server = listener.accept_timeout(LONG).unwrap();
+    sidecar.until_metric("vsock_connections_closed_total", GUEST, 1.0);
+    assert_eq!(sidecar.metric("vsock_connections_active", GUEST), 0.0);
+    assert_eq!(sidecar.metric("vsock_connections_opened_total", GUEST), 1.0);
+    drop((client, server));
+}
+
 /// A guest connection whose credit is used up by 4096 bytes, so that what follows is in the socket as a whole when it
 /// is read.
 fn out_of_credit(sidecar: &Sidecar) -> (Sockets, GuestStream) {
