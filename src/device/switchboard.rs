@@ -642,7 +642,8 @@ impl Switchboard {
         let HostEnd::Connected(stream) = flow.end else {
             return;
         };
-        if abort {
+        // What was cut off must not look complete: the time was up while bytes of the guest were still here.
+        if abort || !flow.spill.is_empty() {
             self.deregister(&stream);
             stream.abort();
         } else if flow.eof || !stream.is_tcp() {

@@ -53,6 +53,32 @@ fn a_client_that_takes_no_ok_leaves_no_trace_in_the_gauge() {
     drop((client, server));
 }
 
+/// What was cut off must not look complete: with bytes of the guest still here, the service sees a reset.
+#[test]
+fn an_idle_end_with_bytes_left_is_no_orderly_end() {
+    let (listener, sidecar) = tcp_target();
+    let guest = linux(&sidecar.path("web.sock"));
+    let stream = guest.connect(7).unwrap();
+    let mut service = accept_tcp(&listener);
+    stream.set_write_timeout(Some(Duration::from_millis(300)));
+    // More than every buffer on the way: some of it waits in the sidecar when the time is up.
+    while (&stream).write_all(&[7; 64 * 1024]).is_ok() {}
+    sidecar.until_metric(
+        "vsock_connections_closed_total",
+        &[("reason", "idle_timeout")],
+        1.0,
+    );
+    let mut chunk = vec![0; 64 * 1024];
+    let end = loop {
+        match service.read(&mut chunk) {
+            Ok(0) => break None,
+            Ok(_) => {}
+            Err(error) => break Some(error.kind()),
+        }
+    };
+    assert_eq!(end, Some(std::io::ErrorKind::ConnectionReset));
+}
+
 /// A guest connection whose credit is used up by 4096 bytes, so that what follows is in the socket as a whole when it
 /// is read.
 fn out_of_credit(sidecar: &Sidecar) -> (Sockets, GuestStream) {
