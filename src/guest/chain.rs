@@ -21,6 +21,8 @@ pub(super) struct Chain {
     pub payload_first: usize,
     /// Length of the payload area in bytes.
     pub payload_len: u32,
+    /// How many descriptors were read for it: what it cost.
+    pub descriptors: usize,
 }
 
 /// Why a chain was not walked to its end.
@@ -69,6 +71,7 @@ pub(super) fn walk<'m>(
         ram,
         access,
         total: 0,
+        descriptors: 0,
         payload_first: out.len(),
         out,
     };
@@ -132,6 +135,8 @@ struct Buffers<'m, 'o> {
     access: Access,
     /// Bytes so far.
     total: u64,
+    /// Descriptors so far, empty ones too.
+    descriptors: usize,
     /// How many slices of `out` are not payload of this chain.
     payload_first: usize,
     out: &'o mut Vec<Slice<'m>>,
@@ -139,6 +144,7 @@ struct Buffers<'m, 'o> {
 
 impl<'m> Buffers<'m, '_> {
     fn add(&mut self, descriptor: &Descriptor) -> Result<(), WalkError> {
+        self.descriptors += 1;
         if descriptor.has(DESC_WRITE) != (self.access == Access::Write) {
             return Err(RingFault::WrongDirection.into());
         }
@@ -185,6 +191,7 @@ impl<'m> Buffers<'m, '_> {
         Ok(Chain {
             payload_first: self.payload_first,
             payload_len,
+            descriptors: self.descriptors,
         })
     }
 }

@@ -34,6 +34,11 @@ pub(super) struct Reserved {
     payload_len: u32,
 }
 
+/// Descriptors after which [`RxBurst::reserve`] takes no further chain. Far more than chains of a real driver have (two
+/// each, 18 at the very most); but a chain may have 2000 of them and room for one byte, and a read which fills one
+/// chain would walk through all that are held, over and over.
+const MAX_DESCRIPTORS: usize = 2048;
+
 /// A run of packets put into the RX ring, which the driver sees together when it ends.
 pub struct RxBurst<'r, 'm> {
     burst: Burst<'r, 'm>,
@@ -61,7 +66,11 @@ impl<'r, 'm> RxBurst<'r, 'm> {
     /// first in line.
     pub fn reserve(&mut self, limit: usize, max_chains: usize) -> Result<usize, RingError> {
         self.give_back();
-        while self.room < limit && self.burst.ring.reserved.len() < max_chains {
+        let mut descriptors = 0;
+        while self.room < limit
+            && self.burst.ring.reserved.len() < max_chains
+            && descriptors < MAX_DESCRIPTORS
+        {
             let header_first = self.burst.slices.len();
             match self.burst.next_chain(Access::Write) {
                 None => break,
@@ -77,6 +86,7 @@ impl<'r, 'm> RxBurst<'r, 'm> {
                 }
                 Some(Ok((head, chain))) => {
                     self.room = self.room.saturating_add(chain.payload_len as usize);
+                    descriptors += chain.descriptors;
                     self.burst.ring.reserved.push(Reserved {
                         head,
                         header_first,
