@@ -220,6 +220,14 @@ fn give_burst(
         }
         let outgoing = match unsent.take() {
             Some(header) => Some(Outgoing::Control(header)),
+            // What the muxer hands out counts as said. Before there is a buffer for it the guest may ask again from
+            // the same port, and an answer to the old question would be taken for one to the new.
+            None if !burst.has_buffer()? => {
+                break match switchboard.muxer.has_outgoing() {
+                    true => Given::NoBuffers,
+                    false => Given::All,
+                };
+            }
             None => switchboard.muxer.poll_outgoing(now),
         };
         match outgoing {

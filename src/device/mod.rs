@@ -195,7 +195,7 @@ struct Device {
     switchboard: Switchboard,
     rings: [Option<RunningRing>; QUEUES],
     ram: Option<GuestRam>,
-    /// A packet that the muxer has handed out and the guest had no buffer for.
+    /// A packet that the muxer has handed out and that no buffer could take: those that were posted were malformed.
     unsent: Option<Header>,
     /// Since when packets for the guest have waited for buffers.
     rx_starved_since: Option<Instant>,

@@ -79,6 +79,14 @@ impl<'r, 'm> Burst<'r, 'm> {
         }
     }
 
+    /// Whether the driver has made a chain available that is not taken. Says nothing of what it is like.
+    pub(super) fn has_chain(&mut self) -> Result<bool, RingError> {
+        if self.ring.next_avail == self.avail_idx {
+            self.avail_idx = self.ring.seen_avail_idx(&self.areas)?;
+        }
+        Ok(self.ring.next_avail != self.avail_idx)
+    }
+
     /// Gives the chain `head`, which is the next one, back with nothing in it; see [`Burst::next_chain`].
     pub(super) fn reject(&mut self, head: u16, fault: RingFault) -> Option<Result<(u16, Chain), RingFault>> {
         if self.reserved() > 0 {
@@ -151,13 +159,10 @@ impl<'r, 'm> Burst<'r, 'm> {
 
     fn next_head(&mut self) -> Result<Option<u16>, RingError> {
         self.failed()?;
-        let position = self.ring.next_avail;
-        if position == self.avail_idx {
-            self.avail_idx = self.ring.seen_avail_idx(&self.areas)?;
-            if position == self.avail_idx {
-                return Ok(None);
-            }
+        if !self.has_chain()? {
+            return Ok(None);
         }
+        let position = self.ring.next_avail;
         let head = self.areas.avail_head(position)?;
         self.ring.next_avail = position.wrapping_add(1);
         Ok(Some(head))

@@ -58,8 +58,14 @@ impl<'r, 'm> RxBurst<'r, 'm> {
         })
     }
 
+    /// Whether the driver has posted a buffer, be it good or not. What was held before goes back first.
+    pub fn has_buffer(&mut self) -> Result<bool, RingError> {
+        self.give_back();
+        self.burst.has_chain()
+    }
+
     /// Holds chains until their payload areas have room for `limit` bytes, there are `max_chains` of them, or
-    /// the driver has made no more available. Answers with the room in bytes, which may exceed `limit`; 0
+    /// the driver has made no more available, or they consist of very many descriptors. Answers with the room in bytes, which may exceed `limit`; 0
     /// means that there is no buffer. What was held before goes back first.
     ///
     /// Chains that make no sense are queued to go back and counted ([`Ring::take_faults`]) when they are

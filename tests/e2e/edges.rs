@@ -109,6 +109,67 @@ fn expect_the_rest(sidecar: &Sidecar, mut stream: &GuestStream) {
     assert_eq!(&got[4096..], b"abcdef");
 }
 
+/// The reset of a refused connection waits for a receive buffer, and the guest has given up and asks again from the same
+/// port: the answer is to the new question. The reset used to be taken for under way already, and killed the new one.
+#[test]
+fn a_reset_that_waits_for_a_buffer_does_not_kill_the_next_connection_of_its_ports() {
+    let port = free_port();
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{{name: out, port: 7, to: \"tcp://127.0.0.1:{port}\"}}]\n"
+    ));
+    let options = DriverOptions {
+        rx_buffers: 1,
+        refill: Refill::Never,
+        ..DriverOptions::default()
+    };
+    let mut guest = EmbeddedGuest::boot(&sidecar.path("web.sock"), Profile::qemu(), options).unwrap();
+    let request = Header {
+        src_cid: Cid(3),
+        dst_cid: Cid::HOST,
+        src_port: Port(1000),
+        dst_port: Port(7),
+        len: 0,
+        socket_type: 1,
+        op: Op::Request as u16,
+        flags: 0,
+        buf_alloc: 4096,
+        fwd_cnt: 0,
+    };
+    let ask_for = |guest: &mut EmbeddedGuest, port| {
+        let request = Header {
+            dst_port: Port(port),
+            ..request
+        };
+        let sent = guest
+            .driver
+            .send_packet_wait(&request, &[], &Shape::single(), LONG);
+        sent.unwrap();
+    };
+    let ask = |guest: &mut EmbeddedGuest| ask_for(guest, 7);
+    // Uses up the only buffer.
+    ask_for(&mut guest, 99);
+    let answer = guest.driver.recv_packet(LONG).unwrap();
+    assert_eq!(answer.header.op, Op::Rst as u16);
+
+    ask(&mut guest);
+    sidecar.until_metric(
+        "vsock_connections_refused_total",
+        &[("reason", "dial_refused")],
+        1.0,
+    );
+    let _service = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+    ask(&mut guest);
+    sidecar.until_metric("vsock_connections_opened_total", GUEST, 1.0);
+    // And once more, since it has not heard: that is no misbehavior.
+    ask(&mut guest);
+    guest.driver.post_rx(1).unwrap();
+    let answer = guest.driver.recv_packet(LONG).unwrap();
+    assert_eq!(answer.header.op, Op::Response as u16, "{answer:?}");
+    assert_eq!(sidecar.metric("vsock_misbehavior_total", GUEST), 0.0);
+    assert_eq!(sidecar.metric("vsock_connections_active", GUEST), 1.0);
+}
+
 /// A signal in the first moment, when the socket file has just been made, ends it like any other: 0, and no file left. It
 /// used to kill the process there; and the first process of a container, which no default action kills, ignored it.
 #[test]
