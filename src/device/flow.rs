@@ -68,8 +68,13 @@ pub(super) struct Flow {
     pub(super) preface_sent: usize,
     /// The client waits for `OK <port>\n`.
     pub(super) wants_ok: bool,
-    /// The socket's end of file is known to be near: a short read does not mean that it is drained.
-    pub(super) read_closed: bool,
+    /// A short read does not mean that the socket is drained: its end of file is known to be near, or there was urgent
+    /// data in it.
+    pub(super) read_on: bool,
+    /// The socket is gone in both directions (EPOLLHUP, EPOLLERR); what came before that can still be read.
+    pub(super) hung_up: bool,
+    /// A write to the socket has failed: nothing is written to it any more.
+    pub(super) write_failed: bool,
     /// Its end of file has been read.
     pub(super) eof: bool,
     /// When it was asked for; when established, from then on.
@@ -94,6 +99,12 @@ impl Flow {
             HostEnd::Connected(stream) => Some(stream),
             HostEnd::Dialing { .. } => None,
         }
+    }
+
+    /// Whether a client that has gone before it was established has left bytes that the guest should get. Not from one
+    /// that was to be told OK first.
+    pub(super) fn left_bytes(&self) -> bool {
+        !self.wants_ok && self.stream().is_some_and(HostStream::has_bytes)
     }
 
     /// Bytes of the preface still to be sent.

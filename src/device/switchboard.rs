@@ -16,7 +16,7 @@ use crate::host::listen::Incoming;
 use crate::host::{HostStream, SpillBuf};
 use crate::metrics::{Direction, GuestMetrics};
 use crate::sys::iovec::IoVecs;
-use crate::sys::vectored::writev;
+use crate::sys::vectored::{Received, writev};
 use crate::vsock::{
     CloseReason, ConnectionId, ConnectionKey, Event, Header, Misbehavior, Muxer, Op, Port, RefuseReason,
     ShutdownFlags, SocketType,
@@ -126,9 +126,11 @@ impl Switchboard {
             return;
         };
         let ended = ready.is_read_closed() || ready.is_error();
-        flow.read_closed |= ended;
-        if !flow.established && ended && ready.is_write_closed() {
-            // The client of an inbound rule hung up before the guest answered.
+        // recv() ends at the mark of urgent data, behind which there may be more.
+        flow.read_on |= ended || ready.is_priority();
+        flow.hung_up |= ready.is_error() || ready.is_write_closed();
+        if !flow.established && flow.hung_up && (ready.is_error() || !flow.left_bytes()) {
+            // The client of an inbound rule hung up before the guest answered, and left nothing to be delivered.
             self.muxer.host_failed(id, CloseReason::PeerRst);
         } else {
             if ready.is_readable() || ended {
@@ -137,6 +139,7 @@ impl Switchboard {
             if ready.is_writable() || ready.is_write_closed() {
                 self.flush_spill(now, id);
             }
+            self.end_if_deaf(now, id);
         }
         self.handle_events(now);
     }
@@ -249,7 +252,7 @@ impl Switchboard {
                 Event::Accepted { id, key } => self.accepted(now, id, key),
                 Event::Refused { id, reason } => self.forget_refused(id, reason),
                 Event::LimitReached { key } => self.limit_reached(key),
-                Event::ShutdownHost { id, flags } => self.shutdown_host(id, flags),
+                Event::ShutdownHost { id, flags } => self.shutdown_host(now, id, flags),
                 Event::Closed { id, reason, abort } => self.close(now, id, reason, abort),
                 Event::Misbehaved { kind, key } => self.misbehaved(kind, key),
                 Event::CreditStalled { .. } => {
@@ -290,6 +293,10 @@ impl Switchboard {
             return;
         };
         flow.bytes_from_guest += bytes as u64;
+        // The rest of a packet whose beginning was lost must not follow it.
+        if flow.write_failed {
+            return;
+        }
         let HostEnd::Connected(stream) = &flow.end else {
             return;
         };
@@ -357,16 +364,34 @@ impl Switchboard {
         }
     }
 
+    /// A socket that is gone and whose bytes the guest does not want will never be read or written again: nobody else
+    /// would notice its end.
+    fn end_if_deaf(&mut self, now: Instant, id: ConnectionId) {
+        let unwanted = self
+            .muxer
+            .connection(id)
+            .is_some_and(|connection| connection.guest_shut().contains(ShutdownFlags::RCV));
+        if unwanted && self.flows.get(id).is_some_and(|flow| flow.hung_up) {
+            self.takes_no_more(now, id);
+        }
+    }
+
     fn write_failed(&mut self, now: Instant, id: ConnectionId, error: &io::Error) {
         debug!(guest = %self.name, %error, "a host socket takes no more");
+        self.takes_no_more(now, id);
+        // Its last bytes, then the end of file or the error, are read in the usual way.
+        self.muxer.host_readable(id);
+    }
+
+    /// Forgets what the socket has not taken.
+    fn takes_no_more(&mut self, now: Instant, id: ConnectionId) {
         if let Some(flow) = self.flows.get_mut(id) {
             let lost = std::mem::replace(&mut flow.spill, SpillBuf::new(self.buf_alloc as usize)).len();
             self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(lost as i64);
-            flow.read_closed = true;
+            flow.read_on = true;
+            flow.write_failed = true;
         }
         self.muxer.host_write_failed(now, id);
-        // Its last bytes, then the end of file or the error, are read in the usual way.
-        self.muxer.host_readable(id);
     }
 
     /// Bytes of a CONNECT preface still to be sent, if any: they go before the socket's.
@@ -401,7 +426,7 @@ impl Switchboard {
         now: Instant,
         id: ConnectionId,
         asked: usize,
-        read: impl FnOnce(&HostStream) -> io::Result<usize>,
+        read: impl FnOnce(&HostStream) -> io::Result<Received>,
     ) -> ReadOutcome {
         let Some(flow) = self.flows.get_mut(id) else {
             return ReadOutcome::Nothing;
@@ -410,15 +435,15 @@ impl Switchboard {
             return ReadOutcome::Nothing;
         };
         match read(stream) {
-            Ok(0) => {
+            Ok(Received { bytes: 0, .. }) => {
                 flow.eof = true;
                 self.muxer.host_eof(now, id);
             }
-            Ok(n) => {
+            Ok(Received { bytes: n, cut_short }) => {
                 flow.bytes_to_guest += n as u64;
                 // A short read of a stream socket means that it is drained, and its next bytes will be an edge
-                // (epoll(7)); an end of file that is there already will be none.
-                let more = n == asked || flow.read_closed;
+                // (epoll(7)), but for a read that was cut short. An end of file that is there already will be none.
+                let more = n == asked || cut_short || flow.read_on;
                 let rule = flow.rule;
                 rule.metrics(&self.metrics).upstream_bytes[Direction::HostToGuest as usize].inc_by(n as u64);
                 self.metrics
@@ -603,7 +628,7 @@ impl Switchboard {
         }
     }
 
-    fn shutdown_host(&mut self, id: ConnectionId, flags: ShutdownFlags) {
+    fn shutdown_host(&mut self, now: Instant, id: ConnectionId, flags: ShutdownFlags) {
         let Some(stream) = self.flows.get(id).and_then(Flow::stream) else {
             return;
         };
@@ -616,6 +641,7 @@ impl Switchboard {
         if let Err(error) = result {
             debug!(guest = %self.name, %error, ?flags, "shutdown of a host socket");
         }
+        self.end_if_deaf(now, id);
     }
 
     fn close(&mut self, now: Instant, id: ConnectionId, reason: CloseReason, abort: bool) {
@@ -684,7 +710,9 @@ impl Switchboard {
             preface: Vec::new(),
             preface_sent: 0,
             wants_ok: false,
-            read_closed: false,
+            read_on: false,
+            hung_up: false,
+            write_failed: false,
             eof: false,
             since: now,
             established: false,
@@ -706,7 +734,7 @@ impl Switchboard {
         self.registry.register(
             &mut SourceFd(&stream.as_raw_fd()),
             Token(token::flow(id.slot())),
-            Interest::READABLE | Interest::WRITABLE,
+            Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY,
         )
     }
 

@@ -66,6 +66,13 @@ impl HostStream {
             .map_err(io::Error::from)
     }
 
+    /// Whether [`HostStream::read`] would give bytes now; they stay where they are.
+    pub fn has_bytes(&self) -> bool {
+        let mut byte = [0];
+        let peeked = retry_on_intr(|| rustix::net::recv(&self.socket, &mut byte[..], RecvFlags::PEEK));
+        matches!(peeked, Ok((taken, _)) if taken > 0)
+    }
+
     /// Writes as much as the socket takes. A peer that is gone is EPIPE here, never SIGPIPE.
     ///
     /// # Errors

@@ -14,16 +14,31 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::iovec::IoVecs;
 
-/// Reads once from socket `fd` into the slices of `into`, in order. 0 is the end of the stream; EAGAIN comes
-/// as [`io::ErrorKind::WouldBlock`]. An empty list is refused, since its 0 would look like the end.
-pub fn readv(fd: BorrowedFd<'_>, into: &IoVecs<'_>) -> io::Result<usize> {
+/// What one [`readv`] took from a socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Received {
+    /// Bytes; 0 is the end of the stream.
+    pub bytes: usize,
+    /// There may be more although there was room: a unix socket's recvmsg() ends behind bytes that descriptors came
+    /// with (`unix_stream_read_generic` in net/unix/af_unix.c). The descriptors are closed.
+    pub cut_short: bool,
+}
+
+/// Reads once from socket `fd` into the slices of `into`, in order. EAGAIN comes as
+/// [`io::ErrorKind::WouldBlock`]. An empty list is refused, since its 0 would look like the end.
+pub fn readv(fd: BorrowedFd<'_>, into: &IoVecs<'_>) -> io::Result<Received> {
     let mut message = header(into)?;
-    retry(|| {
+    let bytes = retry(|| {
         // SAFETY: `fd` is open, as it is borrowed. `message` is a valid msghdr: no name and no control
         // buffer, and an array of `msg_iovlen` iovecs that `into` owns. Each iovec names memory that is
         // mapped and writable for the life of `into` (built from VolatileSlice only), and no Rust reference
         // to it exists that this write could contradict.
         unsafe { libc::recvmsg(fd.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) }
+    })?;
+    Ok(Received {
+        bytes,
+        // There is no room for control messages, so that any that came was cut.
+        cut_short: message.msg_flags & libc::MSG_CTRUNC != 0,
     })
 }
 
@@ -93,7 +108,7 @@ mod tests {
         let mut into = IoVecs::new();
         assert!(into.push(&all.subslice(16, 2).unwrap()));
         assert!(into.push(&all.subslice(10, 6).unwrap()));
-        assert_eq!(readv(ours.as_fd(), &into).unwrap(), 5);
+        assert_eq!(readv(ours.as_fd(), &into).unwrap().bytes, 5);
         assert_eq!(&memory[10..], b"345...12");
     }
 

@@ -271,6 +271,11 @@ impl Connection {
         self.send.room()
     }
 
+    /// What the guest has said it will do no more.
+    pub fn guest_shut(&self) -> ShutdownFlags {
+        self.guest_shut
+    }
+
     /// Payload bytes of the guest that the host socket has not taken yet.
     pub fn held(&self) -> u32 {
         self.recv.held()

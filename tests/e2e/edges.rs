@@ -53,6 +53,44 @@ fn a_client_that_takes_no_ok_leaves_no_trace_in_the_gauge() {
     drop((client, server));
 }
 
+/// A unix client that writes and closes at once has been told that its bytes were taken.
+#[test]
+fn a_unix_client_that_writes_and_leaves_is_heard() {
+    let sidecar = inbound();
+    let guest = linux(&sidecar.path("web.sock"));
+    let listener = guest.listen(52).unwrap();
+    let mut client = UnixStream::connect(sidecar.path("plain.sock")).unwrap();
+    client.write_all(b"the last will").unwrap();
+    drop(client);
+    let server = listener.accept_timeout(LONG).unwrap();
+    server.set_read_timeout(Some(LONG));
+    assert_eq!(read_to_end(&server), b"the last will");
+}
+
+/// A guest that has said it takes nothing more still holds a connection; when its service resets, that is over.
+#[test]
+fn a_reset_is_noticed_although_nobody_reads() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{{name: out, port: 7, to: \"tcp://127.0.0.1:{port}\"}}]\n"
+    ));
+    let guest = linux(&sidecar.path("web.sock"));
+    let mut stream = guest.connect(7).unwrap();
+    let mut service = accept_tcp(&listener);
+    stream.shutdown(Shutdown::Read).unwrap();
+    // What was sent behind the SHUTDOWN has come: so has that.
+    stream.write_all(b"x").unwrap();
+    service.read_exact(&mut [0]).unwrap();
+    socket2::SockRef::from(&service)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(service);
+    sidecar.until_metric("vsock_connections_active", GUEST, 0.0);
+    sidecar.until_metric("vsock_connections_closed_total", &[("reason", "peer_rst")], 1.0);
+}
+
 /// What was cut off must not look complete: with bytes of the guest still here, the service sees a reset.
 #[test]
 fn an_idle_end_with_bytes_left_is_no_orderly_end() {
@@ -107,6 +145,54 @@ fn expect_the_rest(sidecar: &Sidecar, mut stream: &GuestStream) {
     let mut got = vec![0; 4096 + 6];
     stream.read_exact(&mut got).unwrap();
     assert_eq!(&got[4096..], b"abcdef");
+}
+
+/// recv() ends at the mark of urgent data although there is more: a short read is not the end there.
+#[test]
+fn bytes_behind_urgent_data_are_not_forgotten() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{{name: out, port: 7, to: \"tcp://127.0.0.1:{port}\"}}]\n"
+    ));
+    let (_guest, stream) = out_of_credit(&sidecar);
+    let mut service = accept_tcp(&listener);
+    service.set_nodelay(true).unwrap();
+    service.write_all(&[7; 4096]).unwrap();
+    service.write_all(b"abc").unwrap();
+    socket2::SockRef::from(&service).send_out_of_band(b"!").unwrap();
+    service.write_all(b"def").unwrap();
+    expect_the_rest(&sidecar, &stream);
+}
+
+/// recv() ends behind bytes that descriptors came with, although there is more.
+#[test]
+fn bytes_behind_descriptors_are_not_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("service");
+    let listener = UnixListener::bind(&path).unwrap();
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{{name: out, port: 7, to: \"unix://{}\"}}]\n",
+        path.display()
+    ));
+    let (_guest, stream) = out_of_credit(&sidecar);
+    let mut service = accept_unix(&listener);
+    service.write_all(&[7; 4096]).unwrap();
+    let fds = [service.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let sent = rustix::net::sendmsg(
+        &service,
+        &[IoSlice::new(b"abc")],
+        &mut control,
+        SendFlags::empty(),
+    );
+    assert_eq!(sent, Ok(3));
+    service.write_all(b"def").unwrap();
+    expect_the_rest(&sidecar, &stream);
 }
 
 /// The reset of a refused connection waits for a receive buffer, and the guest has given up and asks again from the same

@@ -145,7 +145,7 @@ proptest! {
         let mut list = IoVecs::new();
         burst.push_payload(&mut list, limit);
         prop_assert!(list.bytes() <= limit && list.bytes() <= room - filled);
-        let n = if list.is_empty() { 0 } else { readv(ours.as_fd(), &list).unwrap() };
+        let n = if list.is_empty() { 0 } else { readv(ours.as_fd(), &list).unwrap().bytes };
         let mut lens = Vec::new();
         let count = burst.commit(n, |len| {
             lens.push(len);

@@ -44,7 +44,7 @@ fn goes_in(bufs: &[Buf], indirect_from: Option<usize>, payload: &[u8]) {
     assert_eq!(burst.reserve(usize::MAX, 64), Ok(room));
     let mut list = IoVecs::new();
     assert_eq!(burst.push_payload(&mut list, usize::MAX), room);
-    let n = readv(ours.as_fd(), &list).unwrap();
+    let n = readv(ours.as_fd(), &list).unwrap().bytes;
     assert_eq!(n, payload.len());
     assert_eq!(burst.commit(n, with_len), Ok(1));
     assert_eq!(driver.used(), [], "nothing is shown before the burst ends");
@@ -120,7 +120,7 @@ fn one_read_makes_several_packets_and_gives_the_rest_back_in_place() {
     assert_eq!(burst.reserve(512, 64), Ok(600));
     let mut list = IoVecs::new();
     assert_eq!(burst.push_payload(&mut list, 512), 512);
-    let n = readv(ours.as_fd(), &list).unwrap();
+    let n = readv(ours.as_fd(), &list).unwrap().bytes;
     let mut lens = Vec::new();
     let packets = burst.commit(n, |len| {
         lens.push(len);
@@ -203,7 +203,7 @@ fn bytes_read_earlier_go_before_those_read_now() {
     assert_eq!(burst.fill(&[b'b'; 30]), 30);
     let mut list = IoVecs::new();
     assert_eq!(burst.push_payload(&mut list, 130), 130);
-    let n = readv(ours.as_fd(), &list).unwrap();
+    let n = readv(ours.as_fd(), &list).unwrap().bytes;
     assert_eq!(burst.commit(n, with_len), Ok(2));
     // More than there is room for: the rest is told.
     assert_eq!(burst.reserve(100, 64), Ok(100));

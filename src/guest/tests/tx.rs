@@ -241,7 +241,7 @@ fn payload_of_several_packets_leaves_in_one_call_and_is_the_guests_until_then() 
     let all = vm_memory::VolatileSlice::from(&mut got[..]);
     let mut into = IoVecs::new();
     assert!(into.push(&all));
-    assert_eq!(readv(theirs.as_fd(), &into).unwrap(), want.len());
+    assert_eq!(readv(theirs.as_fd(), &into).unwrap().bytes, want.len());
     assert_eq!(got, want);
     assert_eq!(driver.used(), (0..20).map(|i| (2 * i, 0)).collect::<Vec<_>>());
 }
