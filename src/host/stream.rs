@@ -93,8 +93,9 @@ impl HostStream {
         self.shutdown(std::net::Shutdown::Write)
     }
 
-    /// Discards what the peer still sends. For TCP this is local only: the peer is not told, and its bytes are
-    /// acknowledged and dropped.
+    /// Takes nothing more from the peer. A unix peer that writes gets EPIPE. For TCP this is local only: the peer is not
+    /// told, and once the receive buffer is full (nobody reads it any more) its writes block, as with any program that
+    /// calls `shutdown(SHUT_RD)`.
     ///
     /// # Errors
     /// As [`HostStream::shutdown_write`].
