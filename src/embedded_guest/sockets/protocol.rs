@@ -433,8 +433,8 @@ impl Protocol {
             return;
         }
         if !c.owned || c.our_shutdown.contains(ShutdownFlags::RCV) {
-            // Was on its way when the application stopped reading.
-            self.consumed(id, payload.len() as u32);
+            // Was on its way when the application stopped reading. Nobody reads it, so nothing is said of it: Linux
+            // leaves such bytes in the socket's queue, and a CREDIT_UPDATE behind SHUTDOWN would find no connection.
             return;
         }
         c.unread.extend(payload);
