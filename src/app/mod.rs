@@ -185,6 +185,13 @@ struct RunningGuest {
     session: SessionHandle,
 }
 
+/// Tells devices to end. Nothing else does: each holds a handle on itself.
+fn stop_devices(guests: &[RunningGuest]) {
+    for guest in guests {
+        let _ = guest.device.handle.send(Command::Stop);
+    }
+}
+
 /// What is bound of a guest before it runs.
 struct BoundGuest {
     config: Arc<Guest>,
@@ -268,7 +275,13 @@ impl Sidecar {
         };
         let mut views = Vec::with_capacity(bound.len());
         for guest in bound {
-            views.push(sidecar.start_guest(guest, &registry, &dialer)?);
+            match sidecar.start_guest(guest, &registry, &dialer) {
+                Ok(view) => views.push(view),
+                Err(error) => {
+                    stop_devices(&sidecar.guests);
+                    return Err(error);
+                }
+            }
         }
         drop(starting_up);
 
@@ -385,9 +398,7 @@ impl Sidecar {
             control,
             ..
         } = self;
-        for guest in &guests {
-            let _ = guest.device.handle.send(Command::Stop);
-        }
+        stop_devices(&guests);
         for guest in guests {
             // The rings must not be pulled from under the last packets, so the device ends first.
             if guest.device.thread.join().is_err() {
@@ -462,16 +473,16 @@ async fn serve_inbound(listener: Listener, spec: InboundSpec, sink: InboundSink,
 /// Holds the drain up while connections of one guest are open.
 async fn watch_connections(device: DeviceHandle, gauges: Arc<device::DeviceGauges>, guard: drain::Guard) {
     loop {
-        // After an answer, the gauges are those of a turn that knew of the drain.
-        if device.ask(Command::Ping, Duration::from_secs(1)).await.is_ok() {
-            tokio::time::sleep(DRAIN_POLL).await;
+        // After an answer, the gauges are those of a turn that knew of the drain. Without one nothing is known, and the
+        // grace period decides.
+        let answered = device.ask(Command::Ping, Duration::from_secs(1)).await.is_ok();
+        tokio::time::sleep(DRAIN_POLL).await;
+        if answered {
             let open = gauges.open_connections();
             guard.set_remaining(open as u64);
             if open == 0 {
                 return;
             }
-        } else {
-            return;
         }
     }
 }

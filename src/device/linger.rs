@@ -21,12 +21,13 @@ use super::token;
 const LINGER: Duration = Duration::from_secs(5);
 
 /// Bytes thrown away for one readiness; a peer that sends more is cut off.
-const DISCARD: usize = 1 << 20;
+const DISCARD: usize = 256 * 1024;
 
 /// The sockets that linger.
 pub(super) struct Lingering {
     streams: Slab<(HostStream, u64)>,
-    /// Deadlines in the order of their arrival, which is the order of time. Stale entries are skipped.
+    /// Deadlines in the order of their arrival, which is the order of time. Stale entries are skipped; they stay for
+    /// [`LINGER`] at most, so there are never more than connections ended in that time.
     deadlines: VecDeque<(Instant, usize, u64)>,
     next_serial: u64,
     most: usize,

@@ -295,7 +295,7 @@ impl Device {
                 let _ = done.send(self.start_queue(index, parts));
             }
             Command::StopQueue { index, pause, done } => {
-                let position = self.take_queue(index).map(|ring| ring.position());
+                let position = self.take_queue(now, index).map(|ring| ring.position());
                 if !pause {
                     self.forget_connections(now, index);
                 }
@@ -313,7 +313,7 @@ impl Device {
             }
             Command::EndSession { done } => {
                 for index in 0..QUEUES {
-                    self.take_queue(index);
+                    self.take_queue(now, index);
                     self.forget_connections(now, index);
                 }
                 self.switchboard.session_ended(now);
@@ -371,7 +371,7 @@ impl Device {
     }
 
     /// Takes a ring out of service; its connections wait.
-    fn take_queue(&mut self, index: usize) -> Option<Ring> {
+    fn take_queue(&mut self, now: Instant, index: usize) -> Option<Ring> {
         let running = self.rings.get_mut(index)?.take()?;
         // The VMM keeps its copy of the descriptor open, so closing ours would not end the registration.
         if let Err(error) = self
@@ -382,8 +382,13 @@ impl Device {
             warn!(guest = %self.switchboard.name, %error, "cannot stop watching a kick descriptor");
         }
         debug!(guest = %self.switchboard.name, queue = QUEUE_LABELS[index], "ring stopped");
-        if index == RX {
-            self.rx_starved_since = None;
+        if index == RX
+            && let Some(since) = self.rx_starved_since.take()
+        {
+            let waited = now.saturating_duration_since(since);
+            self.switchboard.metrics.queues[RX]
+                .full_seconds
+                .inc_by(waited.as_secs_f64());
         }
         Some(running.ring)
     }

@@ -4,8 +4,8 @@
 //!
 //! Guest memory is shared with a guest that may be hostile and that runs while we read. Every byte of it may
 //! change between two of our instructions: descriptors, ring indices, headers, payload. The VMM, which gave
-//! us the memory, may be wrong but is not an attacker of its own guest; that it truncates the memory's file
-//! is handled elsewhere (SIGBUS).
+//! us the memory, may be wrong but is not an attacker of its own guest. That each region lies within its
+//! file is checked when it is mapped; a file that is truncated afterwards is a SIGBUS, which nothing here catches.
 //!
 //! So what we decide upon is copied first and then judged, and never read again:
 //!
