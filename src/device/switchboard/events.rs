@@ -1,0 +1,206 @@
+//! What the muxer's events ask for: dials, the beginning and the end of connections, and the word for each in log and
+//! metrics.
+
+use std::io;
+use std::time::Instant;
+
+use tracing::{debug, info, warn};
+
+use super::Switchboard;
+use crate::device::flow::{Flow, HostEnd, RuleRef};
+use crate::device::handle::Command;
+use crate::host::dial::DialRequest;
+use crate::host::listen::Incoming;
+use crate::metrics::Direction;
+use crate::vsock::{CloseReason, ConnectionId, ConnectionKey, Misbehavior, RefuseReason, ShutdownFlags};
+
+impl Switchboard {
+    pub(super) fn dial(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
+        let port = key.peer_port.0;
+        let Some((index, outbound)) = self.router.route(key.peer_cid, port) else {
+            let flow = self.new_flow(
+                id,
+                RuleRef::outbound(None),
+                key.guest_port.0,
+                port,
+                now,
+                String::new(),
+            );
+            self.flows.insert(flow);
+            self.log_no_rule(key);
+            self.muxer.refused(id, RefuseReason::NoRule);
+            return;
+        };
+        let rule = RuleRef::outbound(Some(index));
+        if let Some(dials) = &rule.metrics(&self.metrics).dials {
+            dials.inc();
+        }
+        let handle = self.handle.clone();
+        let token = id.token();
+        let request = DialRequest {
+            target: &outbound.target,
+            first_port: *outbound.ports.start(),
+            guest_port: port,
+            cid: self.cid,
+            timeout: self.dial_timeout,
+        };
+        let task = self.dialer.dial(request, move |result, took| {
+            // A device that is gone needs no answer.
+            let _ = handle.send(Command::Dialed { token, result, took });
+        });
+        let mut flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
+        flow.end = HostEnd::Dialing { _task: Some(task) };
+        self.flows.insert(flow);
+    }
+
+    pub(super) fn accepted(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
+        // Before the line, which may fail: for the guest the connection exists, and what is closed was opened.
+        self.established(now, id);
+        let Some(flow) = self.flows.get(id) else { return };
+        if flow.wants_ok {
+            let line = format!("OK {}\n", key.peer_port);
+            // The first bytes of a fresh socket: one that cannot take so few has lost its client.
+            let written = flow
+                .stream()
+                .map(|stream| stream.write(&[io::IoSlice::new(line.as_bytes())]));
+            if !matches!(written, Some(Ok(n)) if n == line.len()) {
+                self.muxer.host_failed(id, CloseReason::PeerRst);
+            }
+        }
+    }
+
+    pub(super) fn established(&mut self, now: Instant, id: ConnectionId) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.established = true;
+        flow.since = now;
+        let metrics = flow.rule.metrics(&self.metrics);
+        metrics.opened.inc();
+        metrics.active.inc();
+        debug!(
+            guest = %self.name, rule = metrics.name, opened_by = flow.rule.opened_by.label(),
+            guest_port = flow.guest_port, host_port = flow.host_port, peer = flow.peer, "connection established"
+        );
+    }
+
+    pub(super) fn log_no_rule(&mut self, key: ConnectionKey) {
+        let port = key.peer_port.0;
+        if self.logbook.no_rule(port) {
+            warn!(
+                guest = %self.name, port, cid = %key.peer_cid, reason = "no_rule",
+                "the guest asked for a port that no outbound rule matches"
+            );
+        } else {
+            debug!(guest = %self.name, port, cid = %key.peer_cid, reason = "no_rule", "refused");
+        }
+    }
+
+    pub(super) fn limit_reached(&mut self, key: ConnectionKey) {
+        let port = key.peer_port.0;
+        let refused = |index: Option<usize>, reason: RefuseReason| {
+            RuleRef::outbound(index).metrics(&self.metrics).refused[reason as usize].inc();
+        };
+        let Some((index, _)) = self.router.route(key.peer_cid, port) else {
+            // No limit would have let it through, so nobody should be told to raise one.
+            refused(None, RefuseReason::NoRule);
+            self.log_no_rule(key);
+            return;
+        };
+        refused(Some(index), RefuseReason::Limit);
+        if self.logbook.limit() {
+            warn!(guest = %self.name, port, reason = "limit", "refused: limits.connections is reached");
+        } else {
+            debug!(guest = %self.name, port, reason = "limit", "refused");
+        }
+    }
+
+    pub(super) fn refuse_incoming(&mut self, rule: RuleRef, incoming: Incoming, reason: RefuseReason) {
+        let metrics = rule.metrics(&self.metrics);
+        metrics.refused[reason as usize].inc();
+        debug!(
+            guest = %self.name, rule = metrics.name, port = incoming.port, peer = incoming.peer,
+            reason = reason.label(), "inbound connection refused"
+        );
+        incoming.stream.abort();
+    }
+
+    pub(super) fn forget_refused(&mut self, id: ConnectionId, reason: RefuseReason) {
+        let Some(flow) = self.flows.remove(id) else { return };
+        let metrics = flow.rule.metrics(&self.metrics);
+        metrics.refused[reason as usize].inc();
+        debug!(
+            guest = %self.name, rule = metrics.name, guest_port = flow.guest_port, host_port = flow.host_port,
+            peer = flow.peer, reason = reason.label(), "connection refused"
+        );
+        if let HostEnd::Connected(stream) = flow.end {
+            self.deregister(&stream);
+            stream.abort();
+        }
+    }
+
+    pub(super) fn shutdown_host(&mut self, now: Instant, id: ConnectionId, flags: ShutdownFlags) {
+        let Some(stream) = self.flows.get(id).and_then(Flow::stream) else {
+            return;
+        };
+        // ENOTCONN: the peer was faster; its reset is read in the usual way.
+        let result = if flags.contains(ShutdownFlags::SEND) {
+            stream.shutdown_write()
+        } else {
+            stream.shutdown_read()
+        };
+        if let Err(error) = result {
+            debug!(guest = %self.name, %error, ?flags, "shutdown of a host socket");
+        }
+        self.end_if_deaf(now, id);
+    }
+
+    pub(super) fn close(&mut self, now: Instant, id: ConnectionId, reason: CloseReason, abort: bool) {
+        let Some(flow) = self.flows.remove(id) else { return };
+        let metrics = flow.rule.metrics(&self.metrics);
+        metrics.active.dec();
+        metrics.closed[reason as usize].inc();
+        let lasted = now.saturating_duration_since(flow.since);
+        self.metrics.duration[flow.rule.opened_by as usize].observe(lasted.as_secs_f64());
+        self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(flow.spill.len() as i64);
+        info!(
+            guest = %self.name,
+            rule = metrics.name,
+            opened_by = flow.rule.opened_by.label(),
+            guest_port = flow.guest_port,
+            host_port = flow.host_port,
+            peer = flow.peer,
+            bytes_from_guest = flow.bytes_from_guest,
+            bytes_to_guest = flow.bytes_to_guest,
+            duration_ms = lasted.as_millis() as u64,
+            reason = reason.label(),
+            "connection ended"
+        );
+        let HostEnd::Connected(stream) = flow.end else {
+            return;
+        };
+        // What was cut off must not look complete: the time was up while bytes of the guest were still here.
+        if abort || !flow.spill.is_empty() {
+            self.deregister(&stream);
+            stream.abort();
+        } else if flow.eof || !stream.is_tcp() {
+            self.deregister(&stream);
+        } else {
+            self.lingering.add(now, stream, &self.registry);
+        }
+    }
+
+    pub(super) fn misbehaved(&mut self, kind: Misbehavior, key: ConnectionKey) {
+        if let Some(counter) = self.metrics.misbehavior.get(kind as usize) {
+            counter.inc();
+        }
+        if self.logbook.misbehavior(kind) {
+            warn!(
+                guest = %self.name, kind = kind.label(), guest_port = %key.guest_port, cid = %key.peer_cid,
+                port = %key.peer_port, "the guest broke the vsock protocol (further ones are counted and logged at debug)"
+            );
+        } else {
+            debug!(guest = %self.name, kind = kind.label(), guest_port = %key.guest_port, "misbehavior");
+        }
+    }
+}
