@@ -185,13 +185,6 @@ struct RunningGuest {
     session: SessionHandle,
 }
 
-/// Tells devices to end. Nothing else does: each holds a handle on itself.
-fn stop_devices(guests: &[RunningGuest]) {
-    for guest in guests {
-        let _ = guest.device.handle.send(Command::Stop);
-    }
-}
-
 /// What is bound of a guest before it runs.
 struct BoundGuest {
     config: Arc<Guest>,
@@ -275,13 +268,7 @@ impl Sidecar {
         };
         let mut views = Vec::with_capacity(bound.len());
         for guest in bound {
-            match sidecar.start_guest(guest, &registry, &dialer) {
-                Ok(view) => views.push(view),
-                Err(error) => {
-                    stop_devices(&sidecar.guests);
-                    return Err(error);
-                }
-            }
+            views.push(sidecar.start_guest(guest, &registry, &dialer)?);
         }
         drop(starting_up);
 
@@ -398,10 +385,11 @@ impl Sidecar {
             control,
             ..
         } = self;
-        stop_devices(&guests);
+        // All at once, so that the slowest decides and not the sum.
+        guests.iter().for_each(|guest| guest.device.stop());
         for guest in guests {
             // The rings must not be pulled from under the last packets, so the device ends first.
-            if guest.device.thread.join().is_err() {
+            if guest.device.join().is_err() {
                 warn!(guest = guest.name, "the device thread had panicked");
             }
             guest.session.shutdown();

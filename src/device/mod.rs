@@ -40,6 +40,7 @@
 //! 6. A malformed chain costs that chain, a broken ring that ring, until it is stopped and started again.
 
 use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -101,14 +102,33 @@ pub struct DeviceConfig {
     pub metrics: Arc<GuestMetrics>,
 }
 
-/// A device whose thread runs.
+/// A device whose thread runs; dropping it ends the thread, since nothing else does: a device holds a handle on itself.
 pub struct RunningDevice {
     /// How to speak to it.
     pub handle: DeviceHandle,
     /// What it shows without being asked.
     pub gauges: Arc<DeviceGauges>,
-    /// Ends after [`Command::Stop`].
-    pub thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl RunningDevice {
+    /// Tells the device to end its connections and its thread; does not wait.
+    pub fn stop(&self) {
+        // A device that is gone has stopped.
+        let _ = self.handle.send(Command::Stop);
+    }
+
+    /// Stops the device and waits for its thread. An error is the thread's panic.
+    pub fn join(mut self) -> std::thread::Result<()> {
+        self.stop();
+        self.thread.take().map_or(Ok(()), JoinHandle::join)
+    }
+}
+
+impl Drop for RunningDevice {
+    fn drop(&mut self) {
+        self.stop();
+    }
 }
 
 /// What a device shows to readers on other threads; written by the device at the end of each turn.
@@ -176,7 +196,7 @@ pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
     Ok(RunningDevice {
         handle,
         gauges,
-        thread,
+        thread: Some(thread),
     })
 }
 
@@ -200,13 +220,6 @@ struct Device {
     /// Since when packets for the guest have waited for buffers.
     rx_starved_since: Option<Instant>,
     gauges: Arc<DeviceGauges>,
-}
-
-/// Whether the thread goes on.
-#[derive(PartialEq, Eq)]
-enum Flow {
-    Continue,
-    Stop,
 }
 
 impl Device {
@@ -236,10 +249,11 @@ impl Device {
                     Source::Lingering(index) => self.switchboard.handle_lingering_ready(index),
                 }
             }
-            let (commands_left, flow) = self.handle_commands(now);
-            more = self.turn(now) | commands_left;
+            let commands = self.handle_commands(now);
+            // Also after Stop: what the guest is told of the end leaves with this turn.
+            more = self.turn(now) | (commands == ControlFlow::Continue(true));
             self.show();
-            if flow == Flow::Stop {
+            if commands.is_break() {
                 return;
             }
         }
@@ -269,19 +283,19 @@ impl Device {
         }
     }
 
-    /// Takes commands; whether some are left, and whether one of them was to stop.
-    fn handle_commands(&mut self, now: Instant) -> (bool, Flow) {
+    /// Takes commands until one of them is to stop; whether some are left.
+    fn handle_commands(&mut self, now: Instant) -> ControlFlow<(), bool> {
         for _ in 0..budget::COMMANDS {
             match self.inbox.try_recv() {
                 Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
                     self.switchboard.close_all(now);
-                    return (false, Flow::Stop);
+                    return ControlFlow::Break(());
                 }
                 Ok(command) => self.handle_command(now, command),
-                Err(mpsc::TryRecvError::Empty) => return (false, Flow::Continue),
+                Err(mpsc::TryRecvError::Empty) => return ControlFlow::Continue(false),
             }
         }
-        (true, Flow::Continue)
+        ControlFlow::Continue(true)
     }
 
     /// Answers may find nobody: a session that was shut down no longer waits for them.
@@ -440,5 +454,60 @@ impl Device {
             connections: self.switchboard.connections(now, DeviceSnapshot::MAX_CONNECTIONS),
             connection_count: self.switchboard.open(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::RingFault;
+    use crate::metrics::{LabelSets, RuleNames};
+    use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
+
+    fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
+        let labels = LabelSets {
+            refused: RefuseReason::LABELS,
+            closed: CloseReason::LABELS,
+            misbehavior: Misbehavior::LABELS,
+            ring_errors: RingFault::LABELS,
+        };
+        let second = Duration::from_secs(1);
+        spawn(DeviceConfig {
+            name: "web".into(),
+            cid: 3,
+            limits: Limits {
+                connections: 1,
+                buffer: 4096,
+                connect_timeout: second,
+                guest_timeout: second,
+                idle_timeout: Duration::ZERO,
+            },
+            router: Router::new(Vec::new()),
+            dialer: Dialer::new(control.handle().clone()),
+            metrics: GuestMetrics::detached(&RuleNames::default(), &labels),
+        })
+        .unwrap()
+    }
+
+    /// The device holds a handle on itself, so its commands never end by themselves: the start of a second guest failed,
+    /// the first one's device was dropped, and its thread stayed.
+    #[test]
+    fn a_device_that_is_dropped_ends_its_thread() {
+        let control = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let dropped = device(&control);
+        let handle = dropped.handle.clone();
+        assert_eq!(handle.call(Command::Ping), Ok(()));
+        drop(dropped);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while handle.call(Command::Ping).is_ok() {
+            assert!(Instant::now() < deadline, "the thread goes on");
+        }
+        let joined = device(&control);
+        let handle = joined.handle.clone();
+        joined.join().unwrap();
+        assert_eq!(handle.call(Command::Ping), Err(DeviceGone));
     }
 }
