@@ -24,7 +24,7 @@ use tracing::{debug, error, info, warn};
 mod source;
 
 use crate::admin::{Admin, AdminError, AdminHandle, AdminServer, Readiness};
-use crate::config::{Config, Guest, ListenAddress, VhostUserMode};
+use crate::config::{AccessPlatform, Config, Guest, ListenAddress, VhostUserMode};
 use crate::device::{self, Command, DeviceConfig, DeviceHandle, Router, RunningDevice};
 use crate::drain::{self, Drain, Report};
 use crate::guest::RingFault;
@@ -202,6 +202,12 @@ impl BoundGuest {
             mode: match config.vhost_user.mode {
                 VhostUserMode::Server => vhost_user::Mode::Server,
                 VhostUserMode::Client => vhost_user::Mode::Client,
+            },
+            access_platform: match config.vhost_user.access_platform {
+                AccessPlatform::Auto => vhost_user::AccessPlatform::Auto,
+                AccessPlatform::Iotlb => vhost_user::AccessPlatform::Iotlb,
+                AccessPlatform::Identity => vhost_user::AccessPlatform::Identity,
+                AccessPlatform::Off => vhost_user::AccessPlatform::Off,
             },
         };
         let endpoint = Endpoint::bind(&session_config).map_err(|source| Error::VhostUser {

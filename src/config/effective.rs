@@ -44,6 +44,7 @@ impl From<&Guest> for schema::Guest {
             vhost_user: Given::new(schema::VhostUser {
                 socket: Given::new(SocketPath(guest.vhost_user.socket.display().to_string())),
                 mode: Given::new(guest.vhost_user.mode),
+                access_platform: Given::new(guest.vhost_user.access_platform),
             }),
             outbound: list(&guest.outbound),
             inbound: list(&guest.inbound),

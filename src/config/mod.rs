@@ -136,6 +136,23 @@ pub struct VhostUser {
     pub socket: PathBuf,
     /// Who listens.
     pub mode: VhostUserMode,
+    /// What VIRTIO_F_ACCESS_PLATFORM means.
+    pub access_platform: AccessPlatform,
+}
+
+/// What VIRTIO_F_ACCESS_PLATFORM means between VMM and device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum AccessPlatform {
+    /// Evidence decides when a ring starts.
+    Auto,
+    /// Addresses are translated through the IOTLB, or not used.
+    Iotlb,
+    /// Addresses are never translated.
+    Identity,
+    /// The feature is not offered.
+    Off,
 }
 
 /// Who listens on the vhost-user socket.

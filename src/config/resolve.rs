@@ -182,6 +182,7 @@ impl Resolver<'_, '_> {
         Some(VhostUser {
             socket: socket?,
             mode: *vhost_user.mode.value()?,
+            access_platform: *vhost_user.access_platform.value()?,
         })
     }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::given::Given;
 use super::values::{ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange, SocketPath};
-use super::{ListenAddress, LogFormat, Target, VhostUserMode};
+use super::{AccessPlatform, ListenAddress, LogFormat, Target, VhostUserMode};
 
 /// How many guests one file may have: each has a thread.
 pub(super) const MAX_GUESTS: usize = 256;
@@ -108,6 +108,13 @@ pub struct VhostUser {
     #[serde(default = "default_mode")]
     #[schemars(example = &"client")]
     pub mode: Given<VhostUserMode>,
+    /// What VIRTIO_F_ACCESS_PLATFORM means, once it is acknowledged: `iotlb`: ring and buffer addresses are translated
+    /// through the IOTLB, or not served. `identity`: they are not translated, for VMMs that confine memory themselves.
+    /// `auto`: evidence decides when a ring starts. `off`: the feature is not offered, and refused. See
+    /// docs/access-platform.md.
+    #[serde(default = "default_access_platform")]
+    #[schemars(example = &"iotlb")]
+    pub access_platform: Given<AccessPlatform>,
 }
 
 /// A rule for connections from the guest: either `port` or `ports`, and `to`.
@@ -237,6 +244,10 @@ fn default_level() -> Given<LogLevel> {
 
 fn default_drain_timeout() -> Given<Period> {
     Given::new(Period::from_millis(25_000))
+}
+
+fn default_access_platform() -> Given<AccessPlatform> {
+    Given::new(AccessPlatform::Auto)
 }
 
 fn default_mode() -> Given<VhostUserMode> {

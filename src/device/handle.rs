@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use crate::guest::{GuestRam, RingParts, RingPosition};
+use crate::guest::{GuestRam, Mapping, Miss, RingError, RingParts, RingPosition};
 use crate::host::dial::DialResult;
 use crate::host::listen::Incoming;
 
@@ -52,6 +52,41 @@ pub enum Command {
         /// Answered when the old one is no longer used.
         done: Reply<()>,
     },
+    /// Tell the session of what happens from now on, or nobody.
+    SetListener {
+        /// Called on the device thread; must not block.
+        listener: Option<Listener>,
+        /// Answered when the old one is no longer called.
+        done: Reply<()>,
+    },
+    /// Take translations in (IOTLB_MSG UPDATE).
+    UpdateIotlb {
+        /// What is mapped.
+        mappings: Vec<Mapping>,
+        /// Answered when mappings that these replace are no longer used.
+        done: Reply<()>,
+    },
+    /// Forget translations (IOTLB_MSG INVALIDATE).
+    InvalidateIotlb {
+        /// First I/O virtual address.
+        first: u64,
+        /// Last I/O virtual address.
+        last: u64,
+        /// Answered when memory is no longer accessed through them.
+        done: Reply<()>,
+    },
+    /// Forget every translation, refusal and question: what they were for is gone (SET_FEATURES).
+    FlushIotlb {
+        /// Answered when memory is no longer accessed through them.
+        done: Reply<()>,
+    },
+    /// The VMM has answered a miss. A translation, if there is one, has come by [`Command::UpdateIotlb`].
+    MissAnswered {
+        /// As it was told to the listener.
+        miss: Miss,
+        /// Whether the VMM refused.
+        refused: bool,
+    },
     /// The VMM is gone: stop every ring, drop the memory, end every connection.
     EndSession {
         /// Answered when all of it is done.
@@ -77,6 +112,42 @@ pub enum Command {
     /// End all connections and the thread.
     Stop,
 }
+
+/// Whom a device tells what the session has to know.
+pub type Listener = Box<dyn Fn(DeviceEvent) + Send>;
+
+/// What a device tells its session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DeviceEvent {
+    /// A translation is missing: ask the VMM. Told once; answered by [`Command::MissAnswered`], if the VMM answers.
+    Miss(Miss),
+    /// This miss has not been answered for [`MISS_PATIENCE`].
+    MissOverdue(Miss),
+    /// Misses have been answered meanwhile: none is overdue.
+    MissesAnswered,
+    /// Translations for buffers were refused [`STORM`] times within a minute.
+    FaultStorm,
+    /// A ring cannot be served until it is started anew.
+    RingBroken {
+        /// 0 rx, 1 tx, 2 event.
+        index: usize,
+        /// Why.
+        error: RingError,
+    },
+    /// The rx ring runs since [`EMPTY_PATIENCE`] and its memory is all zero: the driver, which is up, must have posted
+    /// buffers, so this is not the driver's memory.
+    RingEmpty {
+        /// 0 rx.
+        index: usize,
+    },
+}
+
+/// How long a VMM may leave a miss unanswered before it is told as overdue.
+pub const MISS_PATIENCE: Duration = Duration::from_secs(5);
+/// How many refused translations within a minute are a storm.
+pub const STORM: u32 = 100;
+/// How long a ring may be all zero.
+pub const EMPTY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The device thread did not answer: it has ended, or it hangs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]

@@ -68,7 +68,7 @@ pub mod snapshot;
 mod switchboard;
 mod token;
 
-pub use handle::{Command, DeviceGone, DeviceHandle};
+pub use handle::{Command, DeviceEvent, DeviceGone, DeviceHandle};
 pub use router::Router;
 pub use snapshot::DeviceSnapshot;
 
@@ -325,6 +325,13 @@ impl Device {
                 }
                 let _ = done.send(());
             }
+            Command::SetListener { done, .. }
+            | Command::UpdateIotlb { done, .. }
+            | Command::InvalidateIotlb { done, .. }
+            | Command::FlushIotlb { done } => {
+                let _ = done.send(());
+            }
+            Command::MissAnswered { .. } => {}
             Command::EndSession { done } => {
                 for index in 0..QUEUES {
                     self.take_queue(now, index);
@@ -446,11 +453,14 @@ impl Device {
                     next_avail: position.next_avail,
                     next_used: position.next_used,
                     available,
+                    translated: running.ring.is_translated(),
+                    held_by: running.broken.then_some("broken"),
                 })
             })
             .collect();
         DeviceSnapshot {
             rings,
+            iotlb: snapshot::IotlbSnapshot::default(),
             connections: self.switchboard.connections(now, DeviceSnapshot::MAX_CONNECTIONS),
             connection_count: self.switchboard.open(),
         }

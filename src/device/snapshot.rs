@@ -8,6 +8,8 @@ use serde::Serialize;
 pub struct DeviceSnapshot {
     /// The rings that run, in queue order.
     pub rings: Vec<RingSnapshot>,
+    /// The translations; all zero when none are used.
+    pub iotlb: IotlbSnapshot,
     /// Open and half-open connections, at most [`DeviceSnapshot::MAX_CONNECTIONS`] of them.
     pub connections: Vec<ConnectionSnapshot>,
     /// How many connections there are, listed or not.
@@ -33,6 +35,44 @@ pub struct RingSnapshot {
     pub next_used: u16,
     /// Entries the guest has made available and we have not taken.
     pub available: u16,
+    /// Whether its addresses are I/O virtual addresses.
+    pub translated: bool,
+    /// What keeps it from being served: `translation` (waits for an UPDATE) or `broken`; `null` if nothing does.
+    pub held_by: Option<&'static str>,
+}
+
+/// The IOTLB.
+#[derive(Clone, Copy, Default, Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct IotlbSnapshot {
+    /// Mappings that are held now.
+    pub entries: u64,
+    /// Bytes that they cover.
+    pub mapped_bytes: u64,
+    /// The most mappings that are held.
+    pub capacity: u64,
+    /// Lookups, since the process began.
+    pub lookups: u64,
+    /// Lookups that found a mapping.
+    pub hits: u64,
+    /// Lookups that found none.
+    pub misses: u64,
+    /// UPDATE messages carried out.
+    pub updates: u64,
+    /// INVALIDATE messages carried out.
+    pub invalidations: u64,
+    /// Times that everything was forgotten because rings stopped, features or memory changed.
+    pub flushes: u64,
+    /// Mappings dropped to make room.
+    pub evictions: u64,
+    /// Accesses that the VMM refused, for reading.
+    pub faults_read: u64,
+    /// Accesses that the VMM refused, for writing.
+    pub faults_write: u64,
+    /// Misses the VMM has not answered.
+    pub unanswered: u64,
+    /// Age of the oldest of them in seconds.
+    pub oldest_unanswered_seconds: Option<f64>,
 }
 
 /// A connection.

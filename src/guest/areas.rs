@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::Bytes;
 
 use super::fault::{RingArea, RingError};
-use super::memory::{Access, GuestRam, MemoryFault, Slice};
+use super::memory::{Access, MemoryFault, Slice, View};
 
 /// VIRTQ_DESC_F_NEXT: the chain goes on with descriptor `next`.
 pub(super) const DESC_NEXT: u16 = 1;
@@ -68,7 +68,7 @@ pub(super) struct Range<'m> {
 impl<'m> Range<'m> {
     /// `len` is not 0.
     pub(super) fn resolve(
-        ram: &'m GuestRam,
+        ram: View<'m>,
         addr: u64,
         len: usize,
         access: Access,
@@ -138,7 +138,7 @@ pub(super) struct Addresses {
 
 impl<'m> Areas<'m> {
     pub(super) fn resolve(
-        ram: &'m GuestRam,
+        ram: View<'m>,
         at: Addresses,
         size: u16,
         event_idx: bool,

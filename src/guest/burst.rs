@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::areas::Areas;
 use super::chain::{self, Chain, WalkError};
 use super::fault::{RingError, RingFault};
-use super::memory::{Access, GuestRam, Slice};
+use super::memory::{Access, Slice, View};
 use super::ring::Ring;
 
 /// What a burst came to.
@@ -16,6 +16,8 @@ pub struct Finished {
     pub used: u16,
     /// Whether the driver wants to be interrupted: call [`Ring::signal`].
     pub interrupt: bool,
+    /// Whether the next chain waits for a translation: there is nothing to take until an UPDATE or a refusal has come.
+    pub parked: bool,
 }
 
 /// A ring while chains are taken from it.
@@ -25,7 +27,7 @@ pub struct Finished {
 /// `next_used` and `next_avail` is reserved and goes back in place if nothing becomes of it (invariant 5).
 pub(super) struct Burst<'r, 'm> {
     pub ring: &'r mut Ring,
-    ram: &'m GuestRam,
+    ram: View<'m>,
     areas: Areas<'m>,
     /// The available index as seen last.
     avail_idx: u16,
@@ -36,7 +38,7 @@ pub(super) struct Burst<'r, 'm> {
 }
 
 impl<'r, 'm> Burst<'r, 'm> {
-    pub(super) fn begin(ring: &'r mut Ring, ram: &'m GuestRam) -> Result<Burst<'r, 'm>, RingError> {
+    pub(super) fn begin(ring: &'r mut Ring, ram: View<'m>) -> Result<Burst<'r, 'm>, RingError> {
         let areas = ring.areas(ram)?;
         let avail_idx = ring.seen_avail_idx(&areas)?;
         let slices = ring.scratch.take();
@@ -131,6 +133,7 @@ impl<'r, 'm> Burst<'r, 'm> {
             return Ok(Finished {
                 used,
                 interrupt: false,
+                parked: false,
             });
         }
         // The used index must be visible before used_event or the flags are read: the driver writes those and
@@ -144,7 +147,11 @@ impl<'r, 'm> Burst<'r, 'm> {
             Some(_) => !self.areas.interrupts_unwanted()?,
         };
         self.ring.decided = Some(self.ring.published);
-        Ok(Finished { used, interrupt })
+        Ok(Finished {
+            used,
+            interrupt,
+            parked: false,
+        })
     }
 
     fn publish(&mut self) -> Result<u16, RingError> {

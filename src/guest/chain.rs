@@ -5,7 +5,7 @@
 
 use super::areas::{Areas, DESC_INDIRECT, DESC_LEN, DESC_NEXT, DESC_WRITE, Descriptor, Range};
 use super::fault::{RingError, RingFault};
-use super::memory::{Access, GuestRam, MemoryFault, Slice};
+use super::memory::{Access, MemoryFault, Slice, View};
 use super::ring::MAX_RING_SIZE;
 use crate::vsock::header::HEADER_LEN;
 
@@ -60,7 +60,7 @@ impl From<MemoryFault> for WalkError {
 /// Terminates for every content of guest memory (invariant 4): at most ring size + table length descriptors
 /// are read.
 pub(super) fn walk<'m>(
-    ram: &'m GuestRam,
+    ram: View<'m>,
     areas: &Areas<'m>,
     ring_size: u16,
     head: u16,
@@ -131,7 +131,7 @@ fn walk_table(table: &Descriptor, buffers: &mut Buffers<'_, '_>) -> Result<(), W
 
 /// The buffers of a chain as they are found.
 struct Buffers<'m, 'o> {
-    ram: &'m GuestRam,
+    ram: View<'m>,
     access: Access,
     /// Bytes so far.
     total: u64,

@@ -45,6 +45,10 @@ labelled! {
         AddressUnmapped => "address_unmapped",
         /// A buffer or an indirect table goes beyond the end of the address space.
         AddressWraps => "address_wraps",
+        /// The VMM refuses to translate a buffer's address, or not for this access: what a vIOMMU calls a fault.
+        TranslationRefused => "translation_refused",
+        /// A chain consists of more pieces of memory than are worked on at once: a page each, under a vIOMMU.
+        TooManyPieces => "too_many_pieces",
         /// A device-writable descriptor in a TX chain, or a device-readable one in an RX chain. Each chain of
         /// this device has one direction (virtio 1.2, 5.10.6), so this covers readable after writable too
         /// (2.7.4.2).
@@ -67,7 +71,8 @@ labelled! {
 impl From<MemoryFault> for RingFault {
     fn from(fault: MemoryFault) -> RingFault {
         match fault {
-            MemoryFault::Unmapped { .. } => RingFault::AddressUnmapped,
+            MemoryFault::Unmapped { .. } | MemoryFault::Missing { .. } => RingFault::AddressUnmapped,
+            MemoryFault::Refused { .. } => RingFault::TranslationRefused,
             MemoryFault::Wraps { .. } => RingFault::AddressWraps,
         }
     }
@@ -138,6 +143,17 @@ pub enum RingError {
 }
 
 impl RingError {
+    /// Whether the ring only waits for a translation that the VMM has been asked for.
+    pub fn awaits_translation(&self) -> bool {
+        matches!(
+            self,
+            RingError::Memory {
+                fault: MemoryFault::Missing { .. },
+                ..
+            }
+        )
+    }
+
     /// The name under which this is counted.
     pub fn reason(&self) -> RingFault {
         match self {

@@ -1,6 +1,6 @@
 //! Guest memory as the device sees it.
 //!
-//! Every access to guest memory by address goes through [`GuestRam::slices`], which is also where the IOTLB
+//! Every access to guest memory by address goes through [`View::slices`], which is also where the IOTLB
 //! goes: with VIRTIO_F_ACCESS_PLATFORM the address is an IOVA, a range of it becomes several ranges of
 //! guest-physical memory, and a [`MemoryFault`] can also be "not mapped yet". Callers are written for that
 //! already: they take a range as several slices, they say what they want to do with it, and they hold slices
@@ -14,6 +14,7 @@ use vm_memory::{
 };
 
 use super::dirty::{DirtyBitmap, DirtySlice};
+use super::iotlb::Iotlb;
 
 /// The guest memory of one memory table, dirty pages tracked.
 pub type Memory = GuestMemoryMmap<DirtyBitmap>;
@@ -22,7 +23,7 @@ pub type Memory = GuestMemoryMmap<DirtyBitmap>;
 pub type Slice<'m> = VolatileSlice<'m, DirtySlice<'m>>;
 
 /// What is to be done with guest memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Access {
     /// Only read from it.
     Read,
@@ -40,6 +41,18 @@ pub enum MemoryFault {
         addr: u64,
         /// Length of the range from there on in bytes.
         len: usize,
+    },
+    /// The IOTLB does not know the address yet; the VMM is asked, or has been. Not a fault: wait.
+    #[error("I/O virtual address {iova:#x} is not translated yet")]
+    Missing {
+        /// The first address that is not translated.
+        iova: u64,
+    },
+    /// The VMM has refused to translate the address, or not for this access.
+    #[error("the VMM refuses access to I/O virtual address {iova:#x}")]
+    Refused {
+        /// The address.
+        iova: u64,
     },
     /// The range goes beyond the end of the address space.
     #[error("guest range {addr:#x}+{len} wraps around")]
@@ -61,17 +74,25 @@ impl GuestRam {
         GuestRam(memory)
     }
 
-    /// The range of `len` bytes from `addr` on, as the pieces it consists of, in order. Ends after the first
-    /// fault. An empty range has no pieces, wherever it is.
-    pub fn slices(&self, addr: u64, len: usize, access: Access) -> Slices<'_> {
-        let wraps = len > 0 && addr.checked_add(len as u64 - 1).is_none();
-        Slices {
-            ram: self,
-            addr,
-            left: len,
-            access,
-            fault: wraps.then_some(MemoryFault::Wraps { addr, len }),
+    /// This memory with guest-physical addresses.
+    pub fn view(&self) -> View<'_> {
+        View {
+            memory: &self.0,
+            iotlb: None,
         }
+    }
+
+    /// This memory with I/O virtual addresses.
+    pub fn view_through<'m>(&'m self, iotlb: &'m Iotlb) -> View<'m> {
+        View {
+            memory: &self.0,
+            iotlb: Some(iotlb),
+        }
+    }
+
+    /// [`View::slices`] with guest-physical addresses.
+    pub fn slices(&self, addr: u64, len: usize, access: Access) -> Slices<'_> {
+        self.view().slices(addr, len, access)
     }
 
     /// Writes to the dirty log of every region from now on, or no longer; see [`DirtyBitmap::set_enabled`]. A
@@ -103,13 +124,43 @@ impl GuestRam {
             .iter()
             .map(|region| (region.start_addr().raw_value(), region.len()))
     }
+}
+
+/// Guest memory as one ring addresses it: guest-physical, or through the IOTLB.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'m> {
+    memory: &'m Memory,
+    iotlb: Option<&'m Iotlb>,
+}
+
+impl<'m> From<&'m GuestRam> for View<'m> {
+    fn from(ram: &'m GuestRam) -> View<'m> {
+        ram.view()
+    }
+}
+
+impl<'m> View<'m> {
+    /// The range of `len` bytes from `addr` on, as the pieces it consists of, in order. Ends after the first
+    /// fault. An empty range has no pieces, wherever it is.
+    pub fn slices(self, addr: u64, len: usize, access: Access) -> Slices<'m> {
+        let wraps = len > 0 && addr.checked_add(len as u64 - 1).is_none();
+        Slices {
+            view: self,
+            addr,
+            left: len,
+            access,
+            fault: wraps.then_some(MemoryFault::Wraps { addr, len }),
+        }
+    }
 
     /// The piece of memory at `addr`, at most `len` bytes long. `len` is not 0.
-    ///
-    /// The IOTLB's seam: translate `addr` for `access` first, and shorten `len` to what one mapping covers.
-    fn piece(&self, addr: u64, len: usize, _access: Access) -> Result<Slice<'_>, MemoryFault> {
+    fn piece(self, addr: u64, len: usize, access: Access) -> Result<Slice<'m>, MemoryFault> {
+        let (addr, len) = match self.iotlb {
+            None => (addr, len),
+            Some(iotlb) => iotlb.translate(addr, len, access)?,
+        };
         let unmapped = MemoryFault::Unmapped { addr, len };
-        let region = self.0.find_region(GuestAddress(addr)).ok_or(unmapped)?;
+        let region = self.memory.find_region(GuestAddress(addr)).ok_or(unmapped)?;
         let at = region.to_region_addr(GuestAddress(addr)).ok_or(unmapped)?;
         let in_region = usize::try_from(region.len() - at.raw_value()).unwrap_or(usize::MAX);
         region.get_slice(at, len.min(in_region)).map_err(|_| unmapped)
@@ -121,10 +172,10 @@ fn region_bitmap(region: &GuestRegionMmap<DirtyBitmap>) -> &DirtyBitmap {
     (**region).bitmap()
 }
 
-/// The pieces of a range of guest memory; see [`GuestRam::slices`].
+/// The pieces of a range of guest memory; see [`View::slices`].
 #[derive(Debug)]
 pub struct Slices<'m> {
-    ram: &'m GuestRam,
+    view: View<'m>,
     /// Where the next piece begins.
     addr: u64,
     /// Bytes that are not yet in a piece.
@@ -143,7 +194,7 @@ impl<'m> Iterator for Slices<'m> {
         }
         let piece = match self.fault.take() {
             Some(fault) => Err(fault),
-            None => self.ram.piece(self.addr, self.left, self.access),
+            None => self.view.piece(self.addr, self.left, self.access),
         };
         match &piece {
             // The last byte of the range has an address, so only the address behind the last piece can wrap.

@@ -72,6 +72,7 @@
 
 pub mod dirty;
 pub mod fault;
+pub mod iotlb;
 pub mod memory;
 pub mod ring;
 
@@ -86,7 +87,8 @@ mod tests;
 
 pub use burst::Finished;
 pub use fault::{FaultCounts, RingArea, RingError, RingFault};
-pub use memory::{Access, GuestRam, Memory, MemoryFault, Slice};
+pub use iotlb::{Iotlb, IotlbStats, Mapping, Miss, Permission};
+pub use memory::{Access, GuestRam, Memory, MemoryFault, Slice, View};
 pub use ring::{Ring, RingParts, RingPosition};
 pub use rx::RxBurst;
 pub use tx::{TxBurst, TxPacket};

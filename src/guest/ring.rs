@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::areas::{Addresses, Areas};
 use super::fault::{FaultCounts, RingArea, RingError};
-use super::memory::{GuestRam, Slice};
+use super::memory::{Slice, View};
 use super::rx::Reserved;
 
 /// Most entries of a ring that we serve, as in QEMU (`VIRTQUEUE_MAX_SIZE`).
@@ -21,7 +21,7 @@ pub const MAX_RING_SIZE: u16 = 1024;
 pub struct RingParts {
     /// Entries; a power of two up to 1024.
     pub size: u16,
-    /// Address of the descriptor table (guest-physical, or an IOVA once translation is on).
+    /// Address of the descriptor table: guest-physical, or an IOVA if `translated`.
     pub desc: u64,
     /// Address of the driver area (available ring).
     pub avail: u64,
@@ -31,6 +31,9 @@ pub struct RingParts {
     pub position: RingPosition,
     /// Whether VIRTIO_F_EVENT_IDX was negotiated.
     pub event_idx: bool,
+    /// Whether the addresses of the ring and of its buffers are IOVAs. Then the ring goes on at the used index that the
+    /// driver can see, which is read as soon as the used ring is mapped; `position` is what holds until then.
+    pub translated: bool,
     /// Signalled by the guest.
     pub kick: OwnedFd,
     /// Signalled by us.
@@ -52,6 +55,8 @@ pub struct RingPosition {
 pub struct Ring {
     size: u16,
     event_idx: bool,
+    /// Whether addresses are IOVAs.
+    translated: bool,
     addresses: Addresses,
     /// Next entry of the available ring to take, free-running.
     pub(super) next_avail: u16,
@@ -88,6 +93,7 @@ impl Ring {
             used,
             position,
             event_idx,
+            translated,
             kick,
             call,
         } = parts;
@@ -106,6 +112,7 @@ impl Ring {
         Ok(Ring {
             size,
             event_idx,
+            translated,
             addresses: Addresses { desc, avail, used },
             next_avail: position.next_used,
             next_used: position.next_used,
@@ -129,10 +136,10 @@ impl Ring {
 
     /// Tells the driver that it need not kick us until [`Ring::enable_notifications`]. A hint: kicks may come
     /// all the same (and with VIRTIO_F_EVENT_IDX, after 2^16 entries, will).
-    pub fn disable_notifications(&mut self, ram: &GuestRam) -> Result<(), RingError> {
+    pub fn disable_notifications<'m>(&mut self, ram: impl Into<View<'m>>) -> Result<(), RingError> {
         // With EVENT_IDX an avail_event that lies behind the driver's index is what silences it.
         if !self.event_idx && self.kicks_wanted != Some(false) {
-            self.areas(ram)?.set_kicks_wanted(false)?;
+            self.areas(ram.into())?.set_kicks_wanted(false)?;
             self.kicks_wanted = Some(false);
         }
         Ok(())
@@ -140,8 +147,8 @@ impl Ring {
 
     /// Asks the driver to kick us for the next entry that it makes available. `true` means that there are
     /// entries now, for which no kick will come: serve them.
-    pub fn enable_notifications(&mut self, ram: &GuestRam) -> Result<bool, RingError> {
-        let areas = self.areas(ram)?;
+    pub fn enable_notifications<'m>(&mut self, ram: impl Into<View<'m>>) -> Result<bool, RingError> {
+        let areas = self.areas(ram.into())?;
         if self.event_idx {
             areas.set_avail_event(self.next_avail)?;
         } else if self.kicks_wanted != Some(true) {
@@ -178,6 +185,11 @@ impl Ring {
         self.event_idx
     }
 
+    /// Whether its addresses are IOVAs: it is served through [`GuestRam::view_through`](super::GuestRam::view_through).
+    pub fn is_translated(&self) -> bool {
+        self.translated
+    }
+
     /// Readable when the guest has made entries available.
     pub fn kick(&self) -> BorrowedFd<'_> {
         self.kick.as_fd()
@@ -208,17 +220,17 @@ impl Ring {
     }
 
     /// Whether the ring's areas can be accessed and its available index makes sense.
-    pub fn check(&self, ram: &GuestRam) -> Result<(), RingError> {
+    pub fn check<'m>(&self, ram: impl Into<View<'m>>) -> Result<(), RingError> {
         self.available(ram).map(|_| ())
     }
 
     /// How many entries the driver has made available that we have not taken.
-    pub fn available(&self, ram: &GuestRam) -> Result<u16, RingError> {
-        let areas = self.areas(ram)?;
+    pub fn available<'m>(&self, ram: impl Into<View<'m>>) -> Result<u16, RingError> {
+        let areas = self.areas(ram.into())?;
         Ok(self.seen_avail_idx(&areas)?.wrapping_sub(self.next_avail))
     }
 
-    pub(super) fn areas<'m>(&self, ram: &'m GuestRam) -> Result<Areas<'m>, RingError> {
+    pub(super) fn areas<'m>(&self, ram: View<'m>) -> Result<Areas<'m>, RingError> {
         Areas::resolve(ram, self.addresses, self.size, self.event_idx)
     }
 

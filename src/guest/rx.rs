@@ -14,7 +14,7 @@ use vm_memory::bitmap::Bitmap;
 
 use super::burst::{Burst, Finished};
 use super::fault::{RingError, RingFault};
-use super::memory::{Access, GuestRam, Slice};
+use super::memory::{Access, Slice, View};
 use super::ring::Ring;
 use super::tx::take;
 use crate::sys::iovec::IoVecs;
@@ -50,9 +50,9 @@ pub struct RxBurst<'r, 'm> {
 
 impl<'r, 'm> RxBurst<'r, 'm> {
     /// Begins to fill buffers of the RX ring.
-    pub fn begin(ring: &'r mut Ring, ram: &'m GuestRam) -> Result<RxBurst<'r, 'm>, RingError> {
+    pub fn begin(ring: &'r mut Ring, ram: impl Into<View<'m>>) -> Result<RxBurst<'r, 'm>, RingError> {
         Ok(RxBurst {
-            burst: Burst::begin(ring, ram)?,
+            burst: Burst::begin(ring, ram.into())?,
             room: 0,
             filled: 0,
         })

@@ -2,7 +2,7 @@
 
 use super::burst::{Burst, Finished};
 use super::fault::{RingError, RingFault};
-use super::memory::{Access, GuestRam, Slice};
+use super::memory::{Access, Slice, View};
 use super::ring::Ring;
 use crate::vsock::header::HEADER_LEN;
 
@@ -17,9 +17,9 @@ pub struct TxBurst<'r, 'm> {
 
 impl<'r, 'm> TxBurst<'r, 'm> {
     /// Begins to take packets. Not more than the ring has entries come out of one burst.
-    pub fn begin(ring: &'r mut Ring, ram: &'m GuestRam) -> Result<TxBurst<'r, 'm>, RingError> {
+    pub fn begin(ring: &'r mut Ring, ram: impl Into<View<'m>>) -> Result<TxBurst<'r, 'm>, RingError> {
         Ok(TxBurst {
-            burst: Burst::begin(ring, ram)?,
+            burst: Burst::begin(ring, ram.into())?,
         })
     }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::sys::unix_socket::{self, SocketGuard, bind_unix};
 
+use super::AccessPlatform;
 use super::private_socket::{self, PrivateSocketError};
 
 /// Permissions of the socket file. Whoever may connect gives us a guest's memory to serve, and learns which services
@@ -35,6 +36,8 @@ pub struct SessionConfig {
     pub socket: PathBuf,
     /// Who listens on it.
     pub mode: Mode,
+    /// What VIRTIO_F_ACCESS_PLATFORM means.
+    pub access_platform: AccessPlatform,
 }
 
 /// Why a vhost-user socket cannot be used.

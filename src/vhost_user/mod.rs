@@ -73,6 +73,7 @@
 mod backend;
 mod endpoint;
 pub mod features;
+pub mod findings;
 pub mod gate;
 mod link;
 pub mod message;
@@ -80,13 +81,16 @@ pub mod negotiation;
 pub mod private_socket;
 pub mod relay;
 mod session;
+pub mod translation;
 mod vring;
 pub mod wire;
 
 pub use endpoint::{BindError, Endpoint, Mode, SessionConfig};
 pub use features::Features;
+pub use findings::{Finding, FindingCode, Severity};
 pub use negotiation::{Negotiation, NegotiationWatch, SessionError, SessionState};
 pub use session::{Session, SessionHandle};
+pub use translation::{AccessPlatform, Evidence, Translation, TranslationMode};
 
 #[cfg(test)]
 mod testing;

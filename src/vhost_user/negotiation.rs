@@ -4,14 +4,16 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
-use super::SessionConfig;
 use super::features::{Features, VHOST_F_LOG_ALL};
 use super::link::lock;
 use super::message::{self, Body, MemoryRegion, Message, REQUEST_NAMES, as_hex, request, request_index};
+use super::{FindingCode, SessionConfig, Translation};
+use crate::device::DeviceEvent;
+use crate::guest::Miss;
 
 /// Number of virtqueues: rx, tx, event.
 pub const QUEUES: usize = 3;
@@ -545,8 +547,53 @@ impl NegotiationWatch {
         lock(&self.value).assumed
     }
 
-    pub(super) fn request(&self, message: &Message) {
+    /// A request of the VMM, with `fds` descriptors, that is taken: it is forwarded, or carried out by the session itself.
+    pub(super) fn request(&self, message: &Message, _fds: usize) {
         lock(&self.value).request(message);
+    }
+
+    /// A request of the VMM that the gate refuses, for `reason`. `told` if the VMM is answered; otherwise it learns of it by
+    /// the end of the session, if at all.
+    pub(super) fn refused(&self, message: &Message, _reason: &str, _told: bool) {
+        let mut value = lock(&self.value);
+        value.request(message);
+        value.request_failed(message.request());
+    }
+
+    /// The answer of the session itself to a request that was taken: 0 is yes.
+    pub(super) fn answered(&self, message: &Message, value: u64) {
+        if value != 0 {
+            lock(&self.value).request_failed(message.request());
+        }
+    }
+
+    /// An IOTLB message was carried out by the device.
+    pub(super) fn iotlb_carried_out(&self) {}
+
+    /// A miss was sent to the VMM.
+    pub(super) fn miss_sent(&self, _miss: Miss) {}
+
+    /// The VMM answered a miss.
+    pub(super) fn miss_answered(&self, _miss: Miss, _refused: bool) {}
+
+    /// Whether there is a channel to send misses on.
+    pub(super) fn backend_channel(&self, _open: bool) {}
+
+    /// How addresses are understood from now on.
+    pub(super) fn translation(&self, _translation: Translation) {}
+
+    /// Something odd was seen. Told in the log once.
+    pub(super) fn find(&self, _code: FindingCode, _seen: String) {}
+
+    /// It has passed.
+    pub(super) fn passed(&self, _code: FindingCode) {}
+
+    /// Something that the device tells.
+    pub(super) fn device_event(&self, _event: &DeviceEvent) {}
+
+    /// Looks for what only time shows; answers when to look again, `None` if not before something has happened.
+    pub(super) fn look(&self, _now: Instant) -> Option<Instant> {
+        None
     }
 
     pub(super) fn reply(&self, message: &Message) {

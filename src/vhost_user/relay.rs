@@ -151,7 +151,7 @@ impl Relay {
                             .into_iter()
                             .for_each(|message| self.to_backend.push(Frame::bare(message)));
                     }
-                    watch.request(&frame.message);
+                    watch.request(&frame.message, frame.fds.len());
                     self.to_backend.push(frame);
                 }
                 Received::Blocked => return Ok(false),

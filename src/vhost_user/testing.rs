@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 
 use super::link::{DeviceLink, WakeFd};
-use super::{Mode, NegotiationWatch, SessionConfig};
+use super::{AccessPlatform, Mode, NegotiationWatch, SessionConfig};
 use crate::device::{Command, DeviceHandle};
 
 pub fn config(mode: Mode, socket: impl Into<PathBuf>) -> SessionConfig {
@@ -14,6 +14,7 @@ pub fn config(mode: Mode, socket: impl Into<PathBuf>) -> SessionConfig {
         cid: 3,
         socket: socket.into(),
         mode,
+        access_platform: AccessPlatform::Auto,
     }
 }
 

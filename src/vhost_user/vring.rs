@@ -161,6 +161,7 @@ impl Vring {
             used: settings.used,
             position,
             event_idx: settings.event_idx,
+            translated: false,
             kick,
             call,
         };

@@ -127,6 +127,7 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                             } else {
                                 VhostUserMode::Client
                             },
+                            access_platform: AccessPlatform::Auto,
                         },
                         outbound: outbound
                             .into_iter()

@@ -17,7 +17,7 @@ use vsock_sidecar::device::{Command, DeviceHandle};
 use vsock_sidecar::guest::{GuestRam, RingParts, RingPosition};
 use vsock_sidecar::vhost_user::message::{Message, NEED_REPLY, REPLY, VERSION, request};
 use vsock_sidecar::vhost_user::{
-    Endpoint, Mode, Negotiation, NegotiationWatch, Session, SessionConfig, SessionHandle,
+    AccessPlatform, Endpoint, Mode, Negotiation, NegotiationWatch, Session, SessionConfig, SessionHandle,
 };
 
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -229,6 +229,7 @@ impl Rig {
             cid: 3,
             socket,
             mode,
+            access_platform: AccessPlatform::Auto,
         };
         let endpoint = Endpoint::bind(&config).unwrap();
         let watch = NegotiationWatch::new(&config);

@@ -105,6 +105,7 @@ impl Driver {
                 next_used: self.used_idx,
             },
             event_idx: self.event_idx,
+            translated: false,
             kick: kick.as_fd().try_clone_to_owned().unwrap(),
             call: Some(call.as_fd().try_clone_to_owned().unwrap()),
         };

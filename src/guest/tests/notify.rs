@@ -45,7 +45,11 @@ fn event_idx_one_interrupt_for_a_burst_that_passes_used_event() {
         offer(&mut driver, 5);
         assert_eq!(
             serve(&mut ring, &ram),
-            Finished { used: 5, interrupt },
+            Finished {
+                used: 5,
+                interrupt,
+                parked: false
+            },
             "used_event {used_event}"
         );
         // Nothing used since: no second one.
@@ -53,7 +57,8 @@ fn event_idx_one_interrupt_for_a_burst_that_passes_used_event() {
             serve(&mut ring, &ram),
             Finished {
                 used: 0,
-                interrupt: false
+                interrupt: false,
+                parked: false
             }
         );
     }
@@ -84,7 +89,8 @@ fn without_event_idx_the_flag_decides() {
         serve(&mut ring, &ram),
         Finished {
             used: 3,
-            interrupt: true
+            interrupt: true,
+            parked: false
         }
     );
     driver.set_no_interrupt(true);
@@ -93,7 +99,8 @@ fn without_event_idx_the_flag_decides() {
         serve(&mut ring, &ram),
         Finished {
             used: 3,
-            interrupt: false
+            interrupt: false,
+            parked: false
         }
     );
     driver.set_no_interrupt(false);
@@ -101,7 +108,8 @@ fn without_event_idx_the_flag_decides() {
         serve(&mut ring, &ram),
         Finished {
             used: 0,
-            interrupt: false
+            interrupt: false,
+            parked: false
         }
     );
     offer(&mut driver, 1);
@@ -109,7 +117,8 @@ fn without_event_idx_the_flag_decides() {
         serve(&mut ring, &ram),
         Finished {
             used: 1,
-            interrupt: true
+            interrupt: true,
+            parked: false
         }
     );
 }
@@ -132,7 +141,8 @@ fn rx_shows_all_packets_with_one_interrupt() {
         burst.finish(),
         Ok(Finished {
             used: 40,
-            interrupt: true
+            interrupt: true,
+            parked: false
         })
     );
 }

@@ -134,7 +134,8 @@ fn one_read_makes_several_packets_and_gives_the_rest_back_in_place() {
         burst.finish().unwrap(),
         Finished {
             used: 4,
-            interrupt: true
+            interrupt: true,
+            parked: false
         }
     );
     assert_eq!(driver.used(), [(0, 144), (1, 144), (2, 94), (3, 44)]);
@@ -161,7 +162,8 @@ fn nothing_read_takes_nothing() {
             burst.finish(),
             Ok(Finished {
                 used: 0,
-                interrupt: false
+                interrupt: false,
+                parked: false
             })
         );
         let mut burst = RxBurst::begin(&mut ring, &ram).unwrap();

@@ -260,7 +260,8 @@ fn a_burst_sees_what_is_made_available_while_it_runs() {
         burst.finish(),
         Ok(Finished {
             used: 1,
-            interrupt: true
+            interrupt: true,
+            parked: false
         })
     );
 }
@@ -302,7 +303,8 @@ fn a_dropped_burst_has_used_what_it_took() {
         burst.finish(),
         Ok(Finished {
             used: 0,
-            interrupt: true
+            interrupt: true,
+            parked: false
         })
     );
     let burst = TxBurst::begin(&mut ring, &ram).unwrap();
@@ -310,7 +312,8 @@ fn a_dropped_burst_has_used_what_it_took() {
         burst.finish(),
         Ok(Finished {
             used: 0,
-            interrupt: false
+            interrupt: false,
+            parked: false
         })
     );
 }

@@ -6,7 +6,7 @@ use crate::vhost_user::message::{NEED_REPLY, REPLY, VERSION};
 use crate::vhost_user::testing;
 
 fn say(watch: &NegotiationWatch, number: u32, body: &[u8]) {
-    watch.request(&Message::new(number, VERSION | NEED_REPLY, body));
+    watch.request(&Message::new(number, VERSION | NEED_REPLY, body), 0);
 }
 
 fn answer(watch: &NegotiationWatch, number: u32, value: u64) {
