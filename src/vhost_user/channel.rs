@@ -98,7 +98,9 @@ impl Channel {
                     if !message.is_reply() || message.request() != backend_request::IOTLB_MSG {
                         continue;
                     }
-                    if let (Some(error), Some(miss)) = (message.u64_body(), self.asked.pop_front()) {
+                    if let Some(error) = message.u64_body()
+                        && let Some(miss) = self.asked.pop_front()
+                    {
                         answered(miss, error != 0);
                     }
                 }
