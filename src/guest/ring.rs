@@ -9,9 +9,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
-use super::areas::{Addresses, Areas};
+use super::areas::{Addresses, Areas, DESC_LEN};
 use super::fault::{FaultCounts, RingArea, RingError};
-use super::memory::{Slice, View};
+use super::memory::{Access, Slice, View};
 use super::rx::Reserved;
 
 /// Most entries of a ring that we serve, as in QEMU (`VIRTQUEUE_MAX_SIZE`).
@@ -256,6 +256,25 @@ impl Ring {
         Ok(avail.wrapping_sub(next_avail))
     }
 
+    /// Whether the descriptor table and the available ring are all zero, the available index with them: no driver has
+    /// ever posted a buffer in this memory. The guest may change that while we look.
+    pub fn is_blank<'m>(&self, ram: impl Into<View<'m>>) -> Result<bool, RingError> {
+        let ram = ram.into();
+        let size = usize::from(self.size);
+        for (area, addr, len) in [
+            (RingArea::DescriptorTable, self.addresses.desc, size * DESC_LEN),
+            (RingArea::Available, self.addresses.avail, 4 + 2 * size),
+        ] {
+            for slice in ram.slices(addr, len, Access::Read) {
+                let slice = slice.map_err(|fault| RingError::Memory { area, fault })?;
+                if !is_zero(&slice) {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
     /// Finds the ring in memory. To be given back by [`Ring::put_back`], for its room; after an error that is not worth
     /// the trouble.
     pub(super) fn areas<'m>(&self, ram: View<'m>) -> Result<Areas<'m>, RingError> {
@@ -301,6 +320,23 @@ impl Ring {
         }
         Ok(avail)
     }
+}
+
+/// Whether every byte of a piece of guest memory is 0.
+fn is_zero(slice: &Slice<'_>) -> bool {
+    let mut bytes = [0; 512];
+    let mut at = 0;
+    while let Ok(rest) = slice.offset(at) {
+        let copied = rest.copy_to(&mut bytes);
+        if copied == 0 {
+            break;
+        }
+        if bytes.iter().take(copied).any(|byte| *byte != 0) {
+            return false;
+        }
+        at += copied;
+    }
+    true
 }
 
 /// The descriptor that interrupts the driver: an eventfd as a rule, of which KVM or the VMM holds the other
