@@ -2,9 +2,13 @@
 
 CARGO ?= cargo
 DENY_VERSION := 0.20.2
+FUZZ_VERSION := 0.13.2
+# A fuzz target, and for how many seconds it runs.
+TARGET ?= gate
+SECONDS ?= 600
 TOOLS := $(CURDIR)/target/tools
 
-.PHONY: all setup test unit check fmt clippy doc deny advisories demo
+.PHONY: all setup test unit check fmt clippy doc deny advisories demo fuzz
 
 all: check
 
@@ -18,7 +22,7 @@ test: setup
 
 ## unit: the tests that need nothing but Rust
 unit:
-	$(CARGO) test --locked --lib --test architecture --test config --test session
+	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test session
 
 ## check: everything that continuous integration runs
 check: test fmt clippy doc deny
@@ -48,3 +52,13 @@ $(TOOLS)/bin/cargo-deny:
 ## demo: the whole program in one process
 demo:
 	$(CARGO) run --release -- demo
+
+## fuzz: one fuzz target for some time (make fuzz TARGET=session SECONDS=600); needs a nightly compiler
+fuzz: $(TOOLS)/bin/cargo-fuzz
+	mkdir -p fuzz/corpus/$(TARGET)
+	cd fuzz && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run --sanitizer none $(TARGET) corpus/$(TARGET) ../tests/corpus/gate \
+		-- -max_total_time=$(SECONDS) -max_len=2048 -timeout=60 -rss_limit_mb=1024
+
+$(TOOLS)/bin/cargo-fuzz:
+	CARGO_TARGET_DIR=$(TOOLS)/build $(CARGO) install --locked --quiet --root $(TOOLS) --version $(FUZZ_VERSION) cargo-fuzz
+	rm -rf $(TOOLS)/build
