@@ -184,7 +184,7 @@ impl Server {
         match self.config().mode {
             Mode::Server => self.accept_vmm(),
             Mode::Client => {
-                if pause.is_some() {
+                if let Some(pause) = pause {
                     self.pause(pause);
                 }
                 self.reach_vmm()
@@ -192,11 +192,17 @@ impl Server {
         }
     }
 
-    /// Waits until somebody wakes the thread.
-    fn pause(&self, at_most: Option<Duration>) {
-        wait(&mut [PollFd::new(&*self.wake, PollFlags::IN)], at_most);
-        if !self.stopping() {
+    /// Waits so long, or until shutdown.
+    fn pause(&self, time: Duration) {
+        let until = Instant::now() + time;
+        loop {
+            // What is left here of a session that has ended, such as the end of the crate's thread, is no reason to go on.
             self.wake.clear();
+            let left = until.saturating_duration_since(Instant::now());
+            if self.stopping() || left.is_zero() {
+                return;
+            }
+            wait(&mut [PollFd::new(&*self.wake, PollFlags::IN)], Some(left));
         }
     }
 
@@ -275,7 +281,7 @@ impl Server {
                 }
             };
             told = Some(state);
-            self.pause(Some(pause));
+            self.pause(pause);
             pause = (pause * 2).min(RETRY.1);
         }
         None

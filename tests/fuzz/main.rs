@@ -2,6 +2,7 @@
 //!
 //! `fuzz/` has the same two functions, `gate::run` and `session::run`, for libFuzzer; `docs/fuzzing.md` says how to use it.
 
+mod found;
 mod gate;
 mod session;
 mod steps;

@@ -53,12 +53,12 @@ pub struct Live {
 }
 
 /// A session thread and how to reach it.
-struct Served {
+pub struct Served {
     config: SessionConfig,
     watch: Arc<NegotiationWatch>,
-    handle: SessionHandle,
+    pub handle: SessionHandle,
     /// In client mode, where it connects to.
-    listener: Option<UnixListener>,
+    pub listener: Option<UnixListener>,
 }
 
 impl Live {
@@ -133,7 +133,11 @@ impl Live {
     ) -> Option<&'static str> {
         let started = match mode {
             Mode::Server => {
-                let at = match self.servers.iter().position(|served| served.config.access_platform == policy) {
+                let at = match self
+                    .servers
+                    .iter()
+                    .position(|served| served.config.access_platform == policy)
+                {
                     Some(at) => at,
                     None => {
                         let served = self.serve(policy, mode);
@@ -157,7 +161,11 @@ impl Live {
         let began = vmm(Vmm::new(stream));
         let end = began.then(|| {
             wait_for("the end of the session", || {
-                started.watch.snapshot().last_end.filter(|end| end.session > before)
+                started
+                    .watch
+                    .snapshot()
+                    .last_end
+                    .filter(|end| end.session > before)
             })
         });
         if let Some(end) = &end {
@@ -173,7 +181,8 @@ impl Live {
         end.map(|end| end.reason)
     }
 
-    fn serve(&self, policy: AccessPlatform, mode: Mode) -> Served {
+    /// A session thread of this device.
+    pub fn serve(&self, policy: AccessPlatform, mode: Mode) -> Served {
         let socket: PathBuf = self.directory.path().join(format!("{policy:?}-{mode:?}"));
         let listener = (mode == Mode::Client).then(|| {
             let _ = std::fs::remove_file(&socket);

@@ -252,7 +252,9 @@ impl Vmm {
 
     fn deal_with_misses(&mut self, answer: MissAnswer) {
         use std::io::Write;
-        let Some(channel) = self.channel.take() else { return };
+        let Some(channel) = self.channel.take() else {
+            return;
+        };
         let say = |error: u64| {
             let answer = Message::new(1, VERSION | REPLY, &error.to_ne_bytes());
             // Nobody may be there to read it.
@@ -369,7 +371,11 @@ impl Vmm {
             });
         }
         const RST: u16 = 3;
-        assert_eq!(self.read_u16(RX_BUFFERS + 30), RST, "the answer to the guest's request");
+        assert_eq!(
+            self.read_u16(RX_BUFFERS + 30),
+            RST,
+            "the answer to the guest's request"
+        );
         for request in stop() {
             if let Some(body) = self.say_and_check(&request) {
                 let index = u32::from(request.message.body()[0]);
@@ -396,7 +402,10 @@ impl Vmm {
         let (answered, body) = wait_for(&format!("the answer to {message:?}"), || {
             self.read();
             let answer = self.answer();
-            assert!(self.open || answer.is_some(), "the connection was closed over {message:?}");
+            assert!(
+                self.open || answer.is_some(),
+                "the connection was closed over {message:?}"
+            );
             answer
         });
         assert_eq!(answered, number);
