@@ -285,6 +285,13 @@ pub enum Body {
     MemoryTable(Vec<MemoryRegion>),
     /// ADD_MEM_REG, REM_MEM_REG.
     MemoryRegion(MemoryRegion),
+    /// SET_LOG_BASE.
+    LogBase {
+        /// Bytes of the dirty log.
+        size: u64,
+        /// Where it begins in the file that comes with it, in bytes.
+        offset: u64,
+    },
     /// GET_CONFIG, SET_CONFIG.
     Config {
         /// First byte in the device's configuration space.
@@ -363,6 +370,13 @@ impl Body {
                     uaddr: u64_at(body, 16)?,
                     perm: *body.get(24)?,
                     kind: *body.get(25)?,
+                }
+            }
+            SET_LOG_BASE => {
+                exactly(16)?;
+                Body::LogBase {
+                    size: u64_at(body, 0)?,
+                    offset: u64_at(body, 8)?,
                 }
             }
             GET_CONFIG | SET_CONFIG => Body::Config {

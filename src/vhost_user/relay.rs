@@ -14,9 +14,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::PollFlags;
+use rustix::fs::FileType;
 
 use super::gate::{AddressNote, Gate, IotlbOperation, Observation, Passage, ReplyVerdict, Then};
-use super::message::{Message, REPLY, VERSION, request};
+use super::message::{Body, Message, REPLY, VERSION, request};
 use super::negotiation::NegotiationWatch;
 use super::wire::{Frame, FrameReader, FrameWriter, Received, WireError};
 
@@ -32,7 +33,7 @@ pub enum RelayEnd {
     /// What the VMM sent is no message.
     #[error("{0}")]
     Vmm(WireError),
-    /// The VMM sent a request that is refused, and does not wait for an answer.
+    /// The VMM sent a request that is refused, and there is no answer that says so.
     #[error("{}: {reason}", super::message::display_name(*request))]
     Refused {
         /// The request number.
@@ -197,6 +198,11 @@ impl Relay {
 
     /// Deals with one request of the VMM.
     fn judge(&mut self, frame: Frame, watch: &NegotiationWatch) -> Result<(), RelayEnd> {
+        if let Some(reason) = log_fault(&frame) {
+            watch.refused(&frame.message, &reason, false);
+            let request = frame.message.request();
+            return Err(RelayEnd::Refused { request, reason });
+        }
         let before = (self.gate.translation(), self.gate.assumed().is_some());
         let verdict = self.gate.request(&frame.message, frame.fds.len());
         if let Some((features, protocol_features)) = self.gate.assumed().filter(|_| !before.1) {
@@ -348,6 +354,24 @@ impl Relay {
         }
         Ok(true)
     }
+}
+
+/// What is wrong with a dirty log's file. The crate maps whatever it is given, and the first mark beyond the end of the
+/// file would be a SIGBUS for the whole process. `check_files` in `backend.rs` looks at guest memory in this way.
+fn log_fault(frame: &Frame) -> Option<String> {
+    let (Body::LogBase { size, offset }, [file]) = (frame.message.request_body(), frame.fds.as_slice())
+    else {
+        return None;
+    };
+    let file = rustix::fs::fstat(file).ok()?;
+    let has = u64::try_from(file.st_size).unwrap_or(0);
+    // Devices have no length, and decide themselves what can be mapped.
+    let is_file = FileType::from_raw_mode(file.st_mode) == FileType::RegularFile;
+    (is_file && offset.checked_add(size).is_none_or(|end| end > has)).then(|| {
+        format!(
+            "the log of {size:#x} bytes from byte {offset:#x} on ends beyond its file, which has {has:#x}"
+        )
+    })
 }
 
 #[cfg(test)]

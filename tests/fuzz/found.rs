@@ -7,6 +7,7 @@ use vsock_sidecar::vhost_user::message::{Message, VERSION, request};
 use vsock_sidecar::vhost_user::{AccessPlatform, Mode};
 
 use super::session::Live;
+use super::steps::{Case, Fd, Request, Step};
 
 /// The end of the protocol handler's thread had woken the session thread, which took that for a reason to end the pause
 /// before the next attempt: a VMM that listens and drops whoever comes kept a core busy. Nor did a shutdown in that moment
@@ -26,4 +27,32 @@ fn a_vmm_that_listens_and_drops_us_is_not_called_again_at_once() {
         assert!(dropped.elapsed() >= Duration::from_millis(100));
     }
     served.handle.shutdown();
+}
+
+/// The protocol handler maps a dirty log without a look at its file, and the first mark beyond the file's end was a SIGBUS:
+/// the end of the process, and of every other guest in it.
+#[test]
+fn a_dirty_log_that_ends_beyond_its_file_is_refused() {
+    let mut live = Live::new();
+    // The file has 0x2000 bytes.
+    for (size, offset, fits) in [
+        (0x2000u64, 0u64, true),
+        (0x1000, 0x1000, true),
+        (0x2000, 0x2000, false),
+        (0x2001, 0, false),
+        (u64::MAX, 0x1000, false),
+    ] {
+        let mut case = Case::decode(&[0, 10, 4]);
+        let body = [size, offset].map(u64::to_ne_bytes).concat();
+        case.steps.push(Step::Request(Request {
+            message: Message::new(request::SET_LOG_BASE, VERSION, &body),
+            fds: vec![Fd::Small],
+        }));
+        case.steps.push(Step::Kick(1));
+        live.run(&case);
+        let said = live.last_end();
+        let refused = said.contains("ends beyond its file, which has 0x2000");
+        // One that is too small for the guest's memory is refused by the protocol handler.
+        assert_eq!(refused, !fits, "{size:#x} bytes from {offset:#x} on: {said}");
+    }
 }

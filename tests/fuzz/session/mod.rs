@@ -47,6 +47,8 @@ pub struct Live {
     servers: Vec<Served>,
     /// Sessions of VMMs so far.
     sessions: u64,
+    /// How the session of the last case ended.
+    last_end: String,
     /// What the process had open when everything had been used once.
     baseline: Option<usize>,
     _runtime: tokio::runtime::Runtime,
@@ -95,6 +97,7 @@ impl Live {
             directory: tempfile::tempdir().expect("a directory"),
             servers: Vec::new(),
             sessions: 0,
+            last_end: String::new(),
             baseline: None,
             _runtime: runtime,
         }
@@ -103,7 +106,7 @@ impl Live {
     /// Runs a case, and the session after it; panics where one of them hangs or the second does not work.
     pub fn run(&mut self, case: &Case) {
         let (policy, mode) = (case.policy, case.mode);
-        self.with_session(policy, mode, |mut vmm| {
+        let ended = self.with_session(policy, mode, |mut vmm| {
             for step in &case.steps {
                 if !vmm.is_open() {
                     break;
@@ -116,11 +119,13 @@ impl Live {
             }
             vmm.has_spoken()
         });
-        let reason = self.with_session(policy, mode, |mut vmm| {
+        self.last_end = ended.map(|(_, detail)| detail).unwrap_or_default();
+        let next = self.with_session(policy, mode, |mut vmm| {
             vmm.boot_and_be_answered(policy, mode);
             true
         });
-        assert_eq!(reason, Some("vmm_closed"), "the session after the case");
+        let next = next.map(|(reason, _)| reason);
+        assert_eq!(next, Some("vmm_closed"), "the session after the case");
         self.check_device();
     }
 
@@ -130,7 +135,7 @@ impl Live {
         policy: AccessPlatform,
         mode: Mode,
         vmm: impl FnOnce(Vmm) -> bool,
-    ) -> Option<&'static str> {
+    ) -> Option<(&'static str, String)> {
         let started = match mode {
             Mode::Server => {
                 let at = match self
@@ -178,7 +183,7 @@ impl Live {
             Mode::Server => self.servers.push(started),
             Mode::Client => started.handle.shutdown(),
         }
-        end.map(|end| end.reason)
+        end.map(|end| (end.reason, end.detail))
     }
 
     /// A session thread of this device.
@@ -233,6 +238,11 @@ impl Live {
         }
         let files = std::fs::read_dir(self.directory.path()).map_or(0, Iterator::count);
         assert!(files <= 3 * 8, "{files} files beside the sockets");
+    }
+
+    /// How the session of the last case ended, in words; nothing if it never began.
+    pub fn last_end(&self) -> &str {
+        &self.last_end
     }
 
     /// Sessions of VMMs so far.
