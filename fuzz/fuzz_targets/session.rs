@@ -3,6 +3,7 @@
 #![no_main]
 
 #[path = "../../tests/fuzz/session/mod.rs"]
+#[allow(dead_code)] // the tests use the rest
 mod session;
 #[path = "../../tests/fuzz/steps.rs"]
 #[allow(dead_code)] // the gate alone uses the rest

@@ -110,10 +110,6 @@ impl Model {
                 !passage.message.needs_reply(),
                 "{passage:?}: who would read the answer?"
             );
-            if passage.message.request() == request::SET_VRING_ADDR {
-                let note = passage.note.expect("a repetition is noted");
-                assert!(note.iovas.is_some(), "{note:?}: why else would it be said again");
-            }
             self.deliver(&passage.message, passage.note, true, is_barrier);
         }
         if self.mode == Mode::Server && !acknowledged && !self.platform_seen {
@@ -140,10 +136,12 @@ impl Model {
                 );
                 assert_eq!(self.gate.translation().mode, TranslationMode::Translate);
                 self.check_operation(message, &operation, refusal.is_some());
+                self.check_barrier();
             }
             Then::Refuse(reason) => {
                 self.held = true;
                 assert!(!reason.is_empty() && reason.len() < MAX_REASON, "{reason}");
+                self.check_barrier();
                 assert!(
                     message.request() == request::IOTLB_MSG || message.flags() == VERSION | NEED_REPLY,
                     "{message:?} is refused, and nobody would hear of it"
@@ -285,6 +283,15 @@ impl Model {
                 }
             }
         }
+    }
+
+    /// What is answered by us waits for what the crate has not served.
+    fn check_barrier(&self) {
+        assert!(
+            self.sent.back().is_none_or(|sent| sent.barrier),
+            "it does not wait for {} messages",
+            self.sent.len()
+        );
     }
 
     /// The crate serves what it has, at most so many messages.
