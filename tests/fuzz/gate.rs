@@ -65,6 +65,8 @@ struct Model {
     protocol_features: u64,
     /// The memory that the crate was told of.
     regions: Vec<MemoryRegion>,
+    /// Rings that run, or will, with addresses that are taken for the VMM's.
+    plain: [bool; QUEUES],
     /// ACCESS_PLATFORM was acknowledged in this session.
     platform_seen: bool,
     /// An IOTLB message counted as evidence.
@@ -83,6 +85,7 @@ impl Model {
             features: 0,
             protocol_features: 0,
             regions: Vec::new(),
+            plain: [false; QUEUES],
             platform_seen: false,
             iotlb_seen: false,
         }
@@ -112,7 +115,8 @@ impl Model {
             );
             self.deliver(&passage.message, passage.note, true, is_barrier);
         }
-        if self.mode == Mode::Server && !acknowledged && !self.platform_seen {
+        let plain = self.gate.translation().mode == TranslationMode::None;
+        if self.mode == Mode::Server && plain && !self.platform_seen {
             let barriers = self.sent.iter().filter(|sent| sent.ours && !sent.barrier);
             assert_eq!(barriers.count(), 0, "a message of ours without a reason");
         }
@@ -174,6 +178,8 @@ impl Model {
                 let note = note.expect("each SET_VRING_ADDR that the crate may heed is noted");
                 assert_eq!(note.index, index as usize);
                 let translates = self.gate.translation().mode == TranslationMode::Translate;
+                // The crate refuses what is in no memory.
+                self.plain[note.index] = note.iovas.is_none() && !self.placeholder_is_impossible();
                 match note.iovas {
                     Some(_) => {
                         assert!(translates, "{note:?} while addresses are plain");
@@ -200,7 +206,13 @@ impl Model {
             (request::REM_MEM_REG, Body::MemoryRegion(region)) => self
                 .regions
                 .retain(|known| known.guest_address != region.guest_address),
-            (request::RESET_DEVICE, _) => self.features = 0,
+            (request::GET_VRING_BASE, Body::VringState { index, .. }) if (index as usize) < QUEUES => {
+                self.plain[index as usize] = false;
+            }
+            (request::RESET_DEVICE, _) => {
+                self.features = 0;
+                self.plain = [false; QUEUES];
+            }
             _ => {}
         }
         self.platform_seen |= self.acknowledged();
@@ -351,6 +363,7 @@ impl Model {
             self.gate = Gate::new(self.mode, self.policy);
             self.features = 0;
             self.regions.clear();
+            self.plain = [false; QUEUES];
             self.platform_seen = false;
             self.iotlb_seen = false;
         }
@@ -380,6 +393,11 @@ impl Model {
                 TranslationMode::Translate,
             ],
         };
+        assert!(
+            mode != TranslationMode::Translate || self.plain == [false; QUEUES],
+            "rings whose addresses are not translated: {:?}",
+            self.plain
+        );
         assert!(
             possible.contains(&mode),
             "{mode:?} under {:?}, IOTLB message seen: {}",

@@ -245,7 +245,12 @@ impl Gate {
                     Then::Replace(_) => None,
                     _ => self.fault(message, fds),
                 };
+                let was = self.translation.mode;
                 self.note(message);
+                // A ring that was set up before the feature was acknowledged must not stay as it is.
+                if was != TranslationMode::Translate && self.translation.mode == TranslationMode::Translate {
+                    self.say_addresses_again(&mut before);
+                }
                 self.await_answer(message, fault, false);
             }
             Then::Carry { .. } | Then::Refuse(_) => {

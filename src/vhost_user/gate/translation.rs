@@ -84,19 +84,13 @@ impl Gate {
     ) -> Then {
         let known = self.regions.as_deref().unwrap_or_default();
         let in_memory = ring_addresses_fault(known, addresses).is_none();
-        if self.translation.mode == TranslationMode::Undecided && !known.is_empty() {
-            self.translation = if in_memory {
-                Translation {
-                    mode: TranslationMode::Identity,
-                    evidence: Evidence::RingAddressesInMemory,
-                }
-            } else {
-                Translation {
-                    mode: TranslationMode::Translate,
-                    evidence: Evidence::RingAddressesOutsideMemory,
-                }
+        let undecided = self.translation.mode == TranslationMode::Undecided && !known.is_empty();
+        if undecided && in_memory {
+            self.translation = Translation {
+                mode: TranslationMode::Identity,
+                evidence: Evidence::RingAddressesInMemory,
             };
-        } else if self.translation.evidence == Evidence::RingAddressesInMemory && !in_memory {
+        } else if (undecided || self.translation.evidence == Evidence::RingAddressesInMemory) && !in_memory {
             self.translate(Evidence::RingAddressesOutsideMemory, before);
         }
         if self.policy == AccessPlatform::Iotlb
@@ -168,9 +162,13 @@ impl Gate {
                 evidence,
             },
         );
-        if was.mode != TranslationMode::Identity {
-            return;
+        if was.mode != TranslationMode::Translate {
+            self.say_addresses_again(before);
         }
+    }
+
+    /// Has rings whose addresses were taken for the VMM's set up anew with the same ones as IOVAs.
+    pub(super) fn say_addresses_again(&self, before: &mut Vec<Passage>) {
         for index in 0..QUEUES {
             let Some(message) = self.addressed.get(index).cloned().flatten() else {
                 continue;
