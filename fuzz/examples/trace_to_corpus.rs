@@ -1,6 +1,6 @@
 //! Turns the log of a vhost-user conversation into a case of the corpus.
 //!
-//! `cargo run --bin trace_to_corpus -- DIRECTORY LOG...` writes `DIRECTORY/NAME.case` for each log. Of a log's lines those
+//! `cargo run --example trace_to_corpus -- DIRECTORY LOG...` writes `DIRECTORY/NAME.case` for each log. Of a log's lines those
 //! count that have `qemu->us NAME FIELD...` in them; a run of more than [`MOST_ALIKE`] INVALIDATEs is cut short, since a
 //! guest that posts its buffers sends hundreds. The VMM's memory is taken to the address that the encoding has for it,
 //! and feature bits to those that are offered.
@@ -11,7 +11,7 @@ use std::path::Path;
 use vsock_sidecar::vhost_user::message::{NEED_REPLY, REQUEST_NAMES, VERSION, request};
 use vsock_sidecar::vhost_user::{AccessPlatform, Mode};
 
-#[path = "../../../tests/fuzz/steps.rs"]
+#[path = "../../tests/fuzz/steps.rs"]
 #[allow(dead_code)] // what decodes
 mod steps;
 
