@@ -179,7 +179,7 @@ impl Device {
         // A driver posts its buffers before it says that it is up, so this is a rare wait.
         let blank = index == RX
             && ring.position() == RingPosition::default()
-            && (unseen || ring.is_blank(view) == Ok(true));
+            && (unseen || ring.is_blank(view.without_asking()) == Ok(true));
         self.poll
             .registry()
             .register(
