@@ -200,6 +200,8 @@ struct RunningRing {
     told: bool,
     /// The guest has kicked since the last burst.
     kicked: bool,
+    /// There may be entries for which no kick will come. (Of the tx ring; what goes to the guest is known here.)
+    due: bool,
 }
 
 /// What keeps a ring from being served.
@@ -368,6 +370,7 @@ impl Device {
     fn handle_kick(&mut self, queue: usize) {
         if let Some(Some(running)) = self.rings.get_mut(queue) {
             running.kicked = true;
+            running.due = true;
             // The VMM may have answered without an UPDATE, and the driver have mapped what it had not.
             if running.ring.is_translated() {
                 self.translation.kicked();

@@ -1,15 +1,21 @@
+mod bench;
+mod translation;
+
 use super::*;
-use crate::guest::RingFault;
+use crate::guest::{Access, RingFault, RingParts};
 use crate::metrics::{LabelSets, RuleNames};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
 
-fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
-    let labels = LabelSets {
+fn labels() -> LabelSets {
+    LabelSets {
         refused: RefuseReason::LABELS,
         closed: CloseReason::LABELS,
         misbehavior: Misbehavior::LABELS,
         ring_errors: RingFault::LABELS,
-    };
+    }
+}
+
+fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
     let second = Duration::from_secs(1);
     spawn(DeviceConfig {
         name: "web".into(),
@@ -23,7 +29,7 @@ fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
         },
         router: Router::new(Vec::new()),
         dialer: Dialer::new(control.handle().clone()),
-        metrics: GuestMetrics::detached(&RuleNames::default(), &labels),
+        metrics: GuestMetrics::detached(&RuleNames::default(), &labels()),
     })
     .unwrap()
 }
