@@ -68,7 +68,7 @@ pub enum MemoryFault {
 
 /// One memory table's guest memory: cheap to clone, mapped as long as a clone lives.
 #[derive(Clone, Debug)]
-pub struct GuestRam(Arc<Memory>);
+pub struct GuestRam(pub(super) Arc<Memory>);
 
 impl GuestRam {
     /// Guest memory in which addresses of rings and buffers are guest-physical.
