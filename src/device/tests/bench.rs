@@ -16,7 +16,7 @@ use crate::vsock::{HEADER_LEN, Op, Port};
 /// Bytes of a page of either kind.
 pub const PAGE: u64 = 4096;
 /// Pages of guest memory.
-const PAGES: u64 = 512;
+pub const PAGES: u64 = 512;
 /// Where I/O virtual addresses begin: outside of guest memory, so that a mistake is not unseen.
 pub const IOVA: u64 = 0xfff0_0000;
 
@@ -26,8 +26,8 @@ pub const SIZE: u16 = 16;
 pub const PORT: u32 = 80;
 /// The guest's own port.
 pub const GUEST_PORT: u32 = 1234;
-/// Credit that the guest gives.
-const GUEST_BUFFER: u32 = 1 << 20;
+/// Credit that the guest gives, once for all of a test.
+const GUEST_BUFFER: u32 = 1 << 30;
 
 /// First page that is a ring's nor anything else's.
 pub const BUFFERS: u64 = 16;
@@ -183,6 +183,22 @@ impl Bench {
                 return;
             }
         }
+    }
+
+    /// One turn, after a wait of a millisecond at most.
+    pub fn turn(&mut self) {
+        let wait = Some(Duration::from_millis(1));
+        self.device.poll.poll(&mut self.events, wait).unwrap();
+        let now = self.now();
+        // What is left to do is done in the next.
+        let _ = self.device.cycle(now, &self.events);
+    }
+
+    /// The guest's memory, its rx ring and what the device tells, for a guest and VMM of another thread.
+    pub fn split(&mut self) -> (Arc<Memory>, DriverRing, mpsc::Receiver<DeviceEvent>) {
+        let rx = std::mem::replace(&mut self.rx, DriverRing::new(0));
+        let told = std::mem::replace(&mut self.told, mpsc::channel().1);
+        (Arc::clone(&self.memory), rx, told)
     }
 
     /// Cranks until something holds, which other threads may have to bring about.
@@ -399,7 +415,7 @@ impl Bench {
 }
 
 const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+pub const WRITE: u16 = 2;
 
 impl DriverRing {
     fn new(page: u64) -> DriverRing {
@@ -413,7 +429,7 @@ impl DriverRing {
     }
 
     /// Makes a chain available. Descriptors are taken in turn: a test has no more than the ring outstanding.
-    fn offer(&mut self, memory: &Memory, bufs: &[Buf], flags: u16) {
+    pub fn offer(&mut self, memory: &Memory, bufs: &[Buf], flags: u16) {
         let head = self.next_desc;
         for (i, (addr, len)) in bufs.iter().enumerate() {
             let index = self.next_desc;
@@ -433,7 +449,7 @@ impl DriverRing {
     }
 
     /// The first buffer's address and the used length of chains that came back.
-    fn used(&mut self, memory: &Memory) -> Vec<(u64, u32)> {
+    pub fn used(&mut self, memory: &Memory) -> Vec<(u64, u32)> {
         let at = |page: u64, offset: u64| GuestAddress(gpa(page) + offset);
         let mut used = Vec::new();
         loop {

@@ -1,4 +1,5 @@
 mod bench;
+mod invalidate;
 mod translation;
 
 use super::*;
