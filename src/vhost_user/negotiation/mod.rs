@@ -621,5 +621,5 @@ impl NegotiationWatch {
 }
 
 #[cfg(test)]
-#[path = "tests/negotiation.rs"]
+#[path = "../tests/negotiation.rs"]
 mod tests;
