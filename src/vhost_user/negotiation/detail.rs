@@ -34,19 +34,18 @@ pub(super) struct IotlbText {
 }
 
 impl IotlbText {
-    /// Bytes of `struct vhost_iotlb_msg` with its padding, and without.
-    const LENGTHS: std::ops::RangeInclusive<usize> = 26..=32;
-
     pub(super) fn of(message: &Message) -> IotlbText {
-        let body = message.body();
-        let u64_at = |at: usize| -> u64 {
-            body.get(at..at + 8)
-                .and_then(|bytes| bytes.try_into().ok())
-                .map_or(0, u64::from_ne_bytes)
+        let (kind, iova, size, perm) = match message.request_body() {
+            Body::Iotlb {
+                iova,
+                size,
+                perm,
+                kind,
+                ..
+            } => (kind, iova, size, perm),
+            _ => (0, 0, 0, 0),
         };
-        let byte = |at: usize| body.get(at).copied().unwrap_or(0);
-        let kind = match byte(25) {
-            _ if !IotlbText::LENGTHS.contains(&body.len()) => IotlbKind::Unknown(0),
+        let kind = match kind {
             1 => IotlbKind::Miss,
             2 => IotlbKind::Update,
             3 => IotlbKind::Invalidate,
@@ -55,9 +54,9 @@ impl IotlbText {
         };
         IotlbText {
             kind,
-            iova: u64_at(0),
-            size: u64_at(8),
-            perm: byte(24),
+            iova,
+            size,
+            perm,
         }
     }
 

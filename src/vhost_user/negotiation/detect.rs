@@ -3,14 +3,14 @@
 use std::time::{Duration, Instant};
 
 use super::detail::IotlbText;
-use super::layers::VIRTIO_F_ACCESS_PLATFORM;
 use super::watch::{DRIVER_PATIENCE, Inner};
 use super::{QUEUE_NAMES, VmmHint};
 use crate::device::DeviceEvent;
 use crate::device::handle::{MISS_PATIENCE, STORM};
 use crate::guest::{Access, MemoryFault, RingError};
 use crate::vhost_user::features::{
-    Features, PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_REPLY_ACK, VHOST_F_LOG_ALL, VIRTIO_F_VERSION_1,
+    Features, PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_REPLY_ACK, VHOST_F_LOG_ALL, VIRTIO_F_ACCESS_PLATFORM,
+    VIRTIO_F_VERSION_1,
 };
 use crate::vhost_user::message::{Body, Message, request};
 use crate::vhost_user::{AccessPlatform, Evidence, FindingCode, TranslationMode};

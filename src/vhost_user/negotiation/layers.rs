@@ -4,11 +4,11 @@ use serde::Serialize;
 
 use super::Negotiation;
 use super::recorder::Entry;
-use crate::vhost_user::features::{PROTOCOL_F_BACKEND_REQ, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES};
+use crate::vhost_user::features::{
+    PROTOCOL_F_BACKEND_REQ, VHOST_F_LOG_ALL, VHOST_USER_F_PROTOCOL_FEATURES, VIRTIO_F_ACCESS_PLATFORM,
+};
 use crate::vhost_user::{Features, TranslationMode};
 
-/// VIRTIO_F_ACCESS_PLATFORM.
-pub(super) const VIRTIO_F_ACCESS_PLATFORM: u64 = 1 << 33;
 /// What a VMM acknowledges for itself: bits of vhost, which no driver sees.
 const OF_THE_VMM: u64 = VHOST_F_LOG_ALL | VHOST_USER_F_PROTOCOL_FEATURES;
 
