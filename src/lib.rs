@@ -50,5 +50,6 @@ pub mod host;
 pub mod logging;
 pub mod metrics;
 pub mod sys;
+pub mod terminal;
 pub mod vhost_user;
 pub mod vsock;

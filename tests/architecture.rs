@@ -34,7 +34,18 @@ const ARROWS: &[(&str, &[&str])] = &[
             "vsock",
         ],
     ),
-    ("demo", &["app", "config", "embedded_guest", "logging", "metrics"]),
+    (
+        "demo",
+        &[
+            "app",
+            "config",
+            "embedded_guest",
+            "logging",
+            "metrics",
+            "terminal",
+        ],
+    ),
+    ("terminal", &[]),
     ("cli", &[]),
 ];
 
