@@ -45,6 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "terminal",
         ],
     ),
+    ("state", &["terminal"]),
     ("terminal", &[]),
     ("cli", &[]),
 ];
