@@ -6,7 +6,6 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -557,17 +556,4 @@ fn a_running_sidecar_is_asked_over_tcp_and_over_its_unix_socket() {
         let document: Value = serde_json::from_str(&out).unwrap();
         assert_eq!(document["guests"][0]["name"], "web");
     }
-}
-
-/// A process of the client's own that took the connection and says nothing is waited for some seconds, not for ever; a
-/// unix socket whose backlog is full does not even take it.
-#[test]
-fn who_never_answers_is_given_up() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("silent.sock");
-    let listener = UnixListener::bind(&path).unwrap();
-    let (code, out, said) = run(command(&["--admin", &format!("unix://{}", path.display())]));
-    assert_eq!((code, out.as_str()), (Some(1), ""));
-    assert!(said.contains("has not answered /state within 10 s"), "{said}");
-    drop(listener);
 }

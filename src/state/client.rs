@@ -169,3 +169,69 @@ fn describe(error: &(dyn std::error::Error + 'static)) -> String {
         .collect::<Vec<_>>()
         .join(": ")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    const SHORT: Bounds = Bounds {
+        connect: Duration::from_secs(20),
+        answer: Duration::from_millis(20),
+        bytes: 10,
+    };
+
+    /// Someone who takes connections and does what `then` says; its address.
+    fn somebody(then: impl FnOnce(UnixListener) + Send + 'static) -> (tempfile::TempDir, Address) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        std::thread::spawn(move || then(listener));
+        (dir, Address::Unix(path))
+    }
+
+    #[test]
+    fn who_takes_the_connection_and_says_nothing_is_given_up() {
+        let (_dir, address) = somebody(|listener| {
+            let (mut stream, _) = listener.accept().unwrap();
+            // Until the client has closed.
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        let error = fetch(&address, SHORT).unwrap_err();
+        assert!(matches!(error, Error::Silent { .. }), "{error}");
+        let text = error.to_string();
+        assert!(
+            text.contains("within 0.02 s") && text.contains(&address.to_string()),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn as_many_bytes_as_are_allowed_are_taken_and_not_one_more() {
+        let long = Bounds {
+            answer: Duration::from_secs(20),
+            ..SHORT
+        };
+        for (body, taken) in [("0123456789", true), ("01234567890", false)] {
+            let (_dir, address) = somebody(move |listener| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 1];
+                // An answer that came before its request would be refused.
+                stream.read_exact(&mut request).unwrap();
+                let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                stream.write_all(answer.as_bytes()).unwrap();
+                // Until the client has closed.
+                let _ = stream.read_to_end(&mut Vec::new());
+            });
+            match fetch(&address, long) {
+                Ok(text) => assert!(taken && text == body, "{text}"),
+                Err(error) => assert!(
+                    !taken && matches!(error, Error::TooLong { bytes: 10, .. }),
+                    "{error}"
+                ),
+            }
+        }
+    }
+}

@@ -10,8 +10,7 @@
 //! ```
 //!
 //! 1. What the sidecar sends is data of strangers: a VMM's program name, a peer's path, a message's text. Every string is
-//!    escaped ([`escaped`](crate::terminal::escaped)) on its way out of the document, so no code behind it has to think
-//!    of it.
+//!    escaped ([`escaped`]) on its way out of the document, so no code behind it has to think of it.
 //! 2. Client and sidecar may be of different versions. A key that is missing costs its line or its cell, never the command;
 //!    only a document without `guests` is refused.
 //! 3. Nothing is shown as known that is not: `–` stands for what the sidecar cannot tell yet, `·` for no.
