@@ -112,7 +112,7 @@ pub struct IotlbStats {
     pub misses: u64,
     /// Mappings that were dropped to make room.
     pub evictions: u64,
-    /// Misses that are sent and not answered.
+    /// Misses that are sent and not answered, or not by a translation nor a refusal.
     pub unanswered: u64,
     /// Misses for reading that the VMM has refused.
     pub faults_read: u64,
@@ -250,7 +250,7 @@ impl Iotlb {
         self.questions.get_mut().take(now)
     }
 
-    /// The miss that has waited longest for its answer, and since when.
+    /// The miss that has waited longest for its answer, or for a translation behind it, and since when.
     pub fn oldest_unanswered(&self) -> Option<(Miss, Instant)> {
         self.questions.borrow().oldest()
     }
