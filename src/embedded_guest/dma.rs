@@ -7,6 +7,7 @@
 //! - lazy (`iommu.strict=0`): ranges are collected, then everything is invalidated at once, and their addresses are used
 //!   again only then. The pages are used again before: what that mode gives up.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -221,6 +222,11 @@ impl Dma {
     #[cfg(test)]
     pub(super) fn channels(&self) -> &Arc<Channels> {
         &self.0.channels
+    }
+
+    /// The front-end's addresses of all pages that are mapped.
+    pub(super) fn mapped_user_pages(&self) -> HashSet<u64> {
+        self.0.iommu.user_pages()
     }
 
     /// The lowest address that is taken.

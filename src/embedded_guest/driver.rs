@@ -2,10 +2,12 @@
 //!
 //! Knows packets, not connections: that is [`Sockets`](super::Sockets). Not synchronised; one owner.
 
+mod areas;
+
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::dma::{Dma, DmaStats, IommuOptions};
+use super::dma::{Dma, IommuOptions};
 use super::error::{Error, Result};
 use super::fd::wait_readable;
 use super::front_end::RingSetup;
@@ -15,6 +17,9 @@ use super::shape::{RxLayout, Shape};
 use super::stats::{Stats, Violation};
 use super::virtqueue::{Segment, Table, Virtqueue};
 use crate::vsock::header::{HEADER_LEN, Header};
+
+pub use areas::Area;
+use areas::{Mapped, map, unmap};
 
 /// Index of the receive queue.
 pub const RX: u16 = 0;
@@ -97,20 +102,6 @@ pub struct Sent {
     /// Address of the packet's first byte: guest-physical, or an IOVA.
     pub gpa: u64,
 }
-
-/// A structure of the driver in memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Area {
-    /// The ring of a queue: descriptors, available ring, used ring.
-    Ring(u16),
-    /// The receive buffers.
-    RxBuffers,
-    /// The transmit buffers.
-    TxBuffers,
-}
-
-/// Buffers that are mapped in the IOMMU: addresses and lengths.
-type Mapped = Vec<(u64, usize)>;
 
 /// The driver. Fields that tests of hostile guests need are reachable through [`Driver::queue`].
 #[derive(Debug)]
@@ -241,14 +232,6 @@ impl Driver {
         let slots = self.options.tx_slots.clamp(1, self.options.queue_size);
         self.tx_idle = (0..slots).rev().collect();
         Ok(())
-    }
-
-    /// What the reset of a machine does to the vIOMMU while the rings still run: nothing is mapped any more, and the device
-    /// is told.
-    pub fn reset_iommu(&mut self) {
-        if let Some(dma) = &self.dma {
-            dma.reset(self.rings_end);
-        }
     }
 
     // ---- receiving -----------------------------------------------------------------------------------------------
@@ -632,54 +615,6 @@ impl Driver {
         &mut self.memory
     }
 
-    /// Pages of an area.
-    pub fn pages(&self, area: Area) -> usize {
-        self.area(area).len().div_ceil(PAGE)
-    }
-
-    /// A page of memory that nothing uses; answers its guest-physical address.
-    pub fn spare_page(&mut self) -> Result<u64> {
-        Ok(self.memory.allocate(PAGE, PAGE as u64)?.bus())
-    }
-
-    /// Moves page `page` of an area to the spare page at `gpa` while the device uses it: the addresses it knows stay, what
-    /// they mean changes. Answers the old page's guest-physical address. From then on the device touches it no more: it
-    /// holds `fill`, in every byte, until somebody breaks that rule. Fails without an IOMMU that maps pages.
-    pub fn move_page(&mut self, area: Area, page: usize, gpa: u64, fill: u8) -> Result<u64> {
-        let window = self.area(area).clone();
-        match &self.dma {
-            Some(dma) => dma.move_page(&self.memory, &window, page, gpa, &[fill; PAGE]),
-            None => Err(Error::Address { gpa, len: PAGE }),
-        }
-    }
-
-    /// Unmaps a buffer that the device still has, and waits until it has acknowledged: what follows is a fault of the
-    /// driver's making. Answers whether the receive buffer was mapped.
-    pub fn take_rx_buffer_away(&mut self, buffer: u16) -> bool {
-        match self.rx_mapped.get_mut(usize::from(buffer)) {
-            Some(mapped) if !mapped.is_empty() => {
-                unmap(self.dma.as_ref(), mapped);
-                true
-            }
-            _ => false,
-        }
-    }
-
-    /// What was done about the IOMMU so far; all zero without one.
-    pub fn dma_stats(&self) -> DmaStats {
-        self.dma.as_ref().map(Dma::stats).unwrap_or_default()
-    }
-
-    fn area(&self, area: Area) -> &Window {
-        match area {
-            Area::Ring(RX) => self.rx.window(),
-            Area::Ring(TX) => self.tx.window(),
-            Area::Ring(_) => self.event.window(),
-            Area::RxBuffers => &self.rx_area,
-            Area::TxBuffers => &self.tx_area,
-        }
-    }
-
     /// The options.
     pub fn options(&self) -> &DriverOptions {
         &self.options
@@ -718,25 +653,6 @@ impl Driver {
     /// Counts a fault that the layer above found.
     pub fn record(&mut self, violation: Violation) {
         self.stats.violations.record(violation);
-    }
-}
-
-/// What the device calls `len` bytes at `offset` of a window, for one use; behind an IOMMU they are mapped.
-fn map(dma: Option<&Dma>, window: &Window, offset: usize, len: usize, perm: u8, mapped: &mut Mapped) -> u64 {
-    let Some(dma) = dma else {
-        return window.bus() + offset as u64;
-    };
-    let addr = dma.map(window, offset, len, perm);
-    mapped.push((addr, len));
-    addr
-}
-
-/// Ends the use of what was mapped.
-fn unmap(dma: Option<&Dma>, mapped: &mut Mapped) {
-    for (addr, len) in mapped.drain(..) {
-        if let Some(dma) = dma {
-            dma.unmap(addr, len);
-        }
     }
 }
 

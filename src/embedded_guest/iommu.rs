@@ -7,7 +7,7 @@
 //!
 //! A table only. When the device is told of a change is [`Dma`](super::dma::Dma)'s business.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::memory::{PAGE, Region};
@@ -212,9 +212,9 @@ impl Iommu {
         }
     }
 
-    /// Pages that are mapped.
-    pub fn mapped_pages(&self) -> usize {
-        self.table().pages.len()
+    /// The front-end's addresses of the pages that are mapped one by one.
+    pub fn user_pages(&self) -> HashSet<u64> {
+        self.table().pages.values().map(|entry| entry.user_addr).collect()
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
