@@ -307,7 +307,7 @@ impl Channels {
                 turn.held.push(place);
                 self.conclude(place, Outcome::Held, false)?;
             }
-            Answer::Never => {}
+            Answer::Never => self.conclude(place, Outcome::Ignored, false)?,
         }
         Ok(owed)
     }
@@ -363,7 +363,7 @@ impl Channels {
         let mut seen = lock(&self.seen);
         seen.push(SeenMiss {
             miss,
-            outcome: Outcome::Ignored,
+            outcome: Outcome::Pending,
         });
         self.changed.notify_all();
         seen.len() - 1

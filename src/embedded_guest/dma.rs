@@ -164,6 +164,14 @@ impl Dma {
         }
     }
 
+    /// Takes away what the device may still use, and tells it. The addresses stay unused: they mean nothing for good.
+    pub(super) fn take_away(&self, iova: u64, len: usize) {
+        if self.maps_pages() {
+            let (first, size) = self.0.iommu.unmap(iova, len.max(1));
+            self.invalidate(first, size);
+        }
+    }
+
     /// The reset of the machine's vIOMMU: nothing is mapped any more, and the device is told in ranges as QEMU tells it,
     /// while its rings still run. Addresses below `keep` are free again.
     pub(super) fn reset(&self, keep: u64) {

@@ -82,6 +82,8 @@ pub enum Answer {
 /// What became of a miss.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outcome {
+    /// It is not answered yet.
+    Pending,
     /// The UPDATE was acknowledged.
     Mapped,
     /// The back-end refused the UPDATE.
@@ -98,8 +100,6 @@ pub enum Outcome {
     Held,
     /// Left alone.
     Ignored,
-    /// The session ended before.
-    Lost,
 }
 
 /// A miss and what became of it.

@@ -384,7 +384,7 @@ fn a_vmm_that_stops_the_ring_before_it_answers_the_miss_is_answered() {
             guest
                 .with_front_end(|f| {
                     let answered =
-                        |seen: &[SeenMiss]| seen.first().is_some_and(|s| s.outcome != Outcome::Ignored);
+                        |seen: &[SeenMiss]| seen.first().is_some_and(|s| s.outcome != Outcome::Pending);
                     f.unwrap().wait_misses(LONG, answered)
                 })
                 .unwrap();
@@ -622,10 +622,7 @@ fn iotlb_messages_that_make_no_sense_are_refused_and_the_session_lives() {
     }
     assert_eq!(sidecar.metric("vsock_sessions_total", &[]), 1.0);
     assert!(
-        sidecar.metric(
-            "vsock_vhost_user_request_errors_total",
-            &[("request", "iotlb_msg")]
-        ) >= 17.0,
+        sidecar.metric("vsock_vhost_user_request_errors_total", &[]) >= 17.0,
         "each is counted"
     );
     assert_lawful(&guest);

@@ -49,16 +49,17 @@ impl Driver {
         }
     }
 
-    /// Unmaps a buffer that the device still has, and waits until it has acknowledged: what follows is a fault of the
-    /// driver's making. Answers whether the receive buffer was mapped.
+    /// Unmaps a receive buffer that the device still has, and waits until it has acknowledged: what follows is a fault of
+    /// the driver's making. Its address means nothing from now on. Answers whether the buffer was mapped.
     pub fn take_rx_buffer_away(&mut self, buffer: u16) -> bool {
-        match self.rx_mapped.get_mut(usize::from(buffer)) {
-            Some(mapped) if !mapped.is_empty() => {
-                unmap(self.dma.as_ref(), mapped);
-                true
-            }
-            _ => false,
+        let mapped = self.rx_mapped.get_mut(usize::from(buffer)).map(std::mem::take);
+        let (Some(dma), Some(mapped)) = (&self.dma, mapped) else {
+            return false;
+        };
+        for (addr, len) in &mapped {
+            dma.take_away(*addr, *len);
         }
+        !mapped.is_empty()
     }
 
     /// What was done about the IOMMU so far; all zero without one.
