@@ -222,6 +222,9 @@ impl FrontEnd {
         if self.negotiated.offered & feature::PROTOCOL_FEATURES != 0 {
             self.negotiate_protocol_features()?;
         }
+        if self.has(protocol_feature::BACKEND_REQ) {
+            self.set_backend_channel()?;
+        }
         self.negotiated.guest_cid = self.read_guest_cid()?;
         Ok(())
     }

@@ -59,7 +59,7 @@ impl Quarantine {
 /// stale write would be seen in the page.
 #[test]
 fn after_an_invalidate_is_acknowledged_the_old_page_is_neither_read_nor_written() {
-    const MOVES: u64 = 4000;
+    const MOVES: u64 = 2500;
     for nested in [true, false] {
         let sidecar = served("auto");
         let guest = viommu(
@@ -193,7 +193,14 @@ fn memory_tables_change_amid_translated_transfers_and_nothing_is_lost() {
             sidecar.metric("vsock_iotlb_flushes_total", &[]) > flushes,
             "a change of memory flushes"
         );
-        assert_modest(&guest);
+        // A question that a flush made the device forget may be asked again, and answered twice: the second time perhaps
+        // after the buffer's use. That is a refusal nobody waits for, and the price of a rare thing.
+        let seen = guest.with_front_end(|f| f.unwrap().misses());
+        assert!(
+            seen.iter()
+                .all(|s| s.miss.is_exact() && s.outcome != Outcome::Denied),
+            "{seen:?}"
+        );
         assert_lawful(&guest);
         guest.shut_down().unwrap();
         sidecar.until_metric("vsock_session_active", &[], 0.0);
