@@ -311,7 +311,8 @@ fn a_refusal_holds_until_its_chain_has_failed() {
 
 #[test]
 fn what_the_vmm_says_of_a_page_ends_its_refusal() {
-    let says: [(&str, fn(&mut Iotlb), bool); 7] = [
+    type Says = fn(&mut Iotlb);
+    let says: [(&str, Says, bool); 7] = [
         ("mapped", |iotlb| iotlb.insert(page(0x5000, 0)), true),
         (
             "mapped with all around",
