@@ -241,7 +241,7 @@ impl Tab<'_> {
         }
     }
 
-    /// The text of an element as it is shown, its white space folded.
+    /// The text of an element as it is shown, its white space (thin spaces in numbers included) folded.
     pub fn text(&self, selector: &str) -> String {
         let text = self.eval(&format!(
             "document.querySelector({})?.innerText ?? ''",
@@ -281,7 +281,8 @@ impl Tab<'_> {
         );
     }
 
-    /// Lets so much time pass for the page as fast as it goes, its questions to the server included.
+    /// Lets so much time pass for the page as fast as it goes, its questions to the server included. After that, time stands
+    /// still for it until the next call.
     pub fn fast_forward(&self, time: Duration) {
         let budget = u64::try_from(time.as_millis()).unwrap();
         self.call(

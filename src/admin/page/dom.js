@@ -9,7 +9,14 @@ const SVG = 'http://www.w3.org/2000/svg';
 // `props`: attributes; besides, `key` (identity among siblings) and `on` (listeners).
 function h(tag, props, ...kids) {
   const shown = kids.flat(4).filter((kid) => kid !== null && kid !== undefined && kid !== false);
-  return { tag, props: props ?? {}, kids: shown.map((kid) => (typeof kid === 'object' ? kid : { text: String(kid) })) };
+  // An object of the data that looks like a description is none: only this function makes them.
+  return new Description(tag, props ?? {}, shown.map((kid) => (kid instanceof Description ? kid : { text: String(kid) })));
+}
+
+class Description {
+  constructor(tag, props, kids) {
+    Object.assign(this, { tag, props, kids });
+  }
 }
 
 function patch(parent, kids) {

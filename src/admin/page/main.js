@@ -29,24 +29,6 @@ const actions = {
   },
 };
 
-function show() {
-  try {
-    // A log that was read at its end goes on at its end.
-    const log = document.querySelector('.log');
-    const atEnd = log && log.scrollHeight - log.scrollTop - log.clientHeight < 4;
-    patch(find('app'), app().filter(Boolean));
-    if (atEnd) log.scrollTop = log.scrollHeight;
-  } catch (error) {
-    console.error(error);
-    patch(find('app'), [h('p', { class: 'banner bad' }, `This page cannot show what it received (${error.message}); /state has it as JSON.`)]);
-  }
-  patch(find('meta'), meta().filter(Boolean));
-  patch(find('status'), controls());
-  const errors = sum(guests().map((guest) => active(guest).filter((finding) => finding.severity === 'error').length));
-  const title = model.failure ? 'No answer · vsock-sidecar' : errors > 0 ? `${plural(errors, 'error')} · vsock-sidecar` : 'vsock-sidecar';
-  if (document.title !== title) document.title = title;
-}
-
 // Screen readers are told what changed, once; figures that move all the time are not read out.
 const told = { news: null, failed: false };
 function tell() {
@@ -65,6 +47,25 @@ function tell() {
   if (told.news) for (const [key, [what, sentence]] of news) if (told.news.get(key)?.[0] !== what) words.push(sentence);
   if (model.state) told.news = news;
   if (words.length > 0) patch(find('live'), words.slice(0, 5).map((word) => h('p', null, word)));
+}
+
+function show() {
+  try {
+    // A log that was read at its end goes on at its end.
+    const log = document.querySelector('.log');
+    const atEnd = log && log.scrollHeight - log.scrollTop - log.clientHeight < 4;
+    patch(find('app'), app().filter(Boolean));
+    tell();
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  } catch (error) {
+    console.error(error);
+    patch(find('app'), [h('p', { class: 'banner bad' }, `This page cannot show what it received (${error.message}); /state has it as JSON.`)]);
+  }
+  patch(find('meta'), meta().filter(Boolean));
+  patch(find('status'), controls());
+  const errors = sum(guests().map((guest) => active(guest).filter((finding) => finding.severity === 'error').length));
+  const title = model.failure ? 'No answer · vsock-sidecar' : errors > 0 ? `${plural(errors, 'error')} · vsock-sidecar` : 'vsock-sidecar';
+  if (document.title !== title) document.title = title;
 }
 
 async function ask() {
@@ -88,7 +89,6 @@ async function ask() {
     asking = null;
   }
   model.retry = Math.min(LONGEST, INTERVAL * 2 ** Math.min(model.failures, 6));
-  tell();
   show();
   schedule(model.failures > 0 ? model.retry : INTERVAL);
 }

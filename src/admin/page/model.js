@@ -4,10 +4,11 @@
 const WINDOW = 300; // seconds that are plotted
 const GAP = 12; // seconds between two samples beyond which nothing is known of the time between them
 
-const list = (value) => (Array.isArray(value) ? value : []);
+const values = (value) => (Array.isArray(value) ? value : []);
+const list = (value) => values(value).filter((one) => typeof one === 'object' && one !== null);
 const number = (value) => (typeof value === 'number' && Number.isFinite(value) ? value : null);
 const text = (value) => (value === null || value === undefined ? '' : String(value));
-const sum = (values) => values.reduce((total, value) => total + (number(value) ?? 0), 0);
+const sum = (all) => all.reduce((total, value) => total + (number(value) ?? 0), 0);
 const plural = (count, one, many) => `${integer(count)} ${count === 1 ? one : many ?? `${one}s`}`;
 
 // Digits in groups of three by a thin space: readable for everybody, whatever the locale.
@@ -63,13 +64,15 @@ const model = {
 const now = () => number(model.state?.now) ?? (model.received ?? 0) / 1000;
 const guests = () => list(model.state?.guests);
 const findings = (guest) => list(guest.session?.findings);
-const active = (guest) => findings(guest).filter((finding) => finding.active !== false);
+const rank = (finding) => SEVERITIES[finding.severity]?.rank ?? 0;
+// The gravest first; among equals as they came.
+const active = (guest) => findings(guest).filter((finding) => finding.active !== false).sort((a, b) => rank(b) - rank(a));
 const state = (guest) => text(guest.session?.state) || 'unknown';
 const open = (guest) => number(guest.device?.connectionCount);
 
 const rules = (guest) => [
-  ...list(guest.outbound).map((rule) => ({ ...rule, direction: 'out', key: `out ${rule.name}` })),
-  ...list(guest.inbound).map((rule) => ({ ...rule, direction: 'in', key: `in ${rule.name}` })),
+  ...list(guest.outbound).map((rule) => ({ ...rule, direction: 'out', key: `out ${text(rule.name)}` })),
+  ...list(guest.inbound).map((rule) => ({ ...rule, direction: 'in', key: `in ${text(rule.name)}` })),
 ];
 
 // Takes a document of /state that came at `at`, in seconds of a clock that only goes forward.
@@ -125,7 +128,7 @@ const latest = (guest) => samples(guest).at(-1);
 function selected() {
   const chosen = guests().find((guest) => guest.name === model.selected);
   if (chosen) return chosen;
-  const urgency = (guest) => Math.max(0, ...active(guest).map((finding) => SEVERITIES[finding.severity]?.rank ?? 0)) * 2 + (state(guest) === 'running');
+  const urgency = (guest) => Math.max(0, ...active(guest).map(rank)) * 2 + (state(guest) === 'running');
   const [first] = [...guests()].sort((a, b) => urgency(b) - urgency(a));
   model.selected = first?.name ?? null;
   return first;

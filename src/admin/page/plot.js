@@ -2,11 +2,11 @@
 
 const WIDTH = 600;
 
-// The smallest 1, 2 or 5 times a power of ten that holds every value.
+// The smallest round number that holds every value.
 function ceiling(values, least) {
   const top = Math.max(least, ...values);
   const power = 10 ** Math.floor(Math.log10(top));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= top * 0.999);
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= top * 0.999);
 }
 
 // Runs of samples whose value is known.

@@ -60,7 +60,7 @@ function findingCard(finding) {
   return h('li', { key: `${finding.code} ${finding.session}`, class: `finding ${past ? 'past' : text(finding.severity)}` },
     icon(severity.icon),
     h('div', null,
-      h('p', { class: 'seen' }, h('b', null, `${severity.word}${past ? ', over' : ''}: `), text(finding.seen)),
+      h('p', { class: 'seen' }, h('b', null, `${severity.word}${past ? ', no longer active' : ''}: `), text(finding.seen)),
       h('p', null, text(finding.meaning)),
       finding.remedy && h('p', { class: 'remedy' }, h('b', null, 'What to do: '), text(finding.remedy)),
       h('p', { class: 'small' }, mono(text(finding.code)), number(finding.since) !== null && ` since ${clock(finding.since)}, session ${text(finding.session)}`)));
@@ -72,7 +72,7 @@ function findingList(guest) {
   return h('section', { key: 'findings', class: 'findings', 'aria-label': 'Findings' },
     current.length > 0 && h('ul', { key: 'now' }, current.map(findingCard)),
     past.length > 0 && h('details', { key: 'past' },
-      h('summary', null, `${plural(past.length, 'finding')} of earlier, over`),
+      h('summary', null, `${plural(past.length, 'finding')} no longer active`),
       h('ul', null, past.map(findingCard))));
 }
 
@@ -109,7 +109,7 @@ function guestView(guest) {
     trafficCard(guest),
     h('div', { class: 'columns' },
       h('div', { class: 'column' }, connected && featureCard(session), memoryCard(session)),
-      h('div', { class: 'column' }, connected && translationCard(guest), connected && ringCard(guest), sessionCard(session))),
+      h('div', { class: 'column' }, connected && translationCard(guest), connected && ringCard(guest), sessionCard(session, connected))),
     guest.device && connectionCard(guest),
     recorderCard(session));
 }
@@ -131,11 +131,11 @@ function howToConnect(guest, session) {
 function trafficCard(guest) {
   const last = latest(guest);
   const all = rules(guest);
-  const big = (name, term, value, more) => h('div', { class: 'big' }, h('dt', null, swatch(name), term), h('dd', null, value, more && h('span', { class: 'quiet' }, more)));
+  const big = (name, term, value, more) => h('div', { class: 'big' }, h('dt', null, swatch(name), term), h('dd', null, value, more && [' ', h('span', { class: 'quiet' }, more)]));
   return card('Traffic', { class: 'wide' },
     h('dl', { class: 'bigs' },
-      big('up', 'guest → host', rate(last?.up), bytes(last?.total.up)),
-      big('down', 'host → guest', rate(last?.down), bytes(last?.total.down)),
+      big('up', 'guest → host', rate(last?.up), `${bytes(last?.total.up)} in all`),
+      big('down', 'host → guest', rate(last?.down), `${bytes(last?.total.down)} in all`),
       big('open', 'open connections', integer(open(guest)))),
     h('div', { class: 'plots' }, throughput(guest), connectionPlot(guest)),
     all.length === 0 ? h('p', { class: 'quiet' }, 'No rules: this guest reaches nothing, and nothing reaches it.')
@@ -148,7 +148,7 @@ function trafficCard(guest) {
 function ruleRow(guest, rule) {
   const traffic = rule.traffic ?? {};
   const speed = latest(guest)?.rates.get(rule.key);
-  const [first, last] = list(rule.ports);
+  const [first, last] = values(rule.ports);
   const ports = first === last ? `guest port ${text(first)}` : `guest ports ${text(first)}–${text(last)}`;
   const path = rule.direction === 'out' ? [ports, ' → ', mono(text(rule.to))]
     : [mono(text(rule.listen)), ' → ', rule.protocol === 'connect' ? 'the port that the client asks for' : `guest port ${text(rule.port)}`];
@@ -176,17 +176,17 @@ function mark(value) {
 
 // An older sidecar has no matrix, only the two sets that it is made of.
 function features(session) {
-  if (Array.isArray(session.features)) return session.features;
-  const offered = list(session.featuresOffered?.names);
-  const acked = list(session.featuresAcked?.names);
+  if (Array.isArray(session.features)) return list(session.features);
+  const offered = values(session.featuresOffered?.names);
+  const acked = values(session.featuresAcked?.names);
   return [...new Set([...offered, ...acked])].map((name) => ({ name, offered: offered.includes(name), vmm: acked.includes(name), driver: null, effective: null }));
 }
 
 function featureCard(session) {
   const rows = features(session);
   const protocol = session.protocol ?? session.layers?.protocol ?? { offered: session.protocolFeaturesOffered, acknowledged: session.protocolFeaturesAcked };
-  const offered = list(protocol?.offered?.names);
-  const acked = list(protocol?.acknowledged?.names);
+  const offered = values(protocol?.offered?.names);
+  const acked = values(protocol?.acknowledged?.names);
   const names = [...new Set([...offered, ...acked])];
   return card('Features', null,
     rows.length === 0 ? h('p', { class: 'quiet' }, 'None are agreed yet.')
@@ -221,12 +221,12 @@ function translationCard(guest) {
   const iotlb = guest.device?.iotlb;
   const [kind, symbol, words] = MODES[access.mode] ?? ['plain', 'unknown', text(access.mode)];
   const used = access.mode === 'translate' || access.updates > 0 || access.refusedMessages > 0 || iotlb?.entries > 0;
-  const share = iotlb?.lookups > 0 ? `${(100 * iotlb.hits / iotlb.lookups).toFixed(2)} % of ${integer(iotlb.lookups)} lookups` : null;
+  const share = iotlb?.lookups > 0 ? `${(Math.floor(10000 * iotlb.hits / iotlb.lookups) / 100).toFixed(2)} % of ${integer(iotlb.lookups)} lookups` : null;
   const oldest = number(iotlb?.oldestUnansweredSeconds) === null ? '' : `, the oldest for ${duration(iotlb.oldestUnansweredSeconds)}`;
   const faults = (iotlb?.faultsRead ?? 0) + (iotlb?.faultsWrite ?? 0);
   return card('Address translation', null,
     h('p', { class: 'mode' }, pill(kind, symbol, words), h('span', { class: 'small quiet' }, 'accessPlatform: ', mono(text(access.policy)))),
-    access.why && h('p', { key: 'why' }, text(access.why), ' ', h('span', { class: 'small quiet' }, 'evidence: ', mono(text(access.evidence)))),
+    access.why && h('p', { key: 'why', class: 'sentence' }, text(access.why), ' ', h('span', { class: 'small quiet' }, 'evidence: ', mono(text(access.evidence)))),
     facts([
       ['Backend channel', access.backendChannel === undefined ? null : access.backendChannel ? 'open' : 'none'],
       ...(used ? [
@@ -274,7 +274,7 @@ function memoryCard(session) {
       regions.map((region) => ({ key: region.guestAddress, cells: [mono(hex(region.guestAddress)), memory(region.size), mono(hex(region.userAddress))] })))));
 }
 
-function sessionCard(session) {
+function sessionCard(session, connected) {
   const errors = list(session.sessionErrors).filter((error) => error.count > 0).map((error) => `${integer(error.count)} ${error.reason}`);
   const requests = list(session.requests).filter((request) => request.count > 0);
   const end = session.lastEnd;
@@ -286,7 +286,7 @@ function sessionCard(session) {
       ['Queues asked for', session.queueCount > 0 && integer(session.queueCount)],
       ['Ended by errors', errors.length > 0 && errors.join(', ')],
       ['Turned away', session.rejectedConnections > 0 && `${integer(session.rejectedConnections)} while another VMM had the session`],
-      ['Last end', end && [`session ${text(end.session)}: ${text(end.detail) || text(end.reason)} `, mono(text(end.reason))]],
+      ['Last end', end && connected && [`session ${text(end.session)}: ${text(end.detail) || text(end.reason)} `, mono(text(end.reason))]],
     ]),
     requests.length > 0 && h('details', { key: 'requests' },
       h('summary', null, `${plural(sum(requests.map((request) => request.count)), 'request')} since the process began`),
@@ -329,7 +329,7 @@ function recorderCard(session) {
   if (messages.length === 0) return null;
   const seen = model.shown.recorder;
   return h('details', { key: 'recorder', class: 'card wide recorder', on: { toggle: actions.recorder } },
-    h('summary', null, h('h3', null, 'Flight recorder'), h('span', { class: 'quiet' }, `the last ${plural(messages.length, 'message')} between VMM and device`)),
+    h('summary', null, h('h3', null, 'Flight recorder'), ' ', h('span', { class: 'quiet' }, `the last ${plural(messages.length, 'message')} between VMM and device`)),
     seen && scroller('Messages, oldest first', { class: 'log' }, table('Messages between VMM and device, oldest first', null, [
       { name: 'Time' }, { name: 'Way' }, { name: 'Message', head: true }, { name: 'Particulars' }, { name: 'Outcome' },
     ], messages.map((message, at) => {
@@ -350,7 +350,7 @@ const link = (guest) => `#guest=${encodeURIComponent(guest.name)}`;
 function worst(guest) {
   const current = active(guest);
   if (current.length === 0) return h('span', { class: 'quiet' }, 'none');
-  const [first] = [...current].sort((a, b) => (SEVERITIES[b.severity]?.rank ?? 0) - (SEVERITIES[a.severity]?.rank ?? 0));
+  const [first] = current;
   return h('span', { class: `severity ${text(first.severity)}` }, icon(SEVERITIES[first.severity]?.icon), plural(current.length, text(SEVERITIES[first.severity]?.word ?? first.severity).toLowerCase(), 'findings'));
 }
 
