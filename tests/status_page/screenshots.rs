@@ -45,6 +45,16 @@ fn pictures_of_every_state_are_made() {
             sidecar.asked()
         );
         tab.is_clean(&sidecar.origin);
+        if name == "running" {
+            tab.size(1280, 800);
+            tab.prefers("light");
+            tab.eval("document.querySelectorAll('details').forEach((details) => { details.open = true })");
+            tab.fast_forward(Duration::from_secs(4));
+            fs::write(dir.join("running-opened.png"), decode(&tab.picture())).unwrap();
+            sidecar.hangs(true);
+            tab.fast_forward(Duration::from_secs(4));
+            fs::write(dir.join("running-stale.png"), decode(&tab.picture())).unwrap();
+        }
     }
 }
 

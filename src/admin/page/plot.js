@@ -46,11 +46,12 @@ function canvas(height, label, ...kids) {
 
 const grid = (y, name) => h('path', { class: `grid ${name ?? ''}`, d: `M0 ${y}H${WIDTH}` });
 
+// `top` and `bottom`: what the upper and the lower edge stand for.
 function figure(caption, top, bottom, plot) {
   return h('figure', null,
-    h('figcaption', null, caption),
-    h('div', { class: 'plotted' }, plot, h('span', { class: 'tick top' }, top), bottom && h('span', { class: 'tick bottom' }, bottom)),
-    h('div', { class: 'axis', 'aria-hidden': 'true' }, h('span', null, '5 min ago'), h('span', null, 'now')));
+    h('figcaption', null, caption, h('span', { 'aria-hidden': 'true' }, top)),
+    plot,
+    h('div', { class: 'axis', 'aria-hidden': 'true' }, h('span', null, '5 min ago'), h('span', null, bottom), h('span', null, 'now')));
 }
 
 // What leaves the guest goes up from the middle, what enters it goes down: two directions without two colours.
@@ -58,8 +59,9 @@ function throughput(guest) {
   const points = samples(guest);
   const top = ceiling(points.flatMap((point) => [point.up ?? 0, point.down ?? 0]), 1000);
   const last = latest(guest);
+  const edge = rate(top).replace('.0 ', ' ');
   const label = `Throughput in the last five minutes. Now ${rate(last?.up)} from guest to host and ${rate(last?.down)} from host to guest.`;
-  return figure('Throughput', `↑ ${rate(top)} guest → host`, `↓ ${rate(top)} host → guest`,
+  return figure('Throughput', `↑ guest → host, up to ${edge}`, `↓ host → guest, up to ${edge}`,
     canvas(200, label, grid(1), grid(100, 'zero'), grid(199),
       curve(points, (point) => point.up, -98 / top, 100, 'up'),
       curve(points, (point) => point.down, 98 / top, 100, 'down')));
@@ -69,7 +71,7 @@ function connectionPlot(guest) {
   const points = samples(guest);
   const top = ceiling(points.map((point) => point.open ?? 0), 5);
   const label = `Open connections in the last five minutes. Now ${integer(open(guest))}.`;
-  return figure('Connections', integer(top), null,
+  return figure('Connections', `up to ${integer(top)}`, null,
     canvas(200, label, grid(1), grid(100), grid(199, 'zero'), curve(points, (point) => point.open, -197 / top, 199, 'open')));
 }
 

@@ -195,7 +195,7 @@ function featureCard(session) {
       ], rows.map((feature) => ({
         key: feature.name, class: feature.effective ? 'on' : null,
         cells: [
-          [h('span', { class: 'feature' }, text(feature.name)), h('span', { class: 'small quiet' }, [number(feature.bit) !== null && `bit ${feature.bit}`, MEANINGS[feature.name]].filter(Boolean).join(': '))],
+          [h('span', { class: 'feature' }, text(feature.name).split('_').map((part, at) => [at > 0 && ['_', h('wbr')], part])), h('span', { class: 'small quiet' }, [number(feature.bit) !== null && `bit ${feature.bit}`, MEANINGS[feature.name]].filter(Boolean).join(': '))],
           mark(feature.offered), mark(feature.vmm), mark(feature.driver), mark(feature.effective),
         ],
       }))),
