@@ -1,4 +1,4 @@
-//! The admin server: `/metrics`, probes and state over HTTP/1, on TCP and unix sockets at once.
+//! The admin server: `/metrics`, probes, state and the status page over HTTP/1, on TCP and unix sockets at once.
 //!
 //! It has its own thread and its own current-thread runtime, so that probes answer whatever the device threads
 //! do, and it sees the rest of the program only as values ([`Source`]). Strangers may reach it, so everything
@@ -20,6 +20,7 @@ use std::time::Duration;
 
 mod connection;
 mod listen;
+mod page;
 pub mod readiness;
 mod routes;
 mod server;
