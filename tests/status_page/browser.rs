@@ -172,7 +172,7 @@ impl Drop for Browser {
     fn drop(&mut self) {
         // Its children end with it, and it ends them best itself.
         if !thread::panicking() {
-            self.send(u64::MAX >> 12, None, "Browser.close", json!({}));
+            self.send(self.calls.get() + 1, None, "Browser.close", json!({}));
             let deadline = Instant::now() + Duration::from_secs(10);
             while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
                 thread::sleep(Duration::from_millis(10));

@@ -1,11 +1,11 @@
 //! That the page can be read: on a phone, in the dark, with a keyboard, by a screen reader.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::browser::{Browser, Tab};
-use crate::sidecar::{Sidecar, device_silent, draining, finding, many, running, waiting};
+use crate::sidecar::{Named, Sidecar, device_silent, draining, finding, many, running, waiting};
 
-const STATES: [(&str, fn() -> Value); 6] = [
+const STATES: [Named; 6] = [
     ("waiting", waiting),
     ("running", running),
     ("finding", finding),

@@ -4,10 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde_json::Value;
-
 use crate::browser::Browser;
-use crate::sidecar::{Sidecar, draining, finding, many, running, waiting, with_traffic};
+use crate::sidecar::{Named, Sidecar, draining, finding, many, running, waiting, with_traffic};
 
 #[test]
 fn pictures_of_every_state_are_made() {
@@ -17,7 +15,7 @@ fn pictures_of_every_state_are_made() {
         .unwrap()
         .join("status-page");
     fs::create_dir_all(&dir).unwrap();
-    let states: [(&str, fn() -> Value); 5] = [
+    let states: [Named; 5] = [
         ("waiting", waiting),
         ("running", running),
         ("finding", finding),

@@ -10,6 +10,9 @@ use vsock_sidecar::admin::{Admin, AdminHandle, AdminServer, Answer, Check, Limit
 use vsock_sidecar::config::ListenAddress;
 use vsock_sidecar::drain::Drain;
 
+/// A state and what pictures and failures call it.
+pub type Named = (&'static str, fn() -> Value);
+
 /// A guest that waits for its VMM.
 pub fn waiting() -> Value {
     serde_json::from_str(include_str!("fixtures/waiting.json")).unwrap()

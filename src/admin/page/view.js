@@ -376,7 +376,7 @@ function app() {
   if (model.failure) {
     parts.push(h('div', { key: 'failure', class: 'banner bad' }, icon('alert'),
       h('span', null, h('b', null, model.state ? 'Not up to date. ' : 'Nothing to show. '), model.failure, ' ',
-        model.state && `What you see is of ${clock(model.received / 1000)}. `, `Tries again every ${duration(model.retry / 1000).replace('.0', '')}.`),
+        model.state && `What you see is of ${clock(model.received / 1000)}. `, `Tries again in ${duration(model.retry / 1000).replace('.0', '')}.`),
       h('button', { type: 'button', on: { click: actions.retry } }, 'Try now')));
   }
   if (!model.state) return [...parts, !model.failure && h('p', { class: 'quiet' }, 'Reading the state …')];
