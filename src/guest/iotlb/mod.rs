@@ -42,7 +42,7 @@ mod tests;
 ///
 /// A chain can be served when all that it needs is mapped at once, and it asks for that little by little, while others ask,
 /// too. So that it does not lose the first page before it has the last, what two chains (`MAX_PIECES` of chain.rs
-/// and an indirect table of 5 pages each) and two rings of 1024 (10 pages each) need must fit: 4126. The kernel's default
+/// and an indirect table of 5 pages each) and two rings of 1024 (11 pages each) need must fit: 4128. The kernel's default
 /// is 2048 (`max_iotlb_entries`, drivers/vhost/vhost.c). Linux's driver keeps about 300 pages mapped; at 4 KiB each 8192 are a
 /// working set of 32 MiB and 1 MiB of ours.
 pub const CAPACITY: usize = 8192;
