@@ -23,7 +23,7 @@ use super::{Miss, Permission};
 /// emulates has smaller pages.
 pub(super) const PAGE: u64 = 4096;
 
-/// Questions that may be open. The used, available and descriptor pages of two rings of 1024 are 20; a packet of 64 KiB is 17 or
+/// Questions that may be open. The used, available and descriptor pages of two rings of 1024 are 22; a packet of 64 KiB is 17 or
 /// 18 pages. More must wait until some are answered: each is a message to the VMM, at a guest's will.
 pub(super) const MAX_OPEN: usize = 64;
 

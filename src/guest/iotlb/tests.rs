@@ -200,7 +200,7 @@ fn the_oldest_goes_when_there_are_too_many() {
 
 #[test]
 fn two_of_the_largest_chains_and_two_rings_fit() {
-    let needed = 2 * (super::super::chain::MAX_PIECES as u64 + 5) + 20;
+    let needed = 2 * (super::super::chain::MAX_PIECES as u64 + 5) + 22;
     let mut iotlb = Iotlb::new();
     for i in 0..needed {
         iotlb.insert(page(i * PAGE, (needed - i) * PAGE));
