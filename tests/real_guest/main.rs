@@ -5,6 +5,7 @@
 //! nothing but Rust; as another user it says what to install. There is no silent way around it; a developer who has no use
 //! for it now sets `VSOCK_TEST_NO_VM=1`, which CI refuses. `VSOCK_TEST_SCENARIO=reboot` runs the scenarios of that name.
 
+#[path = "../vm/mod.rs"]
 mod vm;
 
 use std::io::{ErrorKind, Read, Write};
