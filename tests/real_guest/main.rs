@@ -5,6 +5,7 @@
 //! nothing but Rust; as another user it says what to install. There is no silent way around it; a developer who has no use
 //! for it now sets `VSOCK_TEST_NO_VM=1`, which CI refuses. `VSOCK_TEST_SCENARIO=reboot` runs the scenarios of that name.
 
+mod iommu;
 #[path = "../vm/mod.rs"]
 mod vm;
 
@@ -15,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
-use vm::lab::{BULK, CID, DRAIN, GUEST, Lab, SECOND_SOURCE_SEED, SOURCE_SEED, Suite, port};
+use vm::lab::{BULK, CID, DRAIN, GUEST, Lab, SECOND_SOURCE_SEED, SOURCE_SEED, Setup, Suite, port};
 use vm::pattern::Digest;
 use vm::service::{connect_tcp, connect_unix, exchange, receive, send};
 use vm::wait_until;
@@ -28,24 +29,33 @@ const CLOSED: Duration = Duration::from_secs(3);
 
 #[test]
 fn linux_6_1() {
-    scenarios("6.1");
+    in_labs(Setup::plain("6.1"), everything);
 }
 
 #[test]
 fn linux_6_12() {
-    scenarios("6.12");
+    in_labs(Setup::plain("6.12"), everything);
 }
 
-fn scenarios(kernel: &str) {
+/// Runs scenarios, unless told not to.
+fn in_labs(setup: Setup, scenarios: impl FnOnce(&mut Suite)) {
     if std::env::var_os("VSOCK_TEST_NO_VM").is_some() {
         assert!(
             std::env::var_os("CI").is_none(),
             "CI runs the real guest: unset VSOCK_TEST_NO_VM"
         );
-        vm::lab::tell(&format!("Linux {kernel}: left out, as VSOCK_TEST_NO_VM says"));
+        vm::lab::tell(&format!(
+            "Linux {}{}: left out, as VSOCK_TEST_NO_VM says",
+            setup.kernel, setup.name
+        ));
         return;
     }
-    let mut suite = Suite::new(kernel);
+    let mut suite = Suite::new(setup);
+    scenarios(&mut suite);
+    suite.finish();
+}
+
+fn everything(suite: &mut Suite) {
     suite.run("the guest reads its CID from the device", cid);
     suite.run("the guest reaches TCP and unix services", outbound);
     suite.run(
@@ -75,8 +85,11 @@ fn scenarios(kernel: &str) {
     suite.run("the driver is unloaded and loaded", reload);
     suite.run("the guest reboots under open connections", reboot);
     suite.run("the VMM is killed in the middle of a transfer", vmm_killed);
+    suite.run(
+        "without an IOMMU not one IOTLB message came",
+        iommu::nothing_is_translated,
+    );
     suite.run("SIGTERM with open connections", sigterm);
-    suite.finish();
 }
 
 fn cid(lab: &mut Lab) {

@@ -1,0 +1,322 @@
+//! The guest's memory behind an IOMMU: the driver acknowledges VIRTIO_F_ACCESS_PLATFORM, rings and buffers have I/O virtual
+//! addresses, and the sidecar asks QEMU what these mean.
+//!
+//! Every scenario ends with a look at the guest's console (`vm::lab`): an access to what the driver had not mapped, or not
+//! for that, is a fault that its kernel tells of. Bytes are compared as everywhere in these tests, so a page that is used
+//! after its unmapping shows as different data.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::vm::lab::{GUEST, Lab, Setup, Suite, port, tell};
+use super::vm::qemu::Options;
+use super::vm::wait_until;
+use super::{everything_works, in_labs};
+
+/// VIRTIO_F_ACCESS_PLATFORM.
+const ACCESS_PLATFORM: u64 = 1 << 33;
+
+/// Linux asks QEMU's IOMMU for a flush at every map and unmap: with `caching-mode` it has no other mode.
+#[test]
+fn linux_6_1_behind_a_strict_intel_iommu() {
+    in_labs(intel("6.1", " behind intel-iommu, strict", true, 1), |suite| {
+        under_load(suite, "DMA");
+        ends(suite);
+    });
+}
+
+/// The guest asks for lazy flushes; its kernel says `IOMMU batching disallowed due to virtualization`.
+#[test]
+fn linux_6_12_behind_a_lazy_intel_iommu_with_caching_mode() {
+    in_labs(intel("6.12", " behind intel-iommu, lazy", true, 0), |suite| {
+        under_load(suite, "DMA");
+        ends(suite);
+    });
+}
+
+/// Without `caching-mode` lazy is lazy: mappings live on after their unmapping, and end by flushes of everything.
+#[test]
+fn linux_6_12_behind_an_intel_iommu_that_flushes_everything_at_times() {
+    let setup = intel("6.12", " behind intel-iommu, lazy, no caching-mode", false, 0);
+    in_labs(setup, |suite| under_load(suite, "DMA-FQ"));
+}
+
+/// Another IOMMU, which tells of unmappings in another way. Linux 6.1 of Debian has no driver for it.
+#[test]
+fn linux_6_12_behind_a_virtio_iommu() {
+    let setup = Setup {
+        name: " behind virtio-iommu",
+        access_platform: "iotlb",
+        machine: Options {
+            device: ",disable-legacy=on,iommu_platform=on".to_owned(),
+            kernel_line: "iommu=nopt iommu.strict=1".to_owned(),
+            arguments: ["-device", "virtio-iommu-pci"].map(String::from).into(),
+            ..Options::default()
+        },
+        ..Setup::plain("6.12")
+    };
+    in_labs(setup, |suite| under_load(suite, "DMA"));
+}
+
+/// The machine has an IOMMU and its guest uses it, only not for this device.
+#[test]
+fn linux_6_12_beside_an_intel_iommu() {
+    let mut setup = intel("6.12", " beside intel-iommu", true, 1);
+    setup.machine.device = ",disable-legacy=on".to_owned();
+    in_labs(setup, |suite| {
+        suite.run("a device that is not behind the IOMMU is used as ever", |lab| {
+            assert_eq!(lab.vm().ok("iommu").text("domain"), "DMA");
+            everything_works(lab);
+            nothing_is_translated(lab);
+        });
+    });
+}
+
+#[test]
+fn linux_6_12_behind_an_intel_iommu_and_access_platform_off() {
+    let setup = Setup {
+        access_platform: "off",
+        ..intel("6.12", " behind intel-iommu, accessPlatform: off", true, 1)
+    };
+    in_labs(setup, |suite| {
+        suite.run("the VMM is refused and told why; the next one is served", refused);
+    });
+}
+
+/// QEMU's model of VT-d with what a vhost device needs of it, and a guest that translates every access of every device.
+fn intel(kernel: &'static str, name: &'static str, caching_mode: bool, strict: u8) -> Setup {
+    let caching_mode = if caching_mode { "on" } else { "off" };
+    let iommu = format!("intel-iommu,intremap=off,caching-mode={caching_mode},device-iotlb=on");
+    Setup {
+        name,
+        machine: Options {
+            device: ",disable-legacy=on,iommu_platform=on,ats=on".to_owned(),
+            kernel_line: format!("intel_iommu=on iommu=nopt iommu.strict={strict}"),
+            arguments: vec!["-device".to_owned(), iommu],
+            ..Options::default()
+        },
+        ..Setup::plain(kernel)
+    }
+}
+
+/// What flows is right, and nothing was accessed that was not to be. `domain` is what the guest's kernel calls the way in
+/// which it uses the IOMMU.
+fn under_load(suite: &mut Suite, domain: &'static str) {
+    suite.run(
+        "the driver's addresses are translated, and `/state` says why",
+        |lab| {
+            let answer = lab.vm().ok("iommu");
+            assert_eq!(answer.text("domain"), domain);
+            let features = u64::from_str_radix(answer.text("features"), 16).unwrap();
+            assert_ne!(features & ACCESS_PLATFORM, 0, "{features:x}");
+            translated(lab);
+        },
+    );
+    suite.run("the guest reaches TCP and unix services", super::outbound);
+    suite.run(
+        "64 MiB from guest to host, whatever the size of a write",
+        super::bulk_to_host,
+    );
+    suite.run("64 MiB from host to guest", super::bulk_to_guest);
+    suite.run(
+        "a unix listener leads to the port that CONNECT names",
+        super::inbound_connect,
+    );
+    suite.run("100 connections at once, from either side", super::hundred);
+    suite.run("connections come and go", super::churn);
+    suite.run("what was sent before a close arrives", super::close_with_data);
+    suite.run("every translation was asked for once, and none refused", |lab| {
+        lab.wait_for_silence();
+        counters_moved(lab);
+        let log = lab.qemu_log();
+        let complaint = log
+            .lines()
+            .find(|line| line.contains("vtd_") || line.contains("iotlb"));
+        assert!(complaint.is_none(), "QEMU complains: {complaint:?}");
+    });
+    // Rings come back at the same I/O virtual addresses, in other memory, and QEMU has told nothing of it.
+    suite.run(
+        "the driver lets go of the device and takes it again",
+        super::rebind,
+    );
+    suite.run("the driver is unloaded and loaded", super::reload);
+    suite.run("after all that addresses are translated", translated);
+}
+
+/// What comes in the middle of everything.
+fn ends(suite: &mut Suite) {
+    // QEMU resets the IOMMU under running rings: a storm of invalidations, then the rings stop.
+    suite.run("the guest reboots under open connections", |lab| {
+        super::reboot(lab);
+        translated(lab);
+    });
+    suite.run("the VMM is killed in the middle of a transfer", |lab| {
+        super::vmm_killed(lab);
+        translated(lab);
+    });
+    suite.run("SIGTERM with open connections", super::sigterm);
+}
+
+/// The session says that it translates, and what makes it do so.
+fn translated(lab: &mut Lab) {
+    let state = lab.state();
+    let platform = &state["session"]["accessPlatform"];
+    assert_eq!(platform["mode"], "translate", "{platform:#}");
+    let evidence = platform["evidence"].as_str().unwrap_or_default();
+    match platform["policy"].as_str() {
+        Some("auto") => assert!(
+            ["iotlb_message", "ring_addresses_outside_memory"].contains(&evidence),
+            "{platform:#}"
+        ),
+        policy => assert_eq!((policy, evidence), (Some("iotlb"), "configured"), "{platform:#}"),
+    }
+    assert_eq!(platform["backendChannel"], true, "{platform:#}");
+    assert!(
+        platform["why"].as_str().is_some_and(|why| !why.is_empty()),
+        "{platform:#}"
+    );
+
+    let features = state["session"]["features"]
+        .as_array()
+        .expect("a list of features");
+    let bit = features.iter().find(|feature| feature["bit"] == 33);
+    let bit = bit.unwrap_or_else(|| panic!("no bit 33 in {features:#?}"));
+    for layer in ["offered", "vmm", "driver", "effective"] {
+        assert_eq!(bit[layer], true, "{layer}: {bit:#}");
+    }
+    for ring in state["device"]["rings"].as_array().expect("a list of rings") {
+        assert_eq!(ring["translated"], true, "{ring:#}");
+        assert_eq!(ring["heldBy"], Value::Null, "{ring:#}");
+    }
+    let wrong: Vec<&Value> = active_findings(&state)
+        .filter(|it| it["severity"] != "info")
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// The counts fit one another and what was done: more than 64 MiB each way, which is more than 16384 pages.
+fn counters_moved(lab: &mut Lab) {
+    let state = lab.state();
+    let (session, iotlb) = (&state["session"]["accessPlatform"], &state["device"]["iotlb"]);
+    tell(&format!("  IOTLB: {iotlb}"));
+    for (counter, at_least) in [("updates", 16384), ("missesSent", 16384), ("invalidations", 2)] {
+        assert!(
+            session[counter].as_u64() >= Some(at_least),
+            "{counter}: {session:#}"
+        );
+    }
+    for counter in ["missesRefused", "refusedMessages"] {
+        assert_eq!(session[counter], 0, "{counter}: {session:#}");
+    }
+    for counter in [
+        "entries",
+        "mappedBytes",
+        "lookups",
+        "hits",
+        "misses",
+        "updates",
+        "invalidations",
+    ] {
+        assert!(iotlb[counter].as_u64() > Some(0), "{counter}: {iotlb:#}");
+    }
+    for counter in ["faultsRead", "faultsWrite", "unanswered"] {
+        assert_eq!(iotlb[counter], 0, "{counter}: {iotlb:#}");
+    }
+    assert_eq!(iotlb["oldestUnansweredSeconds"], Value::Null, "{iotlb:#}");
+    let labels = [("guest", GUEST)];
+    for family in ["vsock_iotlb_updates_total", "vsock_iotlb_invalidations_total"] {
+        assert!(lab.sidecar.metric(family, &labels) > 0.0, "{family}");
+    }
+    assert_eq!(lab.sidecar.metric("vsock_iotlb_faults_total", &labels), 0.0);
+    assert_eq!(lab.sidecar.metric("vsock_iotlb_unanswered_misses", &labels), 0.0);
+    // QEMU sends UPDATE as an answer, and one unasked for each ring whenever rings start: no miss was sent in vain.
+    let (sent, updates) = (session["missesSent"].as_u64(), session["updates"].as_u64());
+    assert!(sent <= updates, "{session:#}");
+}
+
+/// Not one IOTLB message came or went.
+pub fn nothing_is_translated(lab: &mut Lab) {
+    let answer = lab.vm().ok("iommu");
+    let features = u64::from_str_radix(answer.text("features"), 16).unwrap();
+    assert_eq!(features & ACCESS_PLATFORM, 0, "{features:x}");
+    let state = lab.state();
+    let platform = &state["session"]["accessPlatform"];
+    assert_eq!(platform["mode"], "none", "{platform:#}");
+    assert_eq!(platform["evidence"], "not_acknowledged", "{platform:#}");
+    for counter in [
+        "updates",
+        "invalidations",
+        "refusedMessages",
+        "missesSent",
+        "missesRefused",
+    ] {
+        assert_eq!(platform[counter], 0, "{counter}: {platform:#}");
+    }
+    let requests = state["session"]["requests"]
+        .as_array()
+        .expect("a list of requests");
+    let iotlb = requests.iter().find(|it| it["request"] == "IOTLB_MSG");
+    assert!(iotlb.is_none_or(|it| it["count"] == 0), "{iotlb:#?}");
+    let iotlb = &state["device"]["iotlb"];
+    for counter in [
+        "entries",
+        "lookups",
+        "misses",
+        "updates",
+        "invalidations",
+        "unanswered",
+    ] {
+        assert_eq!(iotlb[counter], 0, "{counter}: {iotlb:#}");
+    }
+    for ring in state["device"]["rings"].as_array().expect("a list of rings") {
+        assert_eq!(ring["translated"], false, "{ring:#}");
+    }
+}
+
+/// QEMU hands `iommu_platform=on` to the guest whether we offer the feature or not, so it is refused at SET_FEATURES.
+fn refused(lab: &mut Lab) {
+    // Nothing answers the guest's driver, whose connect gives up after 2 s.
+    lab.vm().err(&format!("client {}", port::ECHO), "ETIMEDOUT");
+    let mut state = Value::Null;
+    wait_until("the session has ended", Duration::from_secs(10), || {
+        state = lab.state();
+        state["session"]["connected"] == false
+    });
+    let findings = state["session"]["findings"]
+        .as_array()
+        .expect("a list of findings");
+    let finding = findings.iter().find(|it| it["code"] == "feature-not-offered");
+    let finding = finding.unwrap_or_else(|| panic!("not among {findings:#?}"));
+    assert_eq!(finding["severity"], "error", "{finding:#}");
+    for (key, words) in [
+        ("seen", ["ACCESS_PLATFORM", ""]),
+        ("remedy", ["accessPlatform", "iommu_platform"]),
+    ] {
+        let text = finding[key].as_str().unwrap_or_default();
+        assert!(words.iter().all(|word| text.contains(word)), "{key}: {text}");
+    }
+    let log = lab.sidecar.log();
+    assert!(
+        log.contains("feature-not-offered"),
+        "the log does not name the finding"
+    );
+    let status = lab.vm().qmp("query-status", json!({}));
+    assert_eq!(status["status"], "running", "QEMU lives");
+
+    lab.boot_another(&Options::default());
+    everything_works(lab);
+    nothing_is_translated(lab);
+    let left: Vec<Value> = active_findings(&lab.state()).cloned().collect();
+    assert!(
+        left.iter().all(|it| it["code"] != "feature-not-offered"),
+        "{left:#?}"
+    );
+}
+
+fn active_findings(state: &Value) -> impl Iterator<Item = &Value> {
+    let findings = state["session"]["findings"]
+        .as_array()
+        .expect("a list of findings");
+    findings.iter().filter(|it| it["active"] == true)
+}
