@@ -84,6 +84,32 @@ fn linux_6_12_behind_an_intel_iommu_and_access_platform_off() {
     });
 }
 
+#[test]
+fn linux_6_12_behind_an_intel_iommu_and_access_platform_identity() {
+    let setup = Setup {
+        access_platform: "identity",
+        ..intel("6.12", " behind intel-iommu, accessPlatform: identity", true, 1)
+    };
+    in_labs(setup, |suite| {
+        suite.run(
+            "the VMM's translations are refused; the next one is served",
+            refused_translations,
+        );
+    });
+}
+
+#[test]
+fn linux_6_12_without_the_iommu_that_the_operator_wants() {
+    let setup = Setup {
+        name: ", accessPlatform: iotlb",
+        access_platform: "iotlb",
+        ..Setup::plain("6.12")
+    };
+    in_labs(setup, |suite| {
+        suite.run("the VMM is found out, and the next one is served", missed);
+    });
+}
+
 /// QEMU's model of VT-d with what a vhost device needs of it, and a guest that translates every access of every device.
 fn intel(kernel: &'static str, name: &'static str, caching_mode: bool, strict: u8) -> Setup {
     let caching_mode = if caching_mode { "on" } else { "off" };
@@ -189,9 +215,7 @@ fn translated(lab: &mut Lab) {
         assert_eq!(ring["translated"], true, "{ring:#}");
         assert_eq!(ring["heldBy"], Value::Null, "{ring:#}");
     }
-    let wrong: Vec<&Value> = active_findings(&state)
-        .filter(|it| it["severity"] != "info")
-        .collect();
+    let wrong: Vec<&Value> = odd(&state).collect();
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
@@ -283,40 +307,77 @@ fn refused(lab: &mut Lab) {
         state = lab.state();
         state["session"]["connected"] == false
     });
-    let findings = state["session"]["findings"]
-        .as_array()
-        .expect("a list of findings");
-    let finding = findings.iter().find(|it| it["code"] == "feature-not-offered");
-    let finding = finding.unwrap_or_else(|| panic!("not among {findings:#?}"));
+    let finding = finding(&state, "feature-not-offered");
     assert_eq!(finding["severity"], "error", "{finding:#}");
-    for (key, words) in [
-        ("seen", ["ACCESS_PLATFORM", ""]),
-        ("remedy", ["accessPlatform", "iommu_platform"]),
-    ] {
-        let text = finding[key].as_str().unwrap_or_default();
-        assert!(words.iter().all(|word| text.contains(word)), "{key}: {text}");
+    let seen = finding["seen"].as_str().unwrap_or_default();
+    assert!(seen.contains("ACCESS_PLATFORM"), "{seen}");
+    let remedy = finding["remedy"].as_str().unwrap_or_default();
+    for option in ["accessPlatform", "iommu_platform"] {
+        assert!(remedy.contains(option), "{remedy}");
     }
     let log = lab.sidecar.log();
     assert!(
         log.contains("feature-not-offered"),
         "the log does not name the finding"
     );
-    let status = lab.vm().qmp("query-status", json!({}));
-    assert_eq!(status["status"], "running", "QEMU lives");
 
-    lab.boot_another(&Options::default());
-    everything_works(lab);
+    another_machine_works(lab, &Options::default());
     nothing_is_translated(lab);
-    let left: Vec<Value> = active_findings(&lab.state()).cloned().collect();
-    assert!(
-        left.iter().all(|it| it["code"] != "feature-not-offered"),
-        "{left:#?}"
-    );
 }
 
-fn active_findings(state: &Value) -> impl Iterator<Item = &Value> {
-    let findings = state["session"]["findings"]
+/// QEMU translates, and the operator has said that nobody does.
+fn refused_translations(lab: &mut Lab) {
+    lab.vm().err(&format!("client {}", port::ECHO), "ETIMEDOUT");
+    let state = lab.state();
+    let finding = finding(&state, "iotlb-message-refused");
+    let remedy = finding["remedy"].as_str().unwrap_or_default();
+    assert!(remedy.contains("accessPlatform"), "{remedy}");
+    assert_ne!(state["session"]["accessPlatform"]["refusedMessages"], 0);
+    assert_eq!(state["session"]["accessPlatform"]["updates"], 0);
+
+    another_machine_works(lab, &Options::default());
+}
+
+/// The operator wants every address translated, and QEMU was started without `iommu_platform=on`.
+fn missed(lab: &mut Lab) {
+    lab.vm().err(&format!("client {}", port::ECHO), "ETIMEDOUT");
+    let state = lab.state();
+    let finding = finding(&state, "access-platform-not-acknowledged");
+    let remedy = finding["remedy"].as_str().unwrap_or_default();
+    assert!(remedy.contains("iommu_platform"), "{remedy}");
+    assert_eq!(lab.sidecar.get("/readyz").unwrap().0, 503);
+
+    another_machine_works(lab, &intel("6.12", "", true, 1).machine);
+    translated(lab);
+    assert_eq!(lab.sidecar.get("/readyz").unwrap().0, 200);
+}
+
+/// The machine that was not served lives, and the sidecar serves another one, of which it finds nothing odd.
+fn another_machine_works(lab: &mut Lab, machine: &Options) {
+    let status = lab.vm().qmp("query-status", json!({}));
+    assert_eq!(status["status"], "running", "QEMU lives");
+    lab.boot_another(machine);
+    everything_works(lab);
+    let state = lab.state();
+    let left: Vec<&Value> = odd(&state).collect();
+    assert!(left.is_empty(), "{left:#?}");
+}
+
+fn finding<'state>(state: &'state Value, code: &str) -> &'state Value {
+    let findings = findings(state);
+    let finding = findings.iter().find(|it| it["code"] == code);
+    finding.unwrap_or_else(|| panic!("{code} is not among {findings:#?}"))
+}
+
+/// Findings that hold now and that somebody should do something about.
+fn odd(state: &Value) -> impl Iterator<Item = &Value> {
+    findings(state)
+        .iter()
+        .filter(|it| it["active"] == true && it["severity"] != "info")
+}
+
+fn findings(state: &Value) -> &[Value] {
+    state["session"]["findings"]
         .as_array()
-        .expect("a list of findings");
-    findings.iter().filter(|it| it["active"] == true)
+        .expect("a list of findings")
 }
