@@ -12,8 +12,12 @@ pub(super) const CONNECTION_BYTES: u32 = 128 * 1024;
 /// RX chains taken for one read.
 pub(super) const CHAINS_PER_READ: usize = 64;
 
-/// Commands taken in one turn; the rest wait for the next.
+/// Clients, dials and other commands of no session that are dealt with in one turn; the rest wait for the next.
 pub(super) const COMMANDS: usize = 256;
+
+/// Commands taken from the channel at once. Those of the session among them are carried out at once; more than this are
+/// never before one of them, unless 10,000 clients come in the time of a burst.
+pub(super) const INBOX: usize = 10_000;
 
 /// Ready sockets taken from the kernel at once.
 pub(super) const EVENTS: usize = 1024;

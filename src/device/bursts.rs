@@ -5,14 +5,27 @@ use std::time::Instant;
 
 use tracing::{debug, warn};
 
-use crate::guest::{Finished, GuestRam, RingError, RxBurst, TxBurst};
+use crate::guest::{Finished, RingError, RingFault, RxBurst, TxBurst, View};
 use crate::metrics::{Direction, QUEUE_LABELS};
 use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::readv;
 use crate::vsock::{Disposition, HEADER_LEN, Header, Op, Outgoing, SocketType};
 
+use super::handle::DeviceEvent;
+use super::reports::Reports;
 use super::switchboard::{Gather, ReadOutcome, Switchboard};
-use super::{Device, RX, RunningRing, TX, budget};
+use super::{Device, Hold, RX, RunningRing, TX, budget};
+
+/// What a burst from the guest ended with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Taken {
+    /// There is nothing more to take now; a kick will come with the next, or whatever makes room for our replies.
+    All,
+    /// There may be more.
+    SomeLeft,
+    /// The next packet waits for a translation.
+    Parked,
+}
 
 /// What a burst to the guest ended with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,6 +36,8 @@ enum Given {
     SomeLeft,
     /// The guest has no buffers for the rest.
     NoBuffers,
+    /// The guest's next buffer waits for a translation.
+    Parked,
 }
 
 impl Device {
@@ -32,16 +47,26 @@ impl Device {
             rings,
             switchboard,
             ram,
+            translation,
+            reports,
             ..
         } = self;
-        let (Some(running), Some(ram)) = (&mut rings[TX], ram.clone()) else {
+        let (Some(running), Some(ram)) = (&mut rings[TX], ram.as_ref()) else {
             return false;
         };
-        if running.broken || !switchboard.muxer.accepts_input() {
+        if running.held.is_some() || !switchboard.muxer.accepts_input() {
             return false;
         }
-        let result = take_burst(running, switchboard, &ram, now);
-        after_burst(running, switchboard, TX, result).unwrap_or(false)
+        let view = translation.view(&running.ring, ram);
+        let result = take_burst(running, switchboard, view, now);
+        let taken = after_burst(running, switchboard, reports, TX, now, result);
+        if taken == Some(Taken::Parked) {
+            running.held = Some(Hold::Translation);
+        }
+        if running.ring.is_translated() {
+            translation.ask(reports);
+        }
+        taken == Some(Taken::SomeLeft)
     }
 
     /// Gives the guest a burst of packets; whether there are more and buffers for them.
@@ -50,23 +75,27 @@ impl Device {
             rings,
             switchboard,
             ram,
+            translation,
+            reports,
             unsent,
             rx_starved_since,
             ..
         } = self;
-        let (Some(running), Some(ram)) = (&mut rings[RX], ram.clone()) else {
+        let (Some(running), Some(ram)) = (&mut rings[RX], ram.as_ref()) else {
             return false;
         };
         let idle = unsent.is_none() && !switchboard.muxer.has_outgoing();
         // A ring that has just started gets a burst although there is nothing to say: it may owe an interrupt.
-        if running.broken || (idle && !running.kicked) {
+        if running.held.is_some() || (idle && !running.kicked) {
             return false;
         }
         let accepted_input = switchboard.muxer.accepts_input();
-        let result = give_burst(running, switchboard, &ram, unsent, now);
-        let given = after_burst(running, switchboard, RX, result);
+        let view = translation.view(&running.ring, ram);
+        let result = give_burst(running, switchboard, view, unsent, now);
+        let given = after_burst(running, switchboard, reports, RX, now, result);
         switchboard.handle_events(now);
 
+        // A guest that has posted buffers does not starve us, even if the VMM has not said yet where they are.
         let queue = &switchboard.metrics.queues[RX];
         if given == Some(Given::NoBuffers) {
             if rx_starved_since.is_none() {
@@ -79,21 +108,30 @@ impl Device {
                 .inc_by(now.saturating_duration_since(since).as_secs_f64());
         }
         let notified = match given {
-            Some(Given::NoBuffers) => running.ring.enable_notifications(&ram),
-            _ => running.ring.disable_notifications(&ram).map(|()| false),
+            Some(Given::NoBuffers) => running.ring.enable_notifications(view),
+            Some(Given::All | Given::SomeLeft) => running.ring.disable_notifications(view).map(|()| false),
+            Some(Given::Parked) | None => Ok(false),
         };
-        let buffers_came = after_burst(running, switchboard, RX, notified).unwrap_or(false);
+        let buffers_came = after_burst(running, switchboard, reports, RX, now, notified).unwrap_or(false);
+        if given == Some(Given::Parked) {
+            running.held = Some(Hold::Translation);
+        }
+        if running.ring.is_translated() {
+            translation.ask(reports);
+        }
         // Packets of the guest that waited for room among our replies can be taken now; no kick will come for them.
         let input_opened = !accepted_input && switchboard.muxer.accepts_input();
         given == Some(Given::SomeLeft) || buffers_came || input_opened
     }
 }
 
-/// Counts what was wrong with chains, and stops serving a ring that is broken.
+/// Counts what was wrong with chains, and stops serving a ring that cannot be served.
 fn after_burst<T>(
     running: &mut RunningRing,
     switchboard: &Switchboard,
+    reports: &mut Reports,
     queue: usize,
+    now: Instant,
     result: Result<T, RingError>,
 ) -> Option<T> {
     let metrics = &switchboard.metrics.queues[queue];
@@ -101,24 +139,33 @@ fn after_burst<T>(
         if let Some(counter) = metrics.errors.get(fault as usize) {
             counter.inc_by(u64::from(count));
         }
+        if fault == RingFault::TranslationRefused {
+            reports.refused(now, count);
+        }
         debug!(guest = %switchboard.name, queue = QUEUE_LABELS[queue], fault = fault.label(), count, "malformed chains");
     }
-    match result {
-        Ok(value) => Some(value),
-        Err(error) => {
-            if !running.broken {
-                running.broken = true;
-                if let Some(counter) = metrics.errors.get(error.reason() as usize) {
-                    counter.inc();
-                }
-                warn!(
-                    guest = %switchboard.name, queue = QUEUE_LABELS[queue], %error,
-                    "the ring is broken and is not served until the guest restarts it"
-                );
-            }
-            None
+    let error = match result {
+        Ok(value) => return Some(value),
+        Err(error) => error,
+    };
+    running.held = Some(match error {
+        _ if error.awaits_translation() => Hold::Translation,
+        RingError::Memory { .. } if running.ring.is_translated() => Hold::Refused,
+        _ => Hold::Broken,
+    });
+    // One that is refused is tried at each UPDATE: it is told once all the same.
+    if running.held != Some(Hold::Translation) && !running.told {
+        running.told = true;
+        if let Some(counter) = metrics.errors.get(error.reason() as usize) {
+            counter.inc();
         }
+        warn!(
+            guest = %switchboard.name, queue = QUEUE_LABELS[queue], %error,
+            "the ring is broken and is not served until the guest restarts it"
+        );
+        reports.tell(DeviceEvent::RingBroken { index: queue, error });
     }
+    None
 }
 
 fn interrupt(running: &RunningRing, switchboard: &Switchboard, queue: usize, finished: Finished) {
@@ -139,9 +186,9 @@ fn interrupt(running: &RunningRing, switchboard: &Switchboard, queue: usize, fin
 fn take_burst(
     running: &mut RunningRing,
     switchboard: &mut Switchboard,
-    ram: &GuestRam,
+    ram: View<'_>,
     now: Instant,
-) -> Result<bool, RingError> {
+) -> Result<Taken, RingError> {
     running.ring.disable_notifications(ram)?;
     let mut burst = TxBurst::begin(&mut running.ring, ram)?;
     let mut gather = Gather {
@@ -198,17 +245,21 @@ fn take_burst(
         switchboard.metrics.queues[TX].kicks_suppressed.inc();
     }
     interrupt(running, switchboard, TX, finished);
-    if drained {
-        running.ring.enable_notifications(ram)
-    } else {
-        Ok(switchboard.muxer.accepts_input())
+    if finished.parked {
+        return Ok(Taken::Parked);
     }
+    let more = if drained {
+        running.ring.enable_notifications(ram)?
+    } else {
+        switchboard.muxer.accepts_input()
+    };
+    Ok(if more { Taken::SomeLeft } else { Taken::All })
 }
 
 fn give_burst(
     running: &mut RunningRing,
     switchboard: &mut Switchboard,
-    ram: &GuestRam,
+    ram: View<'_>,
     unsent: &mut Option<Header>,
     now: Instant,
 ) -> Result<Given, RingError> {
@@ -233,10 +284,12 @@ fn give_burst(
         match outgoing {
             None => break Given::All,
             Some(Outgoing::Control(header)) => {
+                // Kept until it is sent, whatever becomes of the ring: the muxer has forgotten it.
+                *unsent = Some(header);
                 if !burst.control(&header.encode())? {
-                    *unsent = Some(header);
                     break Given::NoBuffers;
                 }
+                *unsent = None;
                 switchboard
                     .metrics
                     .packet(Direction::HostToGuest, header.op, header.socket_type);
@@ -244,11 +297,16 @@ fn give_burst(
             }
             Some(Outgoing::Data { id, limit }) => {
                 let most = limit.min(budget::CONNECTION_BYTES) as usize;
-                let room = burst.reserve(most, budget::CHAINS_PER_READ)?;
-                if room == 0 {
-                    switchboard.muxer.host_readable(id);
-                    break Given::NoBuffers;
-                }
+                let room = burst.reserve(most, budget::CHAINS_PER_READ);
+                let room = match room {
+                    Ok(0) | Err(_) => {
+                        // Its turn comes again, also if the ring is mended by a translation.
+                        switchboard.muxer.host_readable(id);
+                        room?;
+                        break Given::NoBuffers;
+                    }
+                    Ok(room) => room,
+                };
                 packets += give_data(&mut burst, switchboard, now, id, most.min(room))?;
             }
         }
@@ -259,7 +317,11 @@ fn give_burst(
         switchboard.metrics.queues[RX].kicks_suppressed.inc();
     }
     interrupt(running, switchboard, RX, finished);
-    Ok(given)
+    // What parked the ring may lie behind buffers that were good and were not needed: only who needed one waits.
+    Ok(match given {
+        Given::NoBuffers if finished.parked => Given::Parked,
+        _ => given,
+    })
 }
 
 /// Fills reserved buffers with up to `most` bytes of a connection's host end; tells how many packets that made.

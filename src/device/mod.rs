@@ -28,6 +28,21 @@
 //! reserves several, and one `readv` scatters the socket's bytes over them. What is not filled is given back in
 //! place. Kicks of the RX ring are wanted only while packets wait for buffers.
 //!
+//! # Translation
+//!
+//! With VIRTIO_F_ACCESS_PLATFORM the addresses of a ring and of its buffers may be I/O virtual ones: such a ring is served
+//! through the IOTLB, which is this thread's own. Where it has no answer the burst ends, the chain stays where it is, the
+//! ring is *parked*, and what is missing is told to the session, which asks the VMM. Nobody waits for that:
+//!
+//! ```text
+//!            +--- burst or start: Missing --> parked (Hold::Translation) --- UPDATE, answer, kick, flush ---+
+//!   served --+                                                                                             +--> served
+//!            +--- its own memory: Refused --> broken (Hold::Refused) ------- UPDATE, INVALIDATE, flush -----+
+//! ```
+//!
+//! A parked ring costs no wake-ups: the other one is served, timers fire, packets for the guest stay with the muxer and
+//! their bytes in the sockets. A buffer that is refused costs its chain only.
+//!
 //! # Invariants
 //!
 //! 1. Nothing here blocks but the poll. Sockets are non-blocking; dials and names are the control runtime's.
@@ -38,43 +53,52 @@
 //!    no buffers) costs no wake-up.
 //! 5. A turn does a bounded amount of work (`budget`), and so does each connection in it.
 //! 6. A malformed chain costs that chain, a broken ring that ring, until it is stopped and started again.
+//! 7. A slice of guest memory lives in a burst, which borrows memory and IOTLB. Commands are carried out between bursts, so
+//!    that the answer to an UPDATE, an INVALIDATE, a flush or another memory table means: nothing is accessed through what
+//!    was before. They wait for one burst at most, whatever else is asked of the device.
+//! 8. Translations last as long as a ring runs: when none does, all are forgotten, since the VMM tells of no change then.
+//! 9. What is told to the session is told once (`reports`), and only what waits for something has a timer.
 
+use std::collections::VecDeque;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Waker};
-use tracing::{debug, warn};
+use mio::{Events, Poll, Waker};
 
 use crate::config::Limits;
-use crate::guest::{GuestRam, Ring, RingParts};
+use crate::guest::{GuestRam, Ring, RingPosition};
 use crate::host::dial::Dialer;
 use crate::metrics::{GuestMetrics, QUEUE_LABELS};
 use crate::vsock::{Cid, Header, Muxer, MuxerConfig};
 
 mod budget;
 mod bursts;
+mod commands;
 mod flow;
 pub mod handle;
 mod linger;
 mod logbook;
+mod reports;
 mod router;
 pub mod snapshot;
 mod switchboard;
 mod token;
+mod translation;
 
 pub use handle::{Command, DeviceEvent, DeviceGone, DeviceHandle};
 pub use router::Router;
 pub use snapshot::DeviceSnapshot;
 
+use commands::Inbox;
+use reports::Reports;
 use snapshot::RingSnapshot;
 use switchboard::{Switchboard, SwitchboardParts};
 use token::Source;
+use translation::Translation;
 
 /// The queue that brings packets to the guest.
 const RX: usize = 0;
@@ -186,6 +210,9 @@ pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
         switchboard,
         rings: Default::default(),
         ram: None,
+        translation: Translation::new(),
+        reports: Reports::default(),
+        waiting: VecDeque::new(),
         unsent: None,
         rx_starved_since: None,
         gauges: Arc::clone(&gauges),
@@ -203,19 +230,48 @@ pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
 /// A ring that was started.
 struct RunningRing {
     ring: Ring,
-    /// What is wrong with it: it is not served any more.
-    broken: bool,
+    /// What keeps it from being served.
+    held: Option<Hold>,
+    /// The session and the log have been told that it is broken.
+    told: bool,
     /// The guest has kicked since the last burst.
     kicked: bool,
+}
+
+/// What keeps a ring from being served.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Hold {
+    /// It is parked: its next chain or the ring itself waits for a translation. What the VMM says of translations sets it
+    /// free, and so does a kick.
+    Translation,
+    /// Its own memory is not where the translations say, or the VMM refuses to say: broken as long as they are the same.
+    Refused,
+    /// It makes no sense, until it is stopped and started again.
+    Broken,
+}
+
+impl Hold {
+    /// The word for people.
+    fn label(self) -> &'static str {
+        match self {
+            Hold::Translation => "translation",
+            Hold::Refused | Hold::Broken => "broken",
+        }
+    }
 }
 
 struct Device {
     poll: Poll,
     inbox: mpsc::Receiver<Command>,
+    /// Commands that came and can wait, in that order.
+    waiting: VecDeque<Command>,
     switchboard: Switchboard,
     rings: [Option<RunningRing>; QUEUES],
     ram: Option<GuestRam>,
-    /// A packet that the muxer has handed out and that no buffer could take: those that were posted were malformed.
+    translation: Translation,
+    reports: Reports,
+    /// A packet that the muxer has handed out and that no buffer could take: those that were posted were malformed, or
+    /// not translated.
     unsent: Option<Header>,
     /// Since when packets for the guest have waited for buffers.
     rx_starved_since: Option<Instant>,
@@ -240,35 +296,63 @@ impl Device {
                     return;
                 }
             }
-            let now = Instant::now();
-            for event in &events {
-                match token::source(event.token()) {
-                    Source::Wake => {}
-                    Source::Kick(queue) => self.handle_kick(queue),
-                    Source::Flow(slot) => self.switchboard.handle_ready(now, slot, event),
-                    Source::Lingering(index) => self.switchboard.handle_lingering_ready(index),
-                }
-            }
-            let commands = self.handle_commands(now);
-            // Also after Stop: what the guest is told of the end leaves with this turn.
-            more = self.turn(now) | (commands == ControlFlow::Continue(true));
-            self.show();
-            if commands.is_break() {
-                return;
+            match self.cycle(Instant::now(), &events) {
+                ControlFlow::Continue(again) => more = again,
+                ControlFlow::Break(()) => return,
             }
         }
+    }
+
+    /// What follows a poll: whether another turn should follow at once.
+    fn cycle(&mut self, now: Instant, events: &Events) -> ControlFlow<(), bool> {
+        for event in events {
+            match token::source(event.token()) {
+                Source::Wake => {}
+                Source::Kick(queue) => self.handle_kick(queue),
+                Source::Flow(slot) => self.switchboard.handle_ready(now, slot, event),
+                Source::Lingering(index) => self.switchboard.handle_lingering_ready(index),
+            }
+        }
+        let commands = self.handle_commands(now);
+        // Also after Stop: what the guest is told of the end leaves with this turn.
+        let more = self.turn(now);
+        self.show();
+        commands.map_continue(|left| left | more)
     }
 
     /// One turn; whether another one should follow at once.
     fn turn(&mut self, now: Instant) -> bool {
         self.switchboard.handle_timeout(now);
         let more_tx = self.take_packets(now);
+        // Whoever waits for an answer waits for one burst, not for both.
+        let inbox = self.handle_session_commands(now);
         let more_rx = self.give_packets(now);
-        more_tx | more_rx
+        self.report(now);
+        more_tx | more_rx | (inbox != Inbox::Empty)
+    }
+
+    /// Tells the session what has become due.
+    fn report(&mut self, now: Instant) {
+        self.reports
+            .handle_timeout(now, self.translation.oldest_unanswered());
+        if !self.reports.empty_check_due(now) {
+            return;
+        }
+        let (Some(running), Some(ram)) = (&self.rings[RX], &self.ram) else {
+            return;
+        };
+        let view = self.translation.view(&running.ring, ram);
+        // A ring that has been used is not all zero, and one that waits for translations is told of as that.
+        let unused = running.held.is_none() && running.ring.position() == RingPosition::default();
+        if unused && running.ring.is_blank(view) == Ok(true) {
+            self.reports.tell(DeviceEvent::RingEmpty { index: RX });
+        }
     }
 
     fn time_to_sleep(&self) -> Option<Duration> {
-        self.switchboard.next_timeout().map(|at| {
+        let ours = self.reports.next_timeout(self.translation.oldest_unanswered());
+        let timeouts = [self.switchboard.next_timeout(), ours];
+        timeouts.into_iter().flatten().min().map(|at| {
             // Rounded up: the poll counts in milliseconds, and waking early would mean waking twice.
             at.saturating_duration_since(Instant::now()) + Duration::from_micros(999)
         })
@@ -277,163 +361,32 @@ impl Device {
     fn handle_kick(&mut self, queue: usize) {
         if let Some(Some(running)) = self.rings.get_mut(queue) {
             running.kicked = true;
+            // The VMM may have answered without an UPDATE, and the driver have mapped what it had not.
+            if running.held == Some(Hold::Translation) {
+                running.held = None;
+            }
             if let Some(metrics) = self.switchboard.metrics.queues.get(queue) {
                 metrics.kicks.inc();
             }
         }
     }
 
-    /// Takes commands until one of them is to stop; whether some are left.
-    fn handle_commands(&mut self, now: Instant) -> ControlFlow<(), bool> {
-        for _ in 0..budget::COMMANDS {
-            match self.inbox.try_recv() {
-                Ok(Command::Stop) | Err(mpsc::TryRecvError::Disconnected) => {
-                    self.switchboard.close_all(now);
-                    return ControlFlow::Break(());
-                }
-                Ok(command) => self.handle_command(now, command),
-                Err(mpsc::TryRecvError::Empty) => return ControlFlow::Continue(false),
-            }
-        }
-        ControlFlow::Continue(true)
-    }
-
-    /// Answers may find nobody: a session that was shut down no longer waits for them.
-    fn handle_command(&mut self, now: Instant, command: Command) {
-        match command {
-            Command::SetMemory { ram, done } => {
-                self.ram = ram;
-                let _ = done.send(());
-            }
-            Command::StartQueue { index, parts, done } => {
-                let _ = done.send(self.start_queue(index, parts));
-            }
-            Command::StopQueue { index, pause, done } => {
-                let position = self.take_queue(now, index).map(|ring| ring.position());
-                if !pause {
-                    self.forget_connections(now, index);
-                }
-                let _ = done.send(position);
-            }
-            Command::SetCall { index, call, done } => {
-                if let Some(Some(running)) = self.rings.get_mut(index) {
-                    running.ring.set_call(call);
-                    // An interrupt may have gone to the old descriptor unseen; a needless one is harmless.
-                    if let Err(error) = running.ring.signal() {
-                        debug!(guest = %self.switchboard.name, %error, "cannot signal the new call descriptor");
-                    }
-                }
-                let _ = done.send(());
-            }
-            Command::SetListener { done, .. }
-            | Command::UpdateIotlb { done, .. }
-            | Command::InvalidateIotlb { done, .. }
-            | Command::FlushIotlb { done } => {
-                let _ = done.send(());
-            }
-            Command::MissAnswered { .. } => {}
-            Command::EndSession { done } => {
-                for index in 0..QUEUES {
-                    self.take_queue(now, index);
-                    self.forget_connections(now, index);
-                }
-                self.switchboard.session_ended(now);
-                self.ram = None;
-                let _ = done.send(());
-            }
-            Command::Incoming(incoming) => self.switchboard.handle_incoming(now, incoming),
-            Command::Dialed { token, result, took } => {
-                self.switchboard.handle_dialed(now, token, result, took)
-            }
-            Command::Snapshot(reply) => {
-                let _ = reply.send(self.snapshot(now));
-            }
-            Command::Ping(reply) => {
-                let _ = reply.send(());
-            }
-            Command::Drain => self.switchboard.draining = true,
-            // Taken by handle_commands.
-            Command::Stop => {}
-        }
-    }
-
-    fn start_queue(&mut self, index: usize, parts: RingParts) -> Result<(), String> {
-        let queue = QUEUE_LABELS.get(index).copied().unwrap_or("?");
-        let Some(slot) = self.rings.get_mut(index) else {
-            return Err(format!("queue {index} does not exist, this device has {QUEUES}"));
-        };
-        if let Some(old) = slot.take() {
-            let _ = self
-                .poll
-                .registry()
-                .deregister(&mut SourceFd(&old.ring.kick().as_raw_fd()));
-        }
-        let ring = Ring::new(parts).map_err(|error| error.to_string())?;
-        let Some(ram) = &self.ram else {
-            return Err("the ring was started before the VMM shared memory".into());
-        };
-        ring.check(ram).map_err(|error| error.to_string())?;
-        self.poll
-            .registry()
-            .register(
-                &mut SourceFd(&ring.kick().as_raw_fd()),
-                token::kick(index),
-                Interest::READABLE,
-            )
-            .map_err(|error| format!("cannot watch the kick descriptor: {error}"))?;
-        debug!(guest = %self.switchboard.name, queue, size = ring.size(), "ring started");
-        // The guest may have made buffers available before anybody listened for its kicks.
-        *slot = Some(RunningRing {
-            ring,
-            broken: false,
-            kicked: true,
-        });
-        Ok(())
-    }
-
-    /// Takes a ring out of service; its connections wait.
-    fn take_queue(&mut self, now: Instant, index: usize) -> Option<Ring> {
-        let running = self.rings.get_mut(index)?.take()?;
-        // The VMM keeps its copy of the descriptor open, so closing ours would not end the registration.
-        if let Err(error) = self
-            .poll
-            .registry()
-            .deregister(&mut SourceFd(&running.ring.kick().as_raw_fd()))
-        {
-            warn!(guest = %self.switchboard.name, %error, "cannot stop watching a kick descriptor");
-        }
-        debug!(guest = %self.switchboard.name, queue = QUEUE_LABELS[index], "ring stopped");
-        if index == RX
-            && let Some(since) = self.rx_starved_since.take()
-        {
-            let waited = now.saturating_duration_since(since);
-            self.switchboard.metrics.queues[RX]
-                .full_seconds
-                .inc_by(waited.as_secs_f64());
-        }
-        Some(running.ring)
-    }
-
-    /// A ring was stopped, and not to go on: without both data rings the guest has no connections (invariant 3).
-    fn forget_connections(&mut self, now: Instant, index: usize) {
-        if self.rings[RX].is_none() && self.rings[TX].is_none() && index != QUEUES - 1 {
-            self.unsent = None;
-            self.switchboard.reset(now);
-        }
-    }
-
-    fn show(&self) {
+    fn show(&mut self) {
         self.gauges
             .open_connections
             .store(self.switchboard.open(), Ordering::Relaxed);
         for (running, shown) in self.rings.iter().zip(&self.gauges.available) {
             shown.store(self.available(running.as_ref()), Ordering::Relaxed);
         }
+        self.translation.show(&self.switchboard.metrics.iotlb);
     }
 
     fn available(&self, running: Option<&RunningRing>) -> u16 {
         match (running, &self.ram) {
-            (Some(running), Some(ram)) if !running.broken => running.ring.available(ram).unwrap_or(0),
+            (Some(running), Some(ram)) if running.held.is_none() => {
+                let view = self.translation.view(&running.ring, ram);
+                running.ring.available(view).unwrap_or(0)
+            }
             _ => 0,
         }
     }
@@ -454,13 +407,13 @@ impl Device {
                     next_used: position.next_used,
                     available,
                     translated: running.ring.is_translated(),
-                    held_by: running.broken.then_some("broken"),
+                    held_by: running.held.map(Hold::label),
                 })
             })
             .collect();
         DeviceSnapshot {
             rings,
-            iotlb: snapshot::IotlbSnapshot::default(),
+            iotlb: self.translation.snapshot(now, &self.switchboard.metrics.iotlb),
             connections: self.switchboard.connections(now, DeviceSnapshot::MAX_CONNECTIONS),
             connection_count: self.switchboard.open(),
         }

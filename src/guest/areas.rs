@@ -56,37 +56,47 @@ impl Descriptor {
     }
 }
 
-/// A range of guest memory of which elements are read and written: one piece nearly always.
+/// A range of guest memory of which elements are read and written: one piece nearly always, more where it crosses a border
+/// of memory regions or, with an IOMMU, of pages that are no neighbours in memory.
+///
+/// Further pieces lie in a vector that is not the range's own, so that its allocation can be kept (invariant 9).
 #[derive(Debug)]
 pub(super) struct Range<'m> {
     first: Slice<'m>,
-    /// Further pieces of a range that crosses a border of memory regions. Empty, hence without an allocation,
-    /// but for those.
-    rest: Vec<Slice<'m>>,
+    /// Which of the vector's pieces follow.
+    rest: std::ops::Range<usize>,
 }
 
 impl<'m> Range<'m> {
-    /// `len` is not 0.
+    /// `len` is not 0. Appends to `pieces` what `first` does not cover.
     pub(super) fn resolve(
         ram: View<'m>,
         addr: u64,
         len: usize,
         access: Access,
+        pieces: &mut Vec<Slice<'m>>,
     ) -> Result<Range<'m>, MemoryFault> {
-        let mut pieces = ram.slices(addr, len, access);
-        let first = pieces.next().ok_or(MemoryFault::Unmapped { addr, len })??;
-        let rest = if first.len() == len {
-            Vec::new()
-        } else {
-            pieces.collect::<Result<_, _>>()?
-        };
-        Ok(Range { first, rest })
+        let mut slices = ram.slices(addr, len, access);
+        let first = slices.next().ok_or(MemoryFault::Unmapped { addr, len })??;
+        let start = pieces.len();
+        if first.len() < len {
+            for slice in slices {
+                pieces.push(slice?);
+            }
+        }
+        Ok(Range {
+            first,
+            rest: start..pieces.len(),
+        })
     }
 
     /// The piece that holds the byte at `offset`, and where in it.
-    fn locate(&self, offset: usize) -> Option<(&Slice<'m>, usize)> {
-        let mut offset = offset;
-        for piece in std::iter::once(&self.first).chain(&self.rest) {
+    fn locate<'a>(&'a self, pieces: &'a [Slice<'m>], offset: usize) -> Option<(&'a Slice<'m>, usize)> {
+        if offset < self.first.len() {
+            return Some((&self.first, offset));
+        }
+        let mut offset = offset - self.first.len();
+        for piece in pieces.get(self.rest.clone())? {
             if offset < piece.len() {
                 return Some((piece, offset));
             }
@@ -95,23 +105,23 @@ impl<'m> Range<'m> {
         None
     }
 
-    fn load(&self, offset: usize, order: Ordering) -> Option<u16> {
-        let (piece, at) = self.locate(offset)?;
+    fn load(&self, pieces: &[Slice<'m>], offset: usize, order: Ordering) -> Option<u16> {
+        let (piece, at) = self.locate(pieces, offset)?;
         piece.load(at, order).ok().map(u16::from_le)
     }
 
-    fn store(&self, offset: usize, value: u16, order: Ordering) -> Option<()> {
-        let (piece, at) = self.locate(offset)?;
+    fn store(&self, pieces: &[Slice<'m>], offset: usize, value: u16, order: Ordering) -> Option<()> {
+        let (piece, at) = self.locate(pieces, offset)?;
         piece.store(value.to_le(), at, order).ok()
     }
 
     /// Copies a descriptor out; piecewise where it crosses a border, since descriptors of indirect tables
     /// may.
-    pub(super) fn descriptor(&self, index: usize) -> Option<Descriptor> {
+    pub(super) fn descriptor(&self, pieces: &[Slice<'m>], index: usize) -> Option<Descriptor> {
         let mut bytes = [0; DESC_LEN];
         let mut copied = 0;
         while copied < DESC_LEN {
-            let (piece, at) = self.locate(index * DESC_LEN + copied)?;
+            let (piece, at) = self.locate(pieces, index * DESC_LEN + copied)?;
             copied += piece.offset(at).ok()?.copy_to(&mut bytes[copied..]);
         }
         Some(Descriptor::decode(bytes))
@@ -124,6 +134,8 @@ pub(super) struct Areas<'m> {
     desc: Range<'m>,
     avail: Range<'m>,
     used: Range<'m>,
+    /// What the ranges have beyond their first pieces. The ring keeps its room.
+    pieces: Vec<Slice<'m>>,
     /// Entries of the ring, a power of two.
     size: u16,
 }
@@ -137,30 +149,56 @@ pub(super) struct Addresses {
 }
 
 impl<'m> Areas<'m> {
+    /// Finds the areas; `pieces` is empty. All three are looked up even if the first one is not translated, so that the VMM is
+    /// asked for all of them at once.
     pub(super) fn resolve(
         ram: View<'m>,
         at: Addresses,
         size: u16,
         event_idx: bool,
+        mut pieces: Vec<Slice<'m>>,
     ) -> Result<Areas<'m>, RingError> {
         let n = usize::from(size);
         // used_event and avail_event exist with VIRTIO_F_EVENT_IDX only; a ring at the end of memory may lack
         // them.
         let event = if event_idx { 2 } else { 0 };
-        let find = |area, addr, len, access| {
-            Range::resolve(ram, addr, len, access).map_err(|fault| RingError::Memory { area, fault })
+        ram.begin_walk();
+        let mut find = |area, addr, len, access| {
+            Range::resolve(ram, addr, len, access, &mut pieces)
+                .map_err(|fault| RingError::Memory { area, fault })
         };
-        Ok(Areas {
-            desc: find(RingArea::DescriptorTable, at.desc, n * DESC_LEN, Access::Read)?,
-            avail: find(
-                RingArea::Available,
-                at.avail,
-                ELEMENTS + 2 * n + event,
-                Access::Read,
-            )?,
-            used: find(RingArea::Used, at.used, ELEMENTS + 8 * n + event, Access::Write)?,
-            size,
-        })
+        let desc = find(RingArea::DescriptorTable, at.desc, n * DESC_LEN, Access::Read);
+        let avail = find(
+            RingArea::Available,
+            at.avail,
+            ELEMENTS + 2 * n + event,
+            Access::Read,
+        );
+        let used = find(RingArea::Used, at.used, ELEMENTS + 8 * n + event, Access::Write);
+        match (desc, avail, used) {
+            (Ok(desc), Ok(avail), Ok(used)) => Ok(Areas {
+                desc,
+                avail,
+                used,
+                pieces,
+                size,
+            }),
+            (desc, avail, used) => {
+                let errors = [desc.err(), avail.err(), used.err()];
+                let mut errors = errors.into_iter().flatten();
+                // What no answer to a question will mend is told first.
+                let first = errors.next().unwrap_or(RingError::Torn { area: RingArea::Used });
+                Err(errors.fold(first, |told, error| match told.awaits_translation() {
+                    true => error,
+                    false => told,
+                }))
+            }
+        }
+    }
+
+    /// The vector of pieces, for its room.
+    pub(super) fn take_pieces(&mut self) -> Vec<Slice<'m>> {
+        std::mem::take(&mut self.pieces)
     }
 
     /// The descriptor table's entry `index`, which is less than the ring's size.
@@ -168,7 +206,7 @@ impl<'m> Areas<'m> {
         let torn = RingError::Torn {
             area: RingArea::DescriptorTable,
         };
-        self.desc.descriptor(usize::from(index)).ok_or(torn)
+        self.desc.descriptor(&self.pieces, usize::from(index)).ok_or(torn)
     }
 
     /// How far the driver has made entries available. What it wrote before it wrote this is visible
@@ -209,6 +247,14 @@ impl<'m> Areas<'m> {
         self.store_used(INDEX, index, Ordering::Release)
     }
 
+    /// The used index that the driver can see.
+    pub(super) fn used_idx(&self) -> Result<u16, RingError> {
+        // Only a device writes it: there is nothing that this has to be ordered with.
+        self.used
+            .load(&self.pieces, INDEX, Ordering::Relaxed)
+            .ok_or(RingError::Torn { area: RingArea::Used })
+    }
+
     /// Asks to be kicked when the available index passes `position` (VIRTIO_F_EVENT_IDX).
     pub(super) fn set_avail_event(&self, position: u16) -> Result<(), RingError> {
         self.store_used(ELEMENTS + 8 * usize::from(self.size), position, Ordering::Relaxed)
@@ -224,20 +270,22 @@ impl<'m> Areas<'m> {
     }
 
     fn load_avail(&self, offset: usize, order: Ordering) -> Result<u16, RingError> {
-        self.avail.load(offset, order).ok_or(RingError::Torn {
-            area: RingArea::Available,
-        })
+        self.avail
+            .load(&self.pieces, offset, order)
+            .ok_or(RingError::Torn {
+                area: RingArea::Available,
+            })
     }
 
     fn store_used(&self, offset: usize, value: u16, order: Ordering) -> Result<(), RingError> {
         self.used
-            .store(offset, value, order)
+            .store(&self.pieces, offset, value, order)
             .ok_or(RingError::Torn { area: RingArea::Used })
     }
 
     fn store_used_u32(&self, offset: usize, value: u32) -> Result<(), RingError> {
         let torn = RingError::Torn { area: RingArea::Used };
-        let (piece, at) = self.used.locate(offset).ok_or(torn)?;
+        let (piece, at) = self.used.locate(&self.pieces, offset).ok_or(torn)?;
         piece
             .store(value.to_le(), at, Ordering::Relaxed)
             .map_err(|_| torn)

@@ -9,6 +9,10 @@ use super::fault::{RingError, RingFault};
 use super::memory::{Access, Slice, View};
 use super::ring::Ring;
 
+/// How many chains are looked at when one has to wait, itself included: what is asked for is bounded anyway (`MAX_OPEN` in
+/// iotlb/questions.rs), this bounds the looking.
+const LOOK_AHEAD: u16 = 16;
+
 /// What a burst came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Finished {
@@ -33,6 +37,10 @@ pub(super) struct Burst<'r, 'm> {
     avail_idx: u16,
     /// Slices of the chains that are being worked on; its allocation is the ring's.
     pub slices: Vec<Slice<'m>>,
+    /// Pieces of an indirect table; its allocation is the ring's.
+    table: Vec<Slice<'m>>,
+    /// Where the chain is that waits for a translation, free-running, and what its buffers are for.
+    parked: Option<(u16, Access)>,
     /// Why the ring cannot go on; told by `finish`.
     broken: Option<RingError>,
 }
@@ -40,35 +48,33 @@ pub(super) struct Burst<'r, 'm> {
 impl<'r, 'm> Burst<'r, 'm> {
     pub(super) fn begin(ring: &'r mut Ring, ram: View<'m>) -> Result<Burst<'r, 'm>, RingError> {
         let areas = ring.areas(ram)?;
+        ring.read_used_idx(&areas)?;
         let avail_idx = ring.seen_avail_idx(&areas)?;
         let slices = ring.scratch.take();
+        let table = ring.table_room.take();
         Ok(Burst {
             ring,
             ram,
             areas,
             avail_idx,
             slices,
+            table,
+            parked: None,
             broken: None,
         })
     }
 
     /// Takes the next chain that is available and appends its slices. A chain which makes no sense is given
     /// back used, with nothing in it, and counted, unless something is reserved before it: then it stays
-    /// where it is and this answers `None`, since chains are used in order.
+    /// where it is and this answers `None`, since chains are used in order. So does a chain that is not translated yet, and
+    /// all behind it: the burst has come to its end (invariant 10).
     pub(super) fn next_chain(&mut self, access: Access) -> Option<Result<(u16, Chain), RingFault>> {
         let at = self.slices.len();
         let head = match self.next_head() {
             Ok(head) => head?,
             Err(error) => return self.fail(error),
         };
-        match chain::walk(
-            self.ram,
-            &self.areas,
-            self.ring.size(),
-            head,
-            access,
-            &mut self.slices,
-        ) {
+        match self.walk(head, access) {
             Ok(chain) => Some(Ok((head, chain))),
             Err(error) => {
                 self.slices.truncate(at);
@@ -76,13 +82,33 @@ impl<'r, 'm> Burst<'r, 'm> {
                 match error {
                     WalkError::Ring(error) => self.fail(error),
                     WalkError::Chain(fault) => self.reject(head, fault),
+                    WalkError::Awaits => {
+                        self.parked = Some((self.ring.next_avail, access));
+                        None
+                    }
                 }
             }
         }
     }
 
-    /// Whether the driver has made a chain available that is not taken. Says nothing of what it is like.
+    fn walk(&mut self, head: u16, access: Access) -> Result<Chain, WalkError> {
+        chain::walk(
+            self.ram,
+            &self.areas,
+            self.ring.size(),
+            head,
+            access,
+            &mut self.slices,
+            &mut self.table,
+        )
+    }
+
+    /// Whether the driver has made a chain available that is not taken and not known to wait for a translation. Says nothing
+    /// of what it is like.
     pub(super) fn has_chain(&mut self) -> Result<bool, RingError> {
+        if self.is_parked() {
+            return Ok(false);
+        }
         if self.ring.next_avail == self.avail_idx {
             self.avail_idx = self.ring.seen_avail_idx(&self.areas)?;
         }
@@ -97,7 +123,14 @@ impl<'r, 'm> Burst<'r, 'm> {
         self.ring.next_avail = self.ring.next_avail.wrapping_add(1);
         self.push_used(head, 0);
         self.ring.faults.add(fault);
+        self.ram.forget_refusals();
         Some(Err(fault))
+    }
+
+    /// Whether the next chain is one that waits.
+    fn is_parked(&self) -> bool {
+        self.parked
+            .is_some_and(|(position, _)| position == self.ring.next_avail)
     }
 
     /// Queues the used element of the chain `head`, which is the first one that is reserved.
@@ -128,12 +161,14 @@ impl<'r, 'm> Burst<'r, 'm> {
     pub(super) fn finish(mut self) -> Result<Finished, RingError> {
         let used = self.publish()?;
         self.failed()?;
+        let parked = self.is_parked();
+        self.look_ahead()?;
         // The decision covers what earlier bursts published when they were dropped.
         if self.ring.decided == Some(self.ring.published) {
             return Ok(Finished {
                 used,
                 interrupt: false,
-                parked: false,
+                parked,
             });
         }
         // The used index must be visible before used_event or the flags are read: the driver writes those and
@@ -150,8 +185,27 @@ impl<'r, 'm> Burst<'r, 'm> {
         Ok(Finished {
             used,
             interrupt,
-            parked: false,
+            parked,
         })
+    }
+
+    /// Has the VMM asked for what the chains behind a parked one need, too. A guest with an IOMMU maps each packet's buffers
+    /// anew, and a ring that learned of them one chain at a time would move one packet a round trip.
+    fn look_ahead(&mut self) -> Result<(), RingError> {
+        let Some((parked, access)) = self.parked else {
+            return Ok(());
+        };
+        let available = self.avail_idx.wrapping_sub(parked);
+        for ahead in 1..available.min(LOOK_AHEAD) {
+            if self.ram.questions_are_full() {
+                break;
+            }
+            let head = self.areas.avail_head(parked.wrapping_add(ahead))?;
+            // Whatever is wrong with it is told when its turn has come.
+            let _ = self.walk(head, access);
+            self.slices.clear();
+        }
+        Ok(())
     }
 
     fn publish(&mut self) -> Result<u16, RingError> {
@@ -189,6 +243,8 @@ impl Drop for Burst<'_, '_> {
         // An error shows again in the next burst, as the ring's memory is no better then.
         let _ = self.publish();
         self.ring.scratch.put(mem::take(&mut self.slices));
+        self.ring.table_room.put(mem::take(&mut self.table));
+        self.ring.put_back(&mut self.areas);
     }
 }
 

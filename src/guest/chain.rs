@@ -14,6 +14,13 @@ use crate::vsock::header::HEADER_LEN;
 /// must pass a ring of 16.
 pub(super) const MAX_INDIRECT: usize = MAX_RING_SIZE as usize;
 
+/// Most pieces of memory that a chain may consist of: one for each descriptor of a full ring and a full indirect table, and
+/// one border of memory regions. With an IOMMU a piece may be as small as a page; then a packet of 64 KiB has 18.
+///
+/// Bounds what is asked of a VMM, and held translated at once, for one chain; and what one chain makes of an
+/// [`IoVecs`](crate::sys::iovec::IoVecs).
+pub(super) const MAX_PIECES: usize = 2 * MAX_RING_SIZE as usize;
+
 /// What a chain comes to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Chain {
@@ -32,6 +39,8 @@ pub(super) enum WalkError {
     Chain(RingFault),
     /// The ring cannot be served.
     Ring(RingError),
+    /// The chain is not translated yet, as far as it can be known: it stays where it is.
+    Awaits,
 }
 
 impl From<RingError> for WalkError {
@@ -48,17 +57,23 @@ impl From<RingFault> for WalkError {
 
 impl From<MemoryFault> for WalkError {
     fn from(fault: MemoryFault) -> WalkError {
-        // A miss of the IOTLB will be the third kind: the ring waits at this chain.
-        WalkError::Chain(fault.into())
+        match fault {
+            MemoryFault::Missing { .. } => WalkError::Awaits,
+            fault => WalkError::Chain(fault.into()),
+        }
     }
 }
 
 /// Follows the chain that begins at descriptor `head`, all of whose buffers must be for `access`, and appends
 /// its slices to `out`, cut at the end of the packet header. After an error `out` may hold slices of this
-/// chain.
+/// chain. `pieces` is room for an indirect table.
 ///
 /// Terminates for every content of guest memory (invariant 4): at most ring size + table length descriptors
 /// are read.
+///
+/// Where a translation is missing the walk goes on as far as it can see, so that the VMM is asked for all of the chain at once.
+/// No chain is judged as long as an answer is due for it: a refusal that comes when its chain has gone would be held against
+/// another one.
 pub(super) fn walk<'m>(
     ram: View<'m>,
     areas: &Areas<'m>,
@@ -66,15 +81,32 @@ pub(super) fn walk<'m>(
     head: u16,
     access: Access,
     out: &mut Vec<Slice<'m>>,
+    pieces: &mut Vec<Slice<'m>>,
 ) -> Result<Chain, WalkError> {
-    let mut buffers = Buffers {
+    ram.begin_walk();
+    let buffers = Buffers {
         ram,
         access,
         total: 0,
         descriptors: 0,
+        pieces: 0,
+        lacks: None,
         payload_first: out.len(),
         out,
     };
+    match follow(areas, ring_size, head, buffers, pieces) {
+        Err(WalkError::Chain(_)) if ram.awaits_answers() => Err(WalkError::Awaits),
+        end => end,
+    }
+}
+
+fn follow<'m>(
+    areas: &Areas<'m>,
+    ring_size: u16,
+    head: u16,
+    mut buffers: Buffers<'m, '_>,
+    pieces: &mut Vec<Slice<'m>>,
+) -> Result<Chain, WalkError> {
     let mut index = head;
     if index >= ring_size {
         return Err(RingFault::HeadOutOfRange.into());
@@ -88,11 +120,11 @@ pub(super) fn walk<'m>(
             if descriptor.has(DESC_NEXT) {
                 return Err(RingFault::IndirectWithNext.into());
             }
-            walk_table(&descriptor, &mut buffers)?;
+            walk_table(&descriptor, &mut buffers, pieces)?;
             return buffers.finish();
         }
         buffers.add(&descriptor)?;
-        if !descriptor.has(DESC_NEXT) {
+        if !descriptor.has(DESC_NEXT) || buffers.sees_no_further() {
             return buffers.finish();
         }
         index = descriptor.next;
@@ -103,22 +135,30 @@ pub(super) fn walk<'m>(
     Err(RingFault::DescriptorLoop.into())
 }
 
-fn walk_table(table: &Descriptor, buffers: &mut Buffers<'_, '_>) -> Result<(), WalkError> {
+fn walk_table<'m>(
+    table: &Descriptor,
+    buffers: &mut Buffers<'m, '_>,
+    pieces: &mut Vec<Slice<'m>>,
+) -> Result<(), WalkError> {
     let bytes = table.len as usize;
     let entries = bytes / DESC_LEN;
     if !bytes.is_multiple_of(DESC_LEN) || entries == 0 || entries > MAX_INDIRECT {
         return Err(RingFault::IndirectLength.into());
     }
-    let range = Range::resolve(buffers.ram, table.addr, bytes, Access::Read)?;
+    pieces.clear();
+    let range = match Range::resolve(buffers.ram, table.addr, bytes, Access::Read, pieces) {
+        Ok(range) => range,
+        Err(fault) => return buffers.lack(fault),
+    };
     let mut index = 0;
     for _ in 0..entries {
         // `index` is below `entries`, so that the range has it.
-        let descriptor = range.descriptor(index).ok_or(RingFault::NextOutOfRange)?;
+        let descriptor = range.descriptor(pieces, index).ok_or(RingFault::NextOutOfRange)?;
         if descriptor.has(DESC_INDIRECT) {
             return Err(RingFault::IndirectNested.into());
         }
         buffers.add(&descriptor)?;
-        if !descriptor.has(DESC_NEXT) {
+        if !descriptor.has(DESC_NEXT) || buffers.sees_no_further() {
             return Ok(());
         }
         index = usize::from(descriptor.next);
@@ -137,6 +177,10 @@ struct Buffers<'m, 'o> {
     total: u64,
     /// Descriptors so far, empty ones too.
     descriptors: usize,
+    /// Pieces of memory so far.
+    pieces: usize,
+    /// Why some of it has no slices: not translated, or refused.
+    lacks: Option<WalkError>,
     /// How many slices of `out` are not payload of this chain.
     payload_first: usize,
     out: &'o mut Vec<Slice<'m>>,
@@ -151,17 +195,43 @@ impl<'m> Buffers<'m, '_> {
         if self.total + u64::from(descriptor.len) > u64::from(u32::MAX) {
             return Err(RingFault::ChainTooBig.into());
         }
+        let behind = self.total + u64::from(descriptor.len);
         // An empty buffer has no slices, whatever its address says: Linux never sends one, others may.
         for slice in self
             .ram
             .slices(descriptor.addr, descriptor.len as usize, self.access)
         {
-            self.push(slice?)?;
+            match slice {
+                Ok(slice) => self.push(slice)?,
+                Err(fault) => self.lack(fault)?,
+            }
         }
+        self.total = behind;
         Ok(())
     }
 
+    /// Remembers a fault that tells nothing about the descriptors behind.
+    fn lack(&mut self, fault: MemoryFault) -> Result<(), WalkError> {
+        match (fault, self.lacks) {
+            (MemoryFault::Refused { .. }, _) | (MemoryFault::Missing { .. }, None) => {
+                self.lacks = Some(fault.into());
+                Ok(())
+            }
+            (MemoryFault::Missing { .. }, Some(_)) => Ok(()),
+            (fault, _) => Err(fault.into()),
+        }
+    }
+
+    /// Whether there is no use in walking on: the chain cannot be served now, and nothing more can be asked.
+    fn sees_no_further(&self) -> bool {
+        self.lacks.is_some() && self.ram.questions_are_full()
+    }
+
     fn push(&mut self, slice: Slice<'m>) -> Result<(), WalkError> {
+        self.pieces += 1;
+        if self.pieces > MAX_PIECES {
+            return Err(RingFault::TooManyPieces.into());
+        }
         let header_left = HEADER_LEN.saturating_sub(usize::try_from(self.total).unwrap_or(HEADER_LEN));
         self.total += slice.len() as u64;
         if header_left == 0 {
@@ -183,6 +253,9 @@ impl<'m> Buffers<'m, '_> {
     }
 
     fn finish(self) -> Result<Chain, WalkError> {
+        if let Some(lacks) = self.lacks {
+            return Err(lacks);
+        }
         let payload = self
             .total
             .checked_sub(HEADER_LEN as u64)

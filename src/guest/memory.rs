@@ -1,10 +1,12 @@
 //! Guest memory as the device sees it.
 //!
-//! Every access to guest memory by address goes through [`View::slices`], which is also where the IOTLB
-//! goes: with VIRTIO_F_ACCESS_PLATFORM the address is an IOVA, a range of it becomes several ranges of
-//! guest-physical memory, and a [`MemoryFault`] can also be "not mapped yet". Callers are written for that
-//! already: they take a range as several slices, they say what they want to do with it, and they hold slices
-//! no longer than a burst.
+//! Every access to guest memory by address goes through [`View::slices`]. A view is guest-physical, or it goes through
+//! the IOTLB: with VIRTIO_F_ACCESS_PLATFORM an address is an IOVA, a range of it becomes several ranges of
+//! guest-physical memory, and a [`MemoryFault`] can also be "not mapped yet". So callers take a range as several slices, they
+//! say what they want to do with it, and they hold slices no longer than a burst: a view borrows the IOTLB, which
+//! cannot be changed as long as a slice is held.
+//!
+//! Whatever the addresses are, slices come from memory regions, and the dirty log with them: its pages are guest-physical.
 
 use std::sync::Arc;
 
@@ -23,7 +25,7 @@ pub type Memory = GuestMemoryMmap<DirtyBitmap>;
 pub type Slice<'m> = VolatileSlice<'m, DirtySlice<'m>>;
 
 /// What is to be done with guest memory.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Access {
     /// Only read from it.
     Read,
@@ -150,6 +152,31 @@ impl<'m> View<'m> {
             left: len,
             access,
             fault: wraps.then_some(MemoryFault::Wraps { addr, len }),
+        }
+    }
+
+    /// What is looked up from now on is one thing: the chain or the ring that it is for waits for all of its translations, and
+    /// fails with one refusal.
+    pub(super) fn begin_walk(self) {
+        if let Some(iotlb) = self.iotlb {
+            iotlb.begin_walk();
+        }
+    }
+
+    /// Whether something that was looked up since [`View::begin_walk`] has been asked for and not been answered.
+    pub(super) fn awaits_answers(self) -> bool {
+        self.iotlb.is_some_and(Iotlb::awaits)
+    }
+
+    /// Whether nothing more can be asked for now.
+    pub(super) fn questions_are_full(self) -> bool {
+        self.iotlb.is_some_and(Iotlb::is_full)
+    }
+
+    /// Forgets the refusals that were found since [`View::begin_walk`]: what they were for has failed.
+    pub(super) fn forget_refusals(self) {
+        if let Some(iotlb) = self.iotlb {
+            iotlb.forget_refusals();
         }
     }
 

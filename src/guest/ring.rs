@@ -1,5 +1,6 @@
 //! Split virtqueues (virtio 1.2, section 2.7), from the device's side.
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
@@ -8,9 +9,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
-use super::areas::{Addresses, Areas};
+use super::areas::{Addresses, Areas, DESC_LEN};
 use super::fault::{FaultCounts, RingArea, RingError};
-use super::memory::{Slice, View};
+use super::memory::{Access, Slice, View};
 use super::rx::Reserved;
 
 /// Most entries of a ring that we serve, as in QEMU (`VIRTQUEUE_MAX_SIZE`).
@@ -66,11 +67,19 @@ pub struct Ring {
     pub(super) published: u16,
     /// The used index at the last decision whether to interrupt; `None` when the next decision must be yes.
     pub(super) decided: Option<u16>,
+    /// Of a ring of IOVAs whose used ring has not been mapped yet: where it stands if it is stopped before. The used index
+    /// that the driver can see is read as soon as it can be, and the ring goes on there.
+    ///
+    /// vhost-user-backend reads it at SET_VRING_ADDR; with an IOMMU it cannot be read then.
+    unread: Option<RingPosition>,
     /// What the used ring's flags say (without VIRTIO_F_EVENT_IDX); `None` when unknown, as they survive us.
     kicks_wanted: Option<bool>,
     kick: OwnedFd,
     call: Option<Call>,
     pub(super) scratch: Scratch,
+    /// Room for pieces of the areas, and of indirect tables.
+    areas_room: RefCell<Scratch>,
+    pub(super) table_room: Scratch,
     /// The chains that an RX burst holds; empty between bursts.
     pub(super) reserved: Vec<Reserved>,
     pub(super) faults: FaultCounts,
@@ -120,10 +129,13 @@ impl Ring {
             // A ring that has been served may owe the driver an interrupt from back then; a fresh one does
             // not.
             decided: (position == RingPosition::default()).then_some(0),
+            unread: translated.then_some(position),
             kicks_wanted: None,
             kick,
             call: call.map(Call::new),
             scratch: Scratch::default(),
+            areas_room: RefCell::default(),
+            table_room: Scratch::default(),
             reserved: Vec::new(),
             faults: FaultCounts::default(),
         })
@@ -139,8 +151,10 @@ impl Ring {
     pub fn disable_notifications<'m>(&mut self, ram: impl Into<View<'m>>) -> Result<(), RingError> {
         // With EVENT_IDX an avail_event that lies behind the driver's index is what silences it.
         if !self.event_idx && self.kicks_wanted != Some(false) {
-            self.areas(ram.into())?.set_kicks_wanted(false)?;
+            let mut areas = self.areas(ram.into())?;
+            areas.set_kicks_wanted(false)?;
             self.kicks_wanted = Some(false);
+            self.put_back(&mut areas);
         }
         Ok(())
     }
@@ -148,7 +162,8 @@ impl Ring {
     /// Asks the driver to kick us for the next entry that it makes available. `true` means that there are
     /// entries now, for which no kick will come: serve them.
     pub fn enable_notifications<'m>(&mut self, ram: impl Into<View<'m>>) -> Result<bool, RingError> {
-        let areas = self.areas(ram.into())?;
+        let mut areas = self.areas(ram.into())?;
+        self.read_used_idx(&areas)?;
         if self.event_idx {
             areas.set_avail_event(self.next_avail)?;
         } else if self.kicks_wanted != Some(true) {
@@ -159,7 +174,9 @@ impl Ring {
         // then read the available index again. Each must see the other's store, or an entry waits for ever
         // (virtio 1.2, 2.7.10).
         fence(Ordering::SeqCst);
-        Ok(self.seen_avail_idx(&areas)? != self.next_avail)
+        let available = self.seen_avail_idx(&areas)? != self.next_avail;
+        self.put_back(&mut areas);
+        Ok(available)
     }
 
     /// The faults that were found since this was last called.
@@ -167,12 +184,12 @@ impl Ring {
         std::mem::take(&mut self.faults)
     }
 
-    /// Where the ring stands.
+    /// Where the ring stands; what it was given as long as the used index could not be read.
     pub fn position(&self) -> RingPosition {
-        RingPosition {
+        self.unread.unwrap_or(RingPosition {
             next_avail: self.next_avail,
             next_used: self.next_used,
-        }
+        })
     }
 
     /// Entries of the ring.
@@ -226,37 +243,100 @@ impl Ring {
 
     /// How many entries the driver has made available that we have not taken.
     pub fn available<'m>(&self, ram: impl Into<View<'m>>) -> Result<u16, RingError> {
-        let areas = self.areas(ram.into())?;
-        Ok(self.seen_avail_idx(&areas)?.wrapping_sub(self.next_avail))
+        let mut areas = self.areas(ram.into())?;
+        let (published, next_avail) = match self.unread {
+            Some(_) => {
+                let used = areas.used_idx()?;
+                (used, used)
+            }
+            None => (self.published, self.next_avail),
+        };
+        let avail = self.checked(areas.avail_idx()?, published, next_avail)?;
+        self.put_back(&mut areas);
+        Ok(avail.wrapping_sub(next_avail))
     }
 
-    pub(super) fn areas<'m>(&self, ram: View<'m>) -> Result<Areas<'m>, RingError> {
-        Areas::resolve(ram, self.addresses, self.size, self.event_idx)
-    }
-
-    /// The available index, if it is one that a driver can have reached: every entry that it made available
-    /// and we have not published as used occupies a slot. This bounds a burst as well (invariant 4).
-    pub(super) fn seen_avail_idx(&self, areas: &Areas<'_>) -> Result<u16, RingError> {
-        let avail = areas.avail_idx()?;
-        let size = self.size;
-        if avail.wrapping_sub(self.published) > size {
-            return Err(RingError::AvailIndex {
-                avail,
-                used: self.published,
-                size,
-            });
+    /// Whether the descriptor table and the available ring are all zero, the available index with them: no driver has
+    /// ever posted a buffer in this memory. The guest may change that while we look.
+    pub fn is_blank<'m>(&self, ram: impl Into<View<'m>>) -> Result<bool, RingError> {
+        let ram = ram.into();
+        let size = usize::from(self.size);
+        for (area, addr, len) in [
+            (RingArea::DescriptorTable, self.addresses.desc, size * DESC_LEN),
+            (RingArea::Available, self.addresses.avail, 4 + 2 * size),
+        ] {
+            for slice in ram.slices(addr, len, Access::Read) {
+                let slice = slice.map_err(|fault| RingError::Memory { area, fault })?;
+                if !is_zero(&slice) {
+                    return Ok(false);
+                }
+            }
         }
-        // Reserved entries are below it, too: an index that went backwards would make us take what we hold
-        // already.
-        if avail.wrapping_sub(self.published) < self.next_avail.wrapping_sub(self.published) {
+        Ok(true)
+    }
+
+    /// Finds the ring in memory. To be given back by [`Ring::put_back`], for its room; after an error that is not worth
+    /// the trouble.
+    pub(super) fn areas<'m>(&self, ram: View<'m>) -> Result<Areas<'m>, RingError> {
+        let room = self.areas_room.borrow_mut().take();
+        Areas::resolve(ram, self.addresses, self.size, self.event_idx, room)
+    }
+
+    pub(super) fn put_back(&self, areas: &mut Areas<'_>) {
+        self.areas_room.borrow_mut().put(areas.take_pieces());
+    }
+
+    /// Goes on where the driver can see that the ring stands, if that could not be read before.
+    pub(super) fn read_used_idx(&mut self, areas: &Areas<'_>) -> Result<(), RingError> {
+        let Some(given) = self.unread else {
+            return Ok(());
+        };
+        let used = areas.used_idx()?;
+        self.unread = None;
+        self.next_avail = used;
+        self.next_used = used;
+        self.published = used;
+        // As in `new`: only a ring that nobody has served owes nothing.
+        self.decided = (used == 0 && given == RingPosition::default()).then_some(0);
+        Ok(())
+    }
+
+    /// The available index, if it is one that a driver can have reached.
+    pub(super) fn seen_avail_idx(&self, areas: &Areas<'_>) -> Result<u16, RingError> {
+        self.checked(areas.avail_idx()?, self.published, self.next_avail)
+    }
+
+    /// `avail`, if it is an index that a driver can have reached: every entry that it made available and we have not
+    /// published as used occupies a slot. This bounds a burst as well (invariant 4). Reserved entries are below it,
+    /// too: an index that went backwards would make us take what we hold already.
+    fn checked(&self, avail: u16, published: u16, next_avail: u16) -> Result<u16, RingError> {
+        let ahead = avail.wrapping_sub(published);
+        if ahead > self.size || ahead < next_avail.wrapping_sub(published) {
             return Err(RingError::AvailIndex {
                 avail,
-                used: self.published,
-                size,
+                used: published,
+                size: self.size,
             });
         }
         Ok(avail)
     }
+}
+
+/// Whether every byte of a piece of guest memory is 0.
+fn is_zero(slice: &Slice<'_>) -> bool {
+    let mut bytes = [0; 512];
+    let mut at = 0;
+    while let Ok(rest) = slice.offset(at) {
+        let copied = rest.copy_to(&mut bytes);
+        if copied == 0 {
+            break;
+        }
+        if bytes.iter().take(copied).any(|byte| *byte != 0) {
+            return false;
+        }
+        at += copied;
+    }
+    true
 }
 
 /// The descriptor that interrupts the driver: an eventfd as a rule, of which KVM or the VMM holds the other

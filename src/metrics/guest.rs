@@ -11,6 +11,7 @@ use prometheus::{
 };
 
 use super::Registry;
+use super::iotlb::{IotlbFamilies, IotlbMetrics};
 
 /// Which way bytes and packets go.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -103,6 +104,7 @@ pub(super) struct GuestFamilies {
     interrupts: IntCounterVec,
     interrupts_suppressed: IntCounterVec,
     rules: IntGaugeVec,
+    iotlb: IotlbFamilies,
 }
 
 impl GuestFamilies {
@@ -254,6 +256,7 @@ impl GuestFamilies {
                 "Rules of the configuration.",
                 &["guest", "direction"],
             )?,
+            iotlb: IotlbFamilies::register(to)?,
         })
     }
 }
@@ -327,6 +330,8 @@ pub struct GuestMetrics {
     pub buffered_bytes: [IntGauge; 2],
     /// Per virtqueue: rx, tx, event.
     pub queues: [QueueMetrics; 3],
+    /// Translations of I/O virtual addresses.
+    pub iotlb: IotlbMetrics,
 }
 
 impl GuestMetrics {
@@ -436,6 +441,7 @@ impl GuestMetrics {
             backpressure_pauses: by_direction(&f.backpressure_pauses),
             buffered_bytes: Direction::LABELS.map(|d| f.buffered_bytes.with_label_values(&[guest, d])),
             queues: QUEUE_LABELS.map(queue),
+            iotlb: f.iotlb.resolve(guest),
         }
     }
 

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use prometheus::{IntCounter, IntCounterVec, IntGaugeVec, Opts};
 
 mod guest;
+mod iotlb;
 pub mod names;
 mod page;
 mod process;
@@ -27,6 +28,7 @@ pub use guest::{
     Direction, GuestMetrics, LabelSets, MAX_RULES, OP_LABELS, OVERFLOW_RULE, QUEUE_LABELS, QueueMetrics,
     RuleMetrics, RuleNames, SOCKET_TYPE_LABELS,
 };
+pub use iotlb::{ACCESS_LABELS, IotlbMetrics};
 pub use session::{MemoryMapChanges, RingSample, SESSION_ERROR_REASONS, SessionSample, SessionState};
 
 /// All families of the process.

@@ -14,11 +14,13 @@ use vmm_sys_util::epoll::EventSet;
 use crate::device::Command;
 use crate::guest::{GuestRam, Memory};
 
-use super::Mode;
-use super::features::{Features, OFFERED_FEATURES, VHOST_F_LOG_ALL, offered_protocol_features};
+use super::features::{
+    Features, VHOST_F_LOG_ALL, VIRTIO_F_ACCESS_PLATFORM, offered_features, offered_protocol_features,
+};
 use super::link::{DeviceLink, lock};
 use super::negotiation::QUEUES;
 use super::vring::{MAX_QUEUE_SIZE, Vring};
+use super::{AccessPlatform, Mode};
 
 /// The dirty bitmap of [`Memory`], however that is called.
 pub(super) type Bitmap = <Memory as BitmapOf>::Bitmap;
@@ -37,6 +39,7 @@ impl<B> BitmapOf for GuestMemoryMmap<B> {
 pub(super) struct Backend {
     cid: u64,
     mode: Mode,
+    policy: AccessPlatform,
     link: Arc<DeviceLink>,
     /// Set once the crate has made them, before it serves a request.
     vrings: OnceLock<Vec<Vring>>,
@@ -49,10 +52,11 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    pub(super) fn new(cid: u32, mode: Mode, link: Arc<DeviceLink>) -> Backend {
+    pub(super) fn new(cid: u32, mode: Mode, policy: AccessPlatform, link: Arc<DeviceLink>) -> Backend {
         Backend {
             cid: cid.into(),
             mode,
+            policy,
             link,
             vrings: OnceLock::new(),
             acked: Mutex::new(0),
@@ -96,7 +100,7 @@ impl VhostUserBackend for Backend {
 
     fn features(&self) -> u64 {
         self.link.enter();
-        OFFERED_FEATURES
+        offered_features(self.policy)
     }
 
     fn acked_features(&self, features: u64) {
@@ -109,6 +113,12 @@ impl VhostUserBackend for Backend {
                 }
                 _ => info!(%guest, features = %bits, "features agreed"),
             }
+        }
+        if (before | features) & VIRTIO_F_ACCESS_PLATFORM != 0 {
+            // What was mapped for another driver, or another kind of address, is void. An error has raised the alarm.
+            let _ = self
+                .link
+                .call("forget translations", |done| Command::FlushIotlb { done });
         }
         if (before ^ features) & VHOST_F_LOG_ALL != 0 {
             self.log_writes(features & VHOST_F_LOG_ALL != 0);
@@ -210,7 +220,7 @@ mod tests {
     #[test]
     fn configuration_space_answers_every_read() {
         let (link, _device) = testing::link();
-        let backend = Backend::new(0x0102_0304, Mode::Server, Arc::new(link));
+        let backend = Backend::new(0x0102_0304, Mode::Server, AccessPlatform::Auto, Arc::new(link));
         assert_eq!(backend.get_config(0, 8), [4, 3, 2, 1, 0, 0, 0, 0]);
         assert_eq!(backend.get_config(2, 4), [2, 1, 0, 0]);
         assert_eq!(backend.get_config(4, 8), [0; 8]);

@@ -3,7 +3,7 @@
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
 
-use super::Mode;
+use super::{AccessPlatform, Mode};
 
 /// VIRTIO_VSOCK_F_STREAM: stream sockets (virtio 1.2, 5.10.3).
 pub const VIRTIO_VSOCK_F_STREAM: u64 = 1 << 0;
@@ -17,6 +17,8 @@ pub const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
 pub const VHOST_USER_F_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VIRTIO_F_VERSION_1.
 pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+/// VIRTIO_F_ACCESS_PLATFORM: see `docs/access-platform.md`.
+pub const VIRTIO_F_ACCESS_PLATFORM: u64 = 1 << 33;
 /// VIRTIO_F_IN_ORDER. Without it Cloud Hypervisor resumes a ring behind the RX buffers it has posted.
 pub const VIRTIO_F_IN_ORDER: u64 = 1 << 35;
 
@@ -37,14 +39,25 @@ pub const PROTOCOL_F_RESET_DEVICE: u64 = 1 << 13;
 /// VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS.
 pub const PROTOCOL_F_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 
-/// The virtio features this device offers. New capabilities of the device are switched on here and nowhere else.
-pub const OFFERED_FEATURES: u64 = VIRTIO_F_VERSION_1
+/// The virtio features this device offers, ACCESS_PLATFORM apart. New capabilities of the device are switched on here
+/// and nowhere else.
+const OFFERED_FEATURES: u64 = VIRTIO_F_VERSION_1
     | VIRTIO_RING_F_INDIRECT_DESC
     | VIRTIO_RING_F_EVENT_IDX
     | VIRTIO_F_IN_ORDER
     | VIRTIO_VSOCK_F_STREAM
     | VHOST_F_LOG_ALL
     | VHOST_USER_F_PROTOCOL_FEATURES;
+
+/// The virtio features this device offers.
+pub fn offered_features(policy: AccessPlatform) -> u64 {
+    match policy {
+        AccessPlatform::Off => OFFERED_FEATURES,
+        AccessPlatform::Auto | AccessPlatform::Iotlb | AccessPlatform::Identity => {
+            OFFERED_FEATURES | VIRTIO_F_ACCESS_PLATFORM
+        }
+    }
+}
 
 /// The vhost-user protocol features this device offers.
 ///
@@ -163,11 +176,11 @@ impl Features {
 
 impl std::fmt::Display for Features {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.names().join(" "))?;
-        match self.unknown_bits() {
-            0 => Ok(()),
-            unknown => write!(f, " +{unknown:#x}"),
+        let mut words: Vec<String> = self.names().iter().map(ToString::to_string).collect();
+        if self.unknown_bits() != 0 {
+            words.push(format!("+{:#x}", self.unknown_bits()));
         }
+        f.write_str(&words.join(" "))
     }
 }
 
@@ -194,7 +207,10 @@ mod tests {
 
     #[test]
     fn everything_offered_has_a_name() {
-        assert_eq!(Features::virtio(OFFERED_FEATURES).unknown_bits(), 0);
+        assert_eq!(
+            Features::virtio(offered_features(AccessPlatform::Auto)).unknown_bits(),
+            0
+        );
         for mode in [Mode::Server, Mode::Client] {
             assert_eq!(
                 Features::protocol(offered_protocol_features(mode)).unknown_bits(),

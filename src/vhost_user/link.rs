@@ -1,5 +1,6 @@
 //! What the crate's thread uses to reach the others: commands to the device thread, and the alarm that ends a session.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,7 +17,8 @@ use tokio::sync::oneshot;
 use crate::device::handle::Reply;
 use crate::device::{Command, DeviceGone, DeviceHandle};
 
-use super::negotiation::{NegotiationWatch, SessionError};
+use super::gate::{AddressNote, RingIovas};
+use super::negotiation::{NegotiationWatch, QUEUES, SessionError};
 
 /// How long the device thread may take for a command. It answers within a turn; when it does not, the VMM, which waits
 /// for us with its global lock held, is better served by a closed connection.
@@ -50,6 +52,20 @@ impl WakeFd {
     }
 }
 
+impl Wake for WakeFd {
+    fn wake(self: Arc<Self>) {
+        WakeFd::wake(&self);
+    }
+}
+
+/// A command whose answer is due.
+pub(super) struct Pending<T> {
+    /// What the device does, for the alarm.
+    what: &'static str,
+    answer: oneshot::Receiver<T>,
+    pub(super) deadline: Instant,
+}
+
 impl AsFd for WakeFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -69,6 +85,9 @@ pub(super) struct DeviceLink {
     pub(super) guest: Arc<str>,
     /// Where ring starts and stops are told.
     pub(super) watch: Arc<NegotiationWatch>,
+    /// How the SET_VRING_ADDRs that the crate is about to read are meant, by virtqueue and in their order. Bounded by the
+    /// messages that fit into the private socket.
+    addresses: Mutex<[VecDeque<Option<RingIovas>>; QUEUES]>,
     device: DeviceHandle,
     deadline: Duration,
     /// The first failure; later ones follow from it.
@@ -89,6 +108,7 @@ impl DeviceLink {
         DeviceLink {
             guest,
             watch,
+            addresses: Mutex::default(),
             device,
             deadline: DEVICE_DEADLINE,
             failure: Mutex::new(None),
@@ -101,6 +121,62 @@ impl DeviceLink {
     pub(super) fn with_deadline(mut self, deadline: Duration) -> DeviceLink {
         self.deadline = deadline;
         self
+    }
+
+    /// Sends a command whose answer is awaited elsewhere. An error has raised the alarm.
+    pub(super) fn begin<T>(
+        &self,
+        what: &'static str,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<Pending<T>, DeviceGone> {
+        let (reply, answer) = oneshot::channel();
+        self.device
+            .send(command(reply))
+            .inspect_err(|_| self.alarm_gone(what))?;
+        Ok(Pending {
+            what,
+            answer,
+            deadline: Instant::now() + self.deadline,
+        })
+    }
+
+    /// Looks for the answer of a command; the session thread is woken when it comes. `Err` has raised the alarm.
+    pub(super) fn poll<T>(&self, pending: &mut Pending<T>) -> Result<Option<T>, DeviceGone> {
+        let waker = Waker::from(self.wake.clone());
+        match Pin::new(&mut pending.answer).poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(Ok(value)) => Ok(Some(value)),
+            Poll::Ready(Err(_)) => {
+                self.alarm_gone(pending.what);
+                Err(DeviceGone)
+            }
+            Poll::Pending if Instant::now() < pending.deadline => Ok(None),
+            Poll::Pending => {
+                self.alarm_late(pending.what);
+                Err(DeviceGone)
+            }
+        }
+    }
+
+    /// Sends a command that has no answer. An error has raised the alarm.
+    pub(super) fn tell(&self, what: &str, command: Command) {
+        if self.device.send(command).is_err() {
+            self.alarm_gone(what);
+        }
+    }
+
+    fn alarm_gone(&self, what: &str) {
+        self.alarm(
+            SessionError::Io,
+            format!("the device thread has ended, {what} was not done"),
+        );
+    }
+
+    fn alarm_late(&self, what: &str) {
+        let after = self.deadline;
+        self.alarm(
+            SessionError::Timeout,
+            format!("the device thread did not {what} within {after:?}"),
+        );
     }
 
     /// Sends a command and blocks until the device has answered. An error has raised the alarm.
@@ -130,27 +206,32 @@ impl DeviceLink {
         match answer {
             Answer::Value(value) => Ok(value),
             Answer::Gone => {
-                self.alarm(
-                    SessionError::Io,
-                    format!("the device thread has ended, {what} was not done"),
-                );
+                self.alarm_gone(what);
                 Err(DeviceGone)
             }
             Answer::Late => {
-                let after = self.deadline;
-                self.alarm(
-                    SessionError::Timeout,
-                    format!("the device thread did not {what} within {after:?}"),
-                );
+                self.alarm_late(what);
                 Err(DeviceGone)
             }
         }
     }
 
+    /// To be told before the crate can read a SET_VRING_ADDR.
+    pub(super) fn note(&self, note: AddressNote) {
+        if let Some(notes) = lock(&self.addresses).get_mut(note.index) {
+            notes.push_back(note.iovas);
+        }
+    }
+
+    /// How the SET_VRING_ADDR that the crate serves now is meant: as I/O virtual addresses, if there are any.
+    pub(super) fn noted(&self, index: usize) -> Option<RingIovas> {
+        lock(&self.addresses).get_mut(index)?.pop_front().flatten()
+    }
+
     /// Ends the session, from any thread.
     pub(super) fn alarm(&self, kind: SessionError, detail: String) {
         lock(&self.failure).get_or_insert(Failure { kind, detail });
-        self.wake.wake();
+        WakeFd::wake(&self.wake);
     }
 
     /// The first failure, if there is one.
@@ -195,7 +276,7 @@ struct EndOfThread {
 impl Drop for EndOfThread {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Release);
-        self.wake.wake();
+        WakeFd::wake(&self.wake);
     }
 }
 

@@ -108,6 +108,12 @@ pub mod request {
     pub const SET_DEVICE_STATE_FD: u32 = 42;
 }
 
+/// Request numbers on the back-end's channel.
+pub mod backend_request {
+    /// VHOST_USER_BACKEND_IOTLB_MSG.
+    pub const IOTLB_MSG: u32 = 1;
+}
+
 /// Index of a request number in [`REQUEST_NAMES`].
 pub fn request_index(request: u32) -> usize {
     match usize::try_from(request) {
@@ -142,6 +148,38 @@ impl Message {
         bytes.extend_from_slice(&flags.to_ne_bytes());
         bytes.extend_from_slice(&(body.len() as u32).to_ne_bytes());
         bytes.extend_from_slice(body);
+        Message { bytes }
+    }
+
+    /// A request of the back-end: the translation of `iova` is missing, for reading (1) or writing (2). On the back-end's
+    /// channel requests have numbers of their own, and VHOST_USER_BACKEND_IOTLB_MSG is the first.
+    pub fn iotlb_miss(flags: u32, iova: u64, perm: u8) -> Message {
+        const MISS: u8 = 1;
+        let mut body = [0; 32];
+        body[..8].copy_from_slice(&iova.to_ne_bytes());
+        body[24] = perm;
+        body[25] = MISS;
+        Message::new(backend_request::IOTLB_MSG, flags, &body)
+    }
+
+    /// This message with other flags.
+    pub(super) fn with_flags(&self, flags: u32) -> Message {
+        let mut bytes = self.bytes.clone();
+        // A message has a header.
+        bytes[4..8].copy_from_slice(&flags.to_ne_bytes());
+        Message { bytes }
+    }
+
+    /// A SET_VRING_ADDR with another address for all three areas.
+    pub(super) fn with_vring_addresses(&self, address: u64) -> Message {
+        let mut bytes = self.bytes.clone();
+        for area in bytes
+            .get_mut(HEADER_LEN + 8..HEADER_LEN + 32)
+            .into_iter()
+            .flat_map(|areas| areas.chunks_exact_mut(8))
+        {
+            area.copy_from_slice(&address.to_ne_bytes());
+        }
         Message { bytes }
     }
 
@@ -254,6 +292,19 @@ pub enum Body {
         /// Bytes.
         size: u32,
     },
+    /// IOTLB_MSG: `struct vhost_iotlb_msg` (linux/vhost_types.h), 26 bytes, padded to 32 by QEMU.
+    Iotlb {
+        /// First I/O virtual address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+        /// What `iova` means in the VMM's address space.
+        uaddr: u64,
+        /// What is allowed: 1 read, 2 write, 3 both.
+        perm: u8,
+        /// 1 MISS, 2 UPDATE, 3 INVALIDATE, 4 ACCESS_FAIL.
+        kind: u8,
+    },
     /// No body, one that is not looked at, or one that is not what the request promises.
     Other,
 }
@@ -303,6 +354,16 @@ impl Body {
             ADD_MEM_REG | REM_MEM_REG => {
                 exactly(8 + MemoryRegion::LEN)?;
                 Body::MemoryRegion(MemoryRegion::decode(body.get(8..)?)?)
+            }
+            IOTLB_MSG => {
+                exactly(26).or(exactly(32))?;
+                Body::Iotlb {
+                    iova: u64_at(body, 0)?,
+                    size: u64_at(body, 8)?,
+                    uaddr: u64_at(body, 16)?,
+                    perm: *body.get(24)?,
+                    kind: *body.get(25)?,
+                }
             }
             GET_CONFIG | SET_CONFIG => Body::Config {
                 offset: u32_at(body, 0)?,

@@ -71,6 +71,7 @@
 //!    the process.
 
 mod backend;
+pub mod channel;
 mod endpoint;
 pub mod features;
 pub mod findings;

@@ -2,16 +2,21 @@
 //!
 //! It never blocks and never waits: [`Relay::turn`] moves what can be moved, [`Relay::vmm_interest`] and
 //! [`Relay::backend_interest`] say what to poll for.
-//! Each direction holds at most one message that the other side has not taken yet (the prelude's few apart), and reads
+//! Each direction holds at most one message that the other side has not taken yet (the few of our own apart), and reads
 //! no further while it does: what a peer does not read stays with the sender. Neither direction waits for the other.
+//!
+//! A request that we answer ourselves is *held* until the crate has done what came before and, if the device has to do
+//! something for it, until the device has. Nothing is read from the VMM meanwhile, so that effects and answers keep the
+//! order of the requests; answers of the crate pass.
 
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use rustix::event::PollFlags;
 
-use super::gate::{Gate, ReplyVerdict, Verdict};
+use super::gate::{AddressNote, Gate, IotlbOperation, Observation, Passage, ReplyVerdict, Then};
+use super::message::{Message, REPLY, VERSION, request};
 use super::negotiation::NegotiationWatch;
 use super::wire::{Frame, FrameReader, FrameWriter, Received, WireError};
 
@@ -27,12 +32,35 @@ pub enum RelayEnd {
     /// What the VMM sent is no message.
     #[error("{0}")]
     Vmm(WireError),
+    /// The VMM sent a request that is refused, and does not wait for an answer.
+    #[error("{}: {reason}", super::message::display_name(*request))]
+    Refused {
+        /// The request number.
+        request: u32,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The crate closed its socket; all that it had to say has been passed on.
     #[error("the connection was ended")]
     CrateClosed,
     /// The crate's socket failed.
     #[error("private socket: {0}")]
     Crate(WireError),
+}
+
+/// A request that we answer ourselves.
+struct Held {
+    message: Message,
+    /// Why it is refused; `None` if it is not.
+    refusal: Option<String>,
+    stage: Stage,
+}
+
+enum Stage {
+    /// The crate has not done yet what came before; then this is to be done, if anything.
+    Barrier(Option<IotlbOperation>),
+    /// The operation has been handed out.
+    CarriedOut,
 }
 
 /// One session's relay.
@@ -44,6 +72,11 @@ pub struct Relay {
     to_backend: FrameWriter,
     from_backend: FrameReader,
     to_vmm: FrameWriter,
+    held: Option<Held>,
+    /// Told what the crate reads, in order; see [`AddressNote`].
+    note: Box<dyn Fn(AddressNote) + Send>,
+    /// The descriptor of the last SET_BACKEND_REQ_FD, until it is taken.
+    backend_channel: Option<OwnedFd>,
     /// The crate takes no more, or has closed; it may still have to say something.
     backend_deaf: bool,
     /// The crate has closed.
@@ -51,9 +84,17 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// A relay between a VMM and the crate.
-    pub fn new(vmm: UnixStream, backend: UnixStream, gate: Gate) -> Relay {
+    /// A relay between a VMM and the crate. `note` hears of each SET_VRING_ADDR before the crate can read it.
+    pub fn new(
+        vmm: UnixStream,
+        backend: UnixStream,
+        gate: Gate,
+        note: impl Fn(AddressNote) + Send + 'static,
+    ) -> Relay {
         Relay {
+            held: None,
+            note: Box::new(note),
+            backend_channel: None,
             vmm,
             backend,
             gate,
@@ -80,7 +121,8 @@ impl Relay {
     /// What to poll the VMM's socket for.
     pub fn vmm_interest(&self) -> PollFlags {
         let mut flags = PollFlags::empty();
-        flags.set(PollFlags::IN, self.to_backend.is_empty() && !self.backend_deaf);
+        let listens = self.to_backend.is_empty() && !self.backend_deaf && self.held.is_none();
+        flags.set(PollFlags::IN, listens);
         flags.set(PollFlags::OUT, !self.to_vmm.is_empty());
         flags
     }
@@ -120,10 +162,136 @@ impl Relay {
         &self.gate
     }
 
+    /// What the device has to do now; [`Relay::carried_out`] says that it has.
+    pub fn take_operation(&mut self) -> Option<IotlbOperation> {
+        let settled = self.gate.is_settled();
+        let held = self.held.as_mut()?;
+        match &mut held.stage {
+            Stage::Barrier(operation) if settled && operation.is_some() => {
+                let operation = operation.take();
+                held.stage = Stage::CarriedOut;
+                operation
+            }
+            _ => None,
+        }
+    }
+
+    /// The device has done what [`Relay::take_operation`] handed out.
+    pub fn carried_out(&mut self, watch: &NegotiationWatch) {
+        if let Some(held) = self.held.take() {
+            watch.iotlb_carried_out();
+            self.answer(held, watch);
+        }
+    }
+
+    /// The channel that the VMM has given for requests of ours, once each.
+    pub fn take_backend_channel(&mut self) -> Option<OwnedFd> {
+        self.backend_channel.take()
+    }
+
     /// Ends the crate's connection and gives the VMM's back: whoever holds it decides when the VMM sees the end.
     pub fn close_backend(self) -> (UnixStream, Gate) {
         let _ = self.backend.shutdown(Shutdown::Both);
         (self.vmm, self.gate)
+    }
+
+    /// Deals with one request of the VMM.
+    fn judge(&mut self, frame: Frame, watch: &NegotiationWatch) -> Result<(), RelayEnd> {
+        let before = (self.gate.translation(), self.gate.assumed().is_some());
+        let verdict = self.gate.request(&frame.message, frame.fds.len());
+        if let Some((features, protocol_features)) = self.gate.assumed().filter(|_| !before.1) {
+            watch.assume(features, protocol_features);
+        }
+        for Passage { message, note } in verdict.before {
+            note.into_iter().for_each(&self.note);
+            self.to_backend.push(Frame::bare(message));
+        }
+        match verdict.then {
+            Then::Forward { note } => {
+                watch.request(&frame.message, frame.fds.len());
+                note.into_iter().for_each(&self.note);
+                self.watch_channel(&frame);
+                self.to_backend.push(frame);
+            }
+            Then::Replace(Passage { message, note }) => {
+                watch.request(&frame.message, frame.fds.len());
+                note.into_iter().for_each(&self.note);
+                let fds = frame.fds;
+                self.to_backend.push(Frame { message, fds });
+            }
+            Then::Carry { operation, refusal } => {
+                watch.request(&frame.message, frame.fds.len());
+                self.held = Some(Held {
+                    message: frame.message,
+                    refusal,
+                    stage: Stage::Barrier(Some(operation)),
+                });
+            }
+            Then::Refuse(reason) => {
+                watch.refused(&frame.message, &reason, frame.message.needs_reply());
+                self.held = Some(Held {
+                    message: frame.message,
+                    refusal: Some(reason),
+                    stage: Stage::Barrier(None),
+                });
+            }
+            Then::End(reason) => {
+                watch.refused(&frame.message, &reason, false);
+                let request = frame.message.request();
+                return Err(RelayEnd::Refused { request, reason });
+            }
+        }
+        if self.gate.translation() != before.0 {
+            watch.translation(self.gate.translation());
+        }
+        for observation in verdict.findings {
+            match observation {
+                Observation::Found(code, seen) => watch.find(code, seen),
+                Observation::Passed(code) => watch.passed(code),
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps a duplicate of the channel that the crate gets, too.
+    fn watch_channel(&mut self, frame: &Frame) {
+        if frame.message.request() == request::SET_BACKEND_REQ_FD
+            && let [fd] = frame.fds.as_slice()
+        {
+            // Without a descriptor for it there is no channel, and that is what is told.
+            self.backend_channel = fd.try_clone().ok();
+        }
+    }
+
+    /// Answers a request ourselves, if its sender waits for an answer.
+    fn answer(&mut self, held: Held, watch: &NegotiationWatch) {
+        let Held {
+            message,
+            refusal,
+            stage,
+        } = held;
+        let value = u64::from(refusal.is_some());
+        if message.needs_reply() {
+            let answer = Message::new(message.request(), VERSION | REPLY, &value.to_ne_bytes());
+            self.to_vmm.push(Frame::bare(answer));
+        }
+        // A refusal was told when it was decided.
+        if matches!(stage, Stage::CarriedOut) {
+            watch.answered(&message, value);
+        }
+    }
+
+    /// Whether a request of ours to answer keeps the VMM's next one waiting.
+    fn is_held(&mut self, watch: &NegotiationWatch) -> bool {
+        let refused = |held: &Held| matches!(held.stage, Stage::Barrier(None));
+        // One answer of ours at a time: a VMM that reads none must not make them pile up here.
+        if self.gate.is_settled()
+            && self.to_vmm.is_empty()
+            && let Some(held) = self.held.take_if(|held| refused(held))
+        {
+            self.answer(held, watch);
+        }
+        self.held.is_some()
     }
 
     fn vmm_to_backend(&mut self, watch: &NegotiationWatch) -> Result<bool, RelayEnd> {
@@ -140,20 +308,11 @@ impl Relay {
                     return Ok(true);
                 }
             }
+            if self.is_held(watch) {
+                return Ok(false);
+            }
             match self.from_vmm.receive(&self.vmm).map_err(RelayEnd::Vmm)? {
-                Received::Frame(frame) => {
-                    let verdict = self.gate.request(&frame.message, frame.fds.len());
-                    if let Verdict::ForwardAfter(prelude) = verdict {
-                        if let Some((features, protocol_features)) = self.gate.assumed() {
-                            watch.assume(features, protocol_features);
-                        }
-                        prelude
-                            .into_iter()
-                            .for_each(|message| self.to_backend.push(Frame::bare(message)));
-                    }
-                    watch.request(&frame.message, frame.fds.len());
-                    self.to_backend.push(frame);
-                }
+                Received::Frame(frame) => self.judge(frame, watch)?,
                 Received::Blocked => return Ok(false),
                 Received::Closed => return Err(RelayEnd::VmmClosed),
             }

@@ -4,8 +4,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,14 +16,17 @@ use tracing::{debug, error, info, warn};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
 
-use crate::device::{Command, DeviceHandle};
+use crate::device::handle::Listener;
+use crate::device::{Command, DeviceEvent, DeviceHandle};
 use crate::guest::Memory;
 use crate::sys::peercred::peer_credentials;
 
 use super::backend::Backend;
+use super::channel::Channel;
 use super::endpoint::{Endpoint, directory_of};
-use super::gate::Gate;
-use super::link::{DeviceLink, WakeFd};
+use super::gate::{Gate, IotlbOperation};
+use super::link::{DeviceLink, Failure, Pending, WakeFd};
+use super::message::display_name;
 use super::negotiation::{NegotiationWatch, Peer, SessionEnd, SessionError};
 use super::private_socket;
 use super::relay::{Relay, RelayEnd};
@@ -128,6 +131,14 @@ impl End {
             reason,
             detail: detail.into(),
         }
+    }
+
+    fn of(failure: Failure) -> End {
+        End::error(failure.kind, failure.detail)
+    }
+
+    fn unknown() -> End {
+        End::error(SessionError::Io, String::new())
     }
 
     fn error(error: SessionError, detail: String) -> End {
@@ -322,8 +333,11 @@ impl Server {
             Ok(started) => started,
             Err(error) => return End::error(SessionError::Io, error),
         };
-        let mut relay = Relay::new(vmm, private, Gate::new(self.config().mode));
-        let end = self.pump(&mut relay, &link);
+        let events = self.listen_to_device();
+        let gate = Gate::new(self.config().mode, self.config().access_platform);
+        let notes = link.clone();
+        let mut relay = Relay::new(vmm, private, gate, move |note| notes.note(note));
+        let end = self.pump(&mut relay, &link, &events);
         // Whether it was a crash of the VMM has to be known before its rings are stopped.
         let ran = self.watch.any_ring_started();
         let (vmm, gate) = relay.close_backend();
@@ -339,13 +353,36 @@ impl Server {
         end
     }
 
+    /// Has the device tell this session what it needs to know. A device that has ended is found out by what comes next.
+    fn listen_to_device(&self) -> mpsc::Receiver<DeviceEvent> {
+        let (sender, events) = mpsc::channel();
+        let wake = self.wake.clone();
+        let listener: Listener = Box::new(move |event| {
+            // A session that is over wants to know nothing more.
+            if sender.send(event).is_ok() {
+                wake.wake();
+            }
+        });
+        let (done, _) = tokio::sync::oneshot::channel();
+        let _ = self.device.send(Command::SetListener {
+            listener: Some(listener),
+            done,
+        });
+        events
+    }
+
     fn start_daemon(
         &self,
         link: &Arc<DeviceLink>,
     ) -> Result<(VhostUserDaemon<Arc<Backend>>, UnixStream), String> {
         let (listener, private) =
             private_socket::pair(directory_of(&self.config().socket)).map_err(|error| error.to_string())?;
-        let backend = Arc::new(Backend::new(self.config().cid, self.config().mode, link.clone()));
+        let backend = Arc::new(Backend::new(
+            self.config().cid,
+            self.config().mode,
+            self.config().access_platform,
+            link.clone(),
+        ));
         let memory = GuestMemoryAtomic::new(Memory::new());
         let (daemon, vrings) = Vring::hatch(link.clone(), || {
             VhostUserDaemon::new(format!("crate {}", self.guest), backend.clone(), memory)
@@ -360,7 +397,9 @@ impl Server {
     }
 
     /// Moves messages until something ends the session.
-    fn pump(&self, relay: &mut Relay, link: &DeviceLink) -> PumpEnd {
+    fn pump(&self, relay: &mut Relay, link: &DeviceLink, events: &mpsc::Receiver<DeviceEvent>) -> PumpEnd {
+        let mut channel = Channel::new();
+        let mut pending: Option<Pending<()>> = None;
         let mut refused = false;
         let mut deadline = None;
         let mut accept_pause: Option<Instant> = None;
@@ -372,8 +411,10 @@ impl Server {
             if self.stopping() {
                 return PumpEnd::Shutdown;
             }
+            let more = more | self.carry_out(relay, link, &mut pending);
+            self.speak_of_translations(relay, link, &mut channel, events);
             if let Some(failure) = link.failure() {
-                return PumpEnd::Failure(End::error(failure.kind, failure.detail));
+                return PumpEnd::Failure(End::of(failure));
             }
             if link.thread_ended() {
                 // By itself after a last answer, or by a panic: whatever is on its socket now is all there will be.
@@ -392,7 +433,10 @@ impl Server {
             accept_pause = accept_pause.filter(|until| Instant::now() < *until);
 
             let listener = self.endpoint.listener.as_ref().filter(|_| accept_pause.is_none());
-            let timeout = match [deadline, accept_pause].into_iter().flatten().min() {
+            let look_again = self.watch.look(Instant::now());
+            let overdue = pending.as_ref().map(|pending| pending.deadline);
+            let timeouts = [deadline, accept_pause, look_again, overdue];
+            let timeout = match timeouts.into_iter().flatten().min() {
                 _ if more => Some(Duration::ZERO),
                 until => until.map(|until| until.saturating_duration_since(Instant::now())),
             };
@@ -408,6 +452,9 @@ impl Server {
                 fds.push(PollFd::new(listener, PollFlags::IN));
                 fds.len() - 1
             });
+            if let Some((channel, interest)) = channel.interest() {
+                fds.push(PollFd::from_borrowed_fd(channel, interest));
+            }
             wait(&mut fds, timeout);
             let ready = |at: Option<usize>| {
                 at.and_then(|at| fds.get(at))
@@ -429,6 +476,62 @@ impl Server {
             if !listener_ready.is_empty() && !self.refuse_newcomers(&mut refused) {
                 accept_pause = Some(Instant::now() + ACCEPT_PAUSE);
             }
+        }
+    }
+
+    /// Has the device carry out what the VMM wants of the IOTLB. Whether something came of it.
+    fn carry_out(&self, relay: &mut Relay, link: &DeviceLink, pending: &mut Option<Pending<()>>) -> bool {
+        if pending.is_none()
+            && let Some(operation) = relay.take_operation()
+        {
+            // An error has raised the alarm.
+            *pending = match operation {
+                IotlbOperation::Update(mappings) => link.begin("take translations", |done| {
+                    Command::UpdateIotlb { mappings, done }
+                }),
+                IotlbOperation::Invalidate { first, last } => link.begin("forget translations", |done| {
+                    Command::InvalidateIotlb { first, last, done }
+                }),
+            }
+            .ok();
+        }
+        let answered = pending
+            .as_mut()
+            .is_some_and(|pending| matches!(link.poll(pending), Ok(Some(()))));
+        if answered {
+            *pending = None;
+            relay.carried_out(&self.watch);
+        }
+        answered
+    }
+
+    /// Passes on what the device asks for and what the VMM answers to that.
+    fn speak_of_translations(
+        &self,
+        relay: &mut Relay,
+        link: &DeviceLink,
+        channel: &mut Channel,
+        events: &mpsc::Receiver<DeviceEvent>,
+    ) {
+        if let Some(socket) = relay.take_backend_channel() {
+            channel.open(socket, relay.gate().acknowledges());
+            self.watch.backend_channel(true);
+        }
+        for event in events.try_iter() {
+            match event {
+                DeviceEvent::Miss(miss) => channel.ask(miss),
+                event => self.watch.device_event(&event),
+            }
+        }
+        let ended = channel.turn(
+            |miss| self.watch.miss_sent(miss),
+            |miss, refused| {
+                self.watch.miss_answered(miss, refused);
+                link.tell("hear of an answer", Command::MissAnswered { miss, refused });
+            },
+        );
+        if ended {
+            self.watch.backend_channel(false);
         }
     }
 
@@ -495,17 +598,17 @@ impl Server {
                 End::error(SessionError::Io, WireError::DescriptorsLost.to_string())
             }
             PumpEnd::Relay(RelayEnd::Vmm(error)) => End::error(SessionError::Protocol, error.to_string()),
+            PumpEnd::Relay(RelayEnd::Refused { request, reason }) => End::error(
+                SessionError::of_request(request),
+                format!("{}: {reason}", display_name(request)),
+            ),
             PumpEnd::Relay(RelayEnd::Crate(error)) => End::error(
                 SessionError::Io,
                 format!("the protocol handler's socket: {error}"),
             ),
             // The device failed, and the crate ended because of it.
             PumpEnd::Relay(RelayEnd::CrateClosed) if link.failure().is_some() => {
-                let failure = link.failure();
-                failure.map_or_else(
-                    || End::error(SessionError::Io, String::new()),
-                    |failure| End::error(failure.kind, failure.detail),
-                )
+                link.failure().map_or_else(End::unknown, End::of)
             }
             PumpEnd::Relay(RelayEnd::CrateClosed) => {
                 let said = match outcome {

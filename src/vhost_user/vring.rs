@@ -28,6 +28,7 @@ use vm_memory::GuestMemoryAtomic;
 use crate::device::Command;
 use crate::guest::{Memory, RingParts, RingPosition};
 
+use super::gate::RingIovas;
 use super::link::{DeviceLink, lock};
 use super::negotiation::{QUEUE_NAMES, SessionError};
 
@@ -54,6 +55,9 @@ struct Hand {
     call: Option<File>,
     /// Whether addresses have been set.
     addressed: bool,
+    /// The ring's addresses as IOVAs, if that is what they are. What the crate was told instead is a placeholder, of no
+    /// meaning but that it lies in guest memory (see `gate/translation.rs`), and never gets as far as its queue.
+    iovas: Option<RingIovas>,
     /// A size that was asked for and that no ring can have; the crate checks only the range.
     bad_size: Option<u16>,
     /// What the device runs.
@@ -69,6 +73,7 @@ struct Settings {
     desc: u64,
     avail: u64,
     used: u64,
+    translated: bool,
     event_idx: bool,
 }
 
@@ -103,6 +108,7 @@ impl Vring {
         self.inner.get_mut().get_queue_mut().reset();
         let mut hand = lock(&self.hand);
         hand.addressed = false;
+        hand.iovas = None;
         hand.bad_size = None;
     }
 
@@ -130,11 +136,18 @@ impl Vring {
         let state = self.inner.get_ref();
         let queue = state.get_queue();
         let runs = queue.ready() && state.is_enabled() && hand.addressed && hand.kick.is_some();
-        runs.then(|| Settings {
-            size: hand.bad_size.unwrap_or(queue.size()),
+        let of_the_crate = RingIovas {
             desc: queue.desc_table(),
             avail: queue.avail_ring(),
             used: queue.used_ring(),
+        };
+        let RingIovas { desc, avail, used } = hand.iovas.unwrap_or(of_the_crate);
+        runs.then(|| Settings {
+            size: hand.bad_size.unwrap_or(queue.size()),
+            desc,
+            avail,
+            used,
+            translated: hand.iovas.is_some(),
             event_idx: queue.event_idx_enabled(),
         })
     }
@@ -153,7 +166,7 @@ impl Vring {
                 return self.link.alarm(SessionError::Io, detail);
             }
         };
-        let position = self.position();
+        let position = self.position(settings.translated);
         let parts = RingParts {
             size: settings.size,
             desc: settings.desc,
@@ -161,7 +174,7 @@ impl Vring {
             used: settings.used,
             position,
             event_idx: settings.event_idx,
-            translated: false,
+            translated: settings.translated,
             kick,
             call,
         };
@@ -194,13 +207,14 @@ impl Vring {
     }
 
     /// Where the ring stands: the VMM's base and the guest's used index. That the two may differ, after a crash, is the
-    /// device's to judge (`guest::Ring::new`).
-    fn position(&self) -> RingPosition {
+    /// device's to judge (`guest::Ring::new`), and also to find out, where the used ring is not mapped yet.
+    fn position(&self, translated: bool) -> RingPosition {
         let state = self.inner.get_ref();
         let queue = state.get_queue();
+        let next_avail = queue.next_avail();
         RingPosition {
-            next_avail: queue.next_avail(),
-            next_used: queue.next_used(),
+            next_avail,
+            next_used: if translated { next_avail } else { queue.next_used() },
         }
     }
 
@@ -222,6 +236,7 @@ impl Vring {
         let position = match position {
             Ok(Some(position)) => position,
             // The device had given the ring up, and what it returned to the guest stands in the used ring.
+            Ok(None) if hand.iovas.is_some() => return,
             Ok(None) => match self.inner.queue_used_idx() {
                 Ok(used) => RingPosition {
                     next_avail: used,
@@ -296,8 +311,12 @@ impl VringT<GuestMemoryAtomic<Memory>> for Vring {
 
     fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), QueueError> {
         self.link.enter();
-        self.inner.set_queue_info(desc_table, avail_ring, used_ring)?;
-        lock(&self.hand).addressed = true;
+        let mut hand = lock(&self.hand);
+        hand.iovas = self.link.noted(self.index);
+        if hand.iovas.is_none() {
+            self.inner.set_queue_info(desc_table, avail_ring, used_ring)?;
+        }
+        hand.addressed = true;
         // Not settled yet: the crate reads the used index next, and sets it.
         Ok(())
     }
@@ -326,8 +345,12 @@ impl VringT<GuestMemoryAtomic<Memory>> for Vring {
         self.settle();
     }
 
+    /// Of a ring of IOVAs, which are not mapped before it is enabled, the base will do: the device reads it later.
     fn queue_used_idx(&self) -> Result<u16, QueueError> {
-        self.inner.queue_used_idx()
+        match lock(&self.hand).iovas {
+            Some(_) => Ok(self.inner.queue_next_avail()),
+            None => self.inner.queue_used_idx(),
+        }
     }
 
     fn set_queue_size(&self, num: u16) {

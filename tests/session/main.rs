@@ -1,5 +1,6 @@
 //! Sessions, judged from the VMM's socket and from the device's commands.
 
+mod iotlb;
 mod support;
 
 use std::io::Write;
@@ -131,12 +132,13 @@ fn the_negotiation_is_told() {
             "ring_event_idx",
             "protocol_features",
             "version_1",
+            "access_platform",
             "in_order"
         ]
     );
     assert_eq!(
         now.features_acked.bits(),
-        now.features_offered.bits() & !(1 << 26)
+        now.features_offered.bits() & !(1 << 26 | PLATFORM)
     );
     assert_eq!(now.protocol_features_acked, now.protocol_features_offered);
     assert_eq!(
@@ -203,7 +205,7 @@ fn the_rust_vmm_front_end_is_served() {
     let rig = Rig::new(Mode::Server);
     let mut vmm = Frontend::connect(rig.socket(), 3).unwrap();
     vmm.set_owner().unwrap();
-    let features = vmm.get_features().unwrap() & !(1 << 26);
+    let features = vmm.get_features().unwrap() & !(1 << 26 | PLATFORM);
     let protocol = vmm.get_protocol_features().unwrap();
     vmm.set_protocol_features(protocol).unwrap();
     assert!(protocol.contains(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS));
@@ -314,7 +316,7 @@ fn a_ring_runs_only_while_it_has_everything_it_needs() {
     let rig = Rig::new(Mode::Server);
     let vmm = rig.connect();
     let setup = vmm.realize();
-    vmm.send_u64(request::SET_FEATURES, setup.offered);
+    vmm.send_u64(request::SET_FEATURES, setup.offered & !PLATFORM);
     vmm.set_memory(&setup.memory, RAM_UADDR);
     rig.device.take_told();
     // Enabled and kicked, but nobody has said where it is.
@@ -373,7 +375,7 @@ fn a_ring_is_told_the_vmms_base_and_the_guests_used_index() {
     let rig = Rig::new(Mode::Server);
     let vmm = rig.connect();
     let setup = vmm.realize();
-    vmm.send_u64(request::SET_FEATURES, setup.offered);
+    vmm.send_u64(request::SET_FEATURES, setup.offered & !PLATFORM);
     // The guest's used ring says that five buffers came back; the VMM says that nine were taken.
     let used_idx = DESC[0] - RAM_UADDR + 0x940 + 2;
     rustix::io::pwrite(&setup.memory, &5u16.to_le_bytes(), used_idx).unwrap();
@@ -412,7 +414,7 @@ fn a_size_that_is_no_power_of_two_is_never_started() {
     let rig = Rig::new(Mode::Server);
     let vmm = rig.connect();
     let setup = vmm.realize();
-    vmm.send_u64(request::SET_FEATURES, setup.offered);
+    vmm.send_u64(request::SET_FEATURES, setup.offered & !PLATFORM);
     vmm.set_memory(&setup.memory, RAM_UADDR);
     vmm.set_up_ring(0, 0, DESC[0], &event());
     vmm.send_state(request::SET_VRING_NUM, 0, 100);
@@ -434,7 +436,7 @@ fn reset_device_stops_the_rings_and_they_start_only_when_set_up_anew() {
     assert_eq!(vmm.acked(request::RESET_DEVICE, &[], &[]), 0);
     use Told::*;
     assert_eq!(rig.device.take_told(), [Stop(0), Stop(1)]);
-    vmm.send_u64(request::SET_FEATURES, setup.offered);
+    vmm.send_u64(request::SET_FEATURES, setup.offered & !PLATFORM);
     vmm.send_state(request::SET_VRING_ENABLE, 0, 1);
     vmm.send_fd(request::SET_VRING_KICK, 0, &running.kick[0]);
     vmm.barrier();
@@ -462,13 +464,13 @@ fn a_migration_logs_what_is_written() {
     vmm.send(request::SET_LOG_BASE, &body, &[log.as_fd()]);
     assert_eq!(vmm.reply().0, request::SET_LOG_BASE);
     assert!(!rig.negotiation().dirty_log_active);
-    vmm.send_u64(request::SET_FEATURES, setup.offered);
+    vmm.send_u64(request::SET_FEATURES, setup.offered & !PLATFORM);
     vmm.barrier();
     assert!(rig.negotiation().dirty_log_active);
     assert!(rig.device.logs_writes());
     assert_eq!(rig.device.take_told(), [], "the rings run on");
     // The migration has failed or is done: the crate alone would log for ever.
-    vmm.send_u64(request::SET_FEATURES, setup.offered & !(1 << 26));
+    vmm.send_u64(request::SET_FEATURES, setup.offered & !(1 << 26 | PLATFORM));
     vmm.barrier();
     assert!(!rig.negotiation().dirty_log_active);
     assert!(!rig.device.logs_writes());
@@ -596,17 +598,17 @@ fn a_broken_vmm_costs_its_session_and_nothing_else() {
         ),
         (
             "a request that is not served",
-            message(22, &[0; 32]),
+            message(request::GET_INFLIGHT_FD, &[0; 16]),
             false,
             "protocol",
-            "IOTLB_MSG: it is not served",
+            "GET_INFLIGHT_FD: it is not served",
         ),
         (
             "a feature that was not offered",
-            message(request::SET_FEATURES, &(1u64 << 33).to_ne_bytes()),
+            message(request::SET_FEATURES, &(1u64 << 34).to_ne_bytes()),
             false,
             "feature",
-            "SET_FEATURES: features were not offered: access_platform",
+            "SET_FEATURES: features were not offered: ring_packed",
         ),
         (
             "a ring that does not exist",
@@ -645,7 +647,7 @@ fn a_broken_vmm_costs_its_session_and_nothing_else() {
         assert_eq!(rig.errors(reason), before + 1, "{what}");
     }
     assert_eq!(rig.requests("unknown"), (1, 1));
-    assert_eq!(rig.requests("iotlb_msg"), (1, 1));
+    assert_eq!(rig.requests("get_inflight_fd"), (1, 1));
     let vmm = rig.connect();
     let setup = vmm.realize();
     vmm.start(&setup);
@@ -681,7 +683,7 @@ fn a_panic_in_the_protocol_handler_is_contained() {
     let rig = Rig::new(Mode::Server);
     let vmm = rig.connect();
     let setup = vmm.realize();
-    vmm.send_u64(request::SET_FEATURES, setup.offered);
+    vmm.send_u64(request::SET_FEATURES, setup.offered & !PLATFORM);
     let slot = memory(MIB);
     let body = region_body([0, MIB, u64::MAX - 0xfff, 0]);
     assert_eq!(vmm.acked(request::ADD_MEM_REG, &body, &[slot.as_fd()]), 0);
@@ -702,7 +704,7 @@ fn a_device_thread_that_has_ended_ends_the_session() {
     let rig = Rig::with_device(Mode::Server, device);
     let vmm = rig.connect();
     let setup = vmm.realize();
-    vmm.send_u64(request::SET_FEATURES, setup.offered);
+    vmm.send_u64(request::SET_FEATURES, setup.offered & !PLATFORM);
     vmm.send(
         request::SET_MEM_TABLE,
         &table_body(&[[0, RAM_SIZE, RAM_UADDR, 0]]),
@@ -819,7 +821,7 @@ fn no_bytes_break_more_than_their_session() {
         let vmm = rig.connect();
         vmm.socket.set_write_timeout(Some(PATIENCE)).unwrap();
         let setup = vmm.realize();
-        vmm.send_u64(request::SET_FEATURES, setup.offered);
+        vmm.send_u64(request::SET_FEATURES, setup.offered & !PLATFORM);
         vmm.set_memory(&setup.memory, RAM_UADDR);
         let descriptors = [event(), memory(4096)];
         for (bytes, fds) in &saying {

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vsock_sidecar::device::handle::{DeviceEvent, Listener};
 use vsock_sidecar::device::{Command, DeviceHandle};
-use vsock_sidecar::guest::{GuestRam, RingParts, RingPosition};
+use vsock_sidecar::guest::{GuestRam, Mapping, Miss, RingParts, RingPosition};
 use vsock_sidecar::vhost_user::message::{Message, NEED_REPLY, REPLY, VERSION, request};
 use vsock_sidecar::vhost_user::{
     AccessPlatform, Endpoint, Mode, Negotiation, NegotiationWatch, Session, SessionConfig, SessionHandle,
@@ -40,6 +41,10 @@ pub enum Told {
     Start(usize),
     Stop(usize),
     SetCall(usize),
+    Update(Vec<Mapping>),
+    Invalidate(u64, u64),
+    Flush,
+    Answered(Miss, bool),
     EndSession,
 }
 
@@ -52,6 +57,7 @@ struct Shared {
     positions: HashMap<usize, RingPosition>,
     refusal: Option<String>,
     ram: Option<GuestRam>,
+    listener: Option<Listener>,
 }
 
 /// A device thread that answers every command, when it may.
@@ -95,7 +101,19 @@ impl FakeDevice {
             Command::StartQueue { index, .. } => Told::Start(*index),
             Command::StopQueue { index, .. } => Told::Stop(*index),
             Command::SetCall { index, .. } => Told::SetCall(*index),
+            Command::UpdateIotlb { mappings, .. } => Told::Update(mappings.clone()),
+            Command::InvalidateIotlb { first, last, .. } => Told::Invalidate(*first, *last),
+            Command::FlushIotlb { .. } => Told::Flush,
+            Command::MissAnswered { miss, refused } => Told::Answered(*miss, *refused),
             Command::EndSession { .. } => Told::EndSession,
+            // The first thing of every session, and no more than that.
+            Command::SetListener { .. } => {
+                if let Command::SetListener { listener, done } = command {
+                    shared.0.lock().unwrap().listener = listener;
+                    done.send(()).ok();
+                }
+                return;
+            }
             _ => return,
         };
         let (mutex, changed) = shared;
@@ -136,9 +154,15 @@ impl FakeDevice {
                 state.parts.get_mut(&index).expect("the ring runs").call = call;
                 done.send(()).ok();
             }
+            Command::UpdateIotlb { done, .. }
+            | Command::InvalidateIotlb { done, .. }
+            | Command::FlushIotlb { done } => {
+                done.send(()).ok();
+            }
             Command::EndSession { done } => {
                 state.parts.clear();
                 state.ram = None;
+                state.listener = None;
                 done.send(()).ok();
             }
             _ => {}
@@ -147,6 +171,11 @@ impl FakeDevice {
 
     fn state(&self) -> std::sync::MutexGuard<'_, Shared> {
         self.shared.0.lock().unwrap()
+    }
+
+    /// Tells the session something.
+    pub fn tell(&self, event: DeviceEvent) {
+        self.state().listener.as_ref().expect("a session listens")(event);
     }
 
     /// Everything it was told so far.
@@ -222,6 +251,14 @@ impl Rig {
     }
 
     pub fn with_device(mode: Mode, device: FakeDevice) -> Rig {
+        Rig::with(mode, AccessPlatform::Auto, device)
+    }
+
+    pub fn with_policy(access_platform: AccessPlatform) -> Rig {
+        Rig::with(Mode::Server, access_platform, FakeDevice::new())
+    }
+
+    pub fn with(mode: Mode, access_platform: AccessPlatform, device: FakeDevice) -> Rig {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("vhost.sock");
         let config = SessionConfig {
@@ -229,7 +266,7 @@ impl Rig {
             cid: 3,
             socket,
             mode,
-            access_platform: AccessPlatform::Auto,
+            access_platform,
         };
         let endpoint = Endpoint::bind(&config).unwrap();
         let watch = NegotiationWatch::new(&config);
@@ -463,7 +500,7 @@ impl Vmm {
         for index in [1, 0] {
             self.send_fd(request::SET_VRING_CALL, index, &event());
         }
-        self.send_u64(request::SET_FEATURES, setup.offered & !(1 << 26));
+        self.send_u64(request::SET_FEATURES, setup.offered & !(1 << 26 | PLATFORM));
         assert_eq!(self.set_memory(&setup.memory, RAM_UADDR), 0);
         for index in 0..2 {
             self.set_up_ring(index, 0, DESC[index as usize], &running.kick[index as usize]);
@@ -504,6 +541,9 @@ pub struct Running {
     pub kick: [OwnedFd; 2],
     pub call: [OwnedFd; 2],
 }
+
+/// VIRTIO_F_ACCESS_PLATFORM.
+pub const PLATFORM: u64 = 1 << 33;
 
 /// Where QEMU's trace has the descriptor tables, in QEMU's addresses.
 pub const DESC: [u64; 2] = [0x7fe3_e17e_c000, 0x7fe3_e171_d000];

@@ -10,9 +10,9 @@ use proptest::prelude::*;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::*;
-use crate::vhost_user::Mode;
 use crate::vhost_user::message::{MAX_BODY, MAX_FDS, Message, REPLY, VERSION, request};
 use crate::vhost_user::testing;
+use crate::vhost_user::{AccessPlatform, Mode};
 
 struct Wire {
     relay: Relay,
@@ -29,7 +29,12 @@ impl Wire {
             end.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         }
         Wire {
-            relay: Relay::new(vmm_end, backend_end, Gate::new(mode)),
+            relay: Relay::new(
+                vmm_end,
+                backend_end,
+                Gate::new(mode, AccessPlatform::Auto),
+                |_| {},
+            ),
             watch: testing::watch(mode),
             vmm,
             backend,
