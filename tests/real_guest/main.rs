@@ -111,7 +111,15 @@ fn outbound(lab: &mut Lab) {
 
 /// Linux 6.12 puts a packet of more than 32 KiB into several descriptors, so the size of a write decides the shape.
 fn bulk_to_host(lab: &mut Lab) {
-    for (bytes, chunk) in [(BULK, 65536), (4 * MIB, 4096), (4 * MIB, 40_001), (100_000, 1)] {
+    bulk_to_host_by(
+        lab,
+        &[(BULK, 65536), (4 * MIB, 4096), (4 * MIB, 40_001), (100_000, 1)],
+    );
+}
+
+/// Transfers of so many bytes, so many a write.
+fn bulk_to_host_by(lab: &mut Lab, transfers: &[(u64, u64)]) {
+    for &(bytes, chunk) in transfers {
         let answer = lab.vm().ok(&format!(
             "client {} send:bytes={bytes},chunk={chunk},seed=2 shutwr recv",
             port::SINK
