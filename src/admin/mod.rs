@@ -48,6 +48,12 @@ pub trait Source: Send + Sync + 'static {
     /// One check for each thread that has to be alive. Nothing here may depend on a VMM or a target: a failed
     /// liveness probe ends the process, and with it every guest's vsock.
     fn live(&self) -> Answer<'_, Vec<Check>>;
+
+    /// What `/readyz` asks beside [`Admin::startup`] and [`Admin::ready`]: whether every guest is served as its
+    /// configuration demands, now. It may come and go.
+    fn ready(&self) -> Vec<Check> {
+        Vec::new()
+    }
 }
 
 /// One line of a probe's answer.

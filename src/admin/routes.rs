@@ -79,6 +79,7 @@ pub(super) async fn respond(
 fn readiness(admin: &Admin) -> Vec<Check> {
     let mut checks = admin.startup.checks();
     checks.extend(admin.ready.checks());
+    checks.extend(admin.source.ready());
     if admin.drain.is_draining() {
         checks.push(Check::failed("drain", "shutting down"));
     }

@@ -89,7 +89,7 @@ pub mod wire;
 pub use endpoint::{BindError, Endpoint, Mode, SessionConfig};
 pub use features::Features;
 pub use findings::{Finding, FindingCode, Severity};
-pub use negotiation::{Negotiation, NegotiationWatch, SessionError, SessionState};
+pub use negotiation::{Negotiation, NegotiationWatch, Record, SessionError, SessionState};
 pub use session::{Session, SessionHandle};
 pub use translation::{AccessPlatform, Evidence, Translation, TranslationMode};
 

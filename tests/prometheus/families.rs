@@ -163,6 +163,8 @@ fn every_known_label_value_is_there_before_anything_happens() {
     assert_eq!(count("vsock_virtio_feature_acked", "feature"), 17);
     assert_eq!(count("vsock_protocol_feature_offered", "feature"), 19);
     assert_eq!(count("vsock_session_state", "state"), 6);
+    assert_eq!(count("vsock_access_platform_mode", "mode"), 4);
+    assert_eq!(count("vsock_finding", "code"), 13);
     assert_eq!(count("vsock_log_messages_total", "level"), 2);
     assert_eq!(count("vsock_tcp_dial_duration_seconds_bucket", "le"), 15);
 }
