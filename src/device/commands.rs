@@ -179,7 +179,7 @@ impl Device {
         // A driver posts its buffers before it says that it is up, so this is a rare wait.
         let blank = index == RX
             && ring.position() == RingPosition::default()
-            && (unseen || ring.is_blank(view) == Ok(true));
+            && (unseen || ring.is_blank(view.without_asking()) == Ok(true));
         self.poll
             .registry()
             .register(
@@ -196,6 +196,7 @@ impl Device {
             held: None,
             told: false,
             kicked: true,
+            due: true,
         });
         if blank {
             self.reports.expect_buffers(now);
@@ -248,6 +249,7 @@ impl Device {
         for running in self.rings.iter_mut().flatten() {
             if running.held.is_some_and(|held| holds.contains(&held)) {
                 running.held = None;
+                running.due = true;
             }
         }
     }

@@ -302,6 +302,14 @@ impl Iotlb {
         }
     }
 
+    /// As [`Iotlb::translate`], without a trace.
+    pub(super) fn peek(&self, addr: u64, len: usize, access: Access) -> Result<(u64, usize), MemoryFault> {
+        match self.map.find(addr) {
+            Some(found) if found.permission.allows(access) => Ok(found.translate(addr, len)),
+            _ => Err(MemoryFault::Missing { iova: addr }),
+        }
+    }
+
     #[cold]
     fn miss(&self, addr: u64, len: usize, access: Access) -> MemoryFault {
         self.misses.set(self.misses.get().wrapping_add(1));

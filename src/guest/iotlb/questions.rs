@@ -146,7 +146,7 @@ impl Questions {
         }
         // A VMM that translates page by page would be asked for the next page of a packet only when it has answered for the
         // one before.
-        let Some(granule) = granule.filter(|granule| *granule <= last - first) else {
+        let Some(granule) = granule else {
             return Outlook::Missing;
         };
         let mut next = (first & !(granule - 1)).checked_add(granule);
