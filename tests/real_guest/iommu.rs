@@ -36,9 +36,17 @@ fn linux_6_12_behind_a_lazy_intel_iommu_with_caching_mode() {
 }
 
 /// Without `caching-mode` lazy is lazy: mappings live on after their unmapping, and end by flushes of everything.
+///
+/// For those QEMU sends INVALIDATE only if the guest keeps the device's own translations in mind (ATS), and a guest can
+/// only do that with a device behind a port: on the root bus QEMU leaves the capability out (`virtio_pci_realize` in
+/// hw/virtio/virtio-pci.c), and flushes of a whole domain reach no vhost device (`vtd_iotlb_domain_invalidate` in
+/// hw/i386/intel_iommu.c).
 #[test]
 fn linux_6_12_behind_an_intel_iommu_that_flushes_everything_at_times() {
-    let setup = intel("6.12", " behind intel-iommu, lazy, no caching-mode", false, 0);
+    let mut setup = intel("6.12", " behind intel-iommu, lazy, with ATS", false, 0);
+    setup.machine.device += ",bus=port0";
+    let port = ["-device", "pcie-root-port,id=port0,chassis=1"];
+    setup.machine.arguments.extend(port.map(String::from));
     in_labs(setup, |suite| under_load(suite, "DMA-FQ"));
 }
 
@@ -106,7 +114,10 @@ fn linux_6_12_without_the_iommu_that_the_operator_wants() {
         ..Setup::plain("6.12")
     };
     in_labs(setup, |suite| {
-        suite.run("the VMM is found out, and the next one is served", missed);
+        suite.run(
+            "the VMM is served and found out; the next one is as wanted",
+            missed,
+        );
     });
 }
 
@@ -318,7 +329,7 @@ fn refused(lab: &mut Lab) {
     let finding = finding(&state, "feature-not-offered");
     assert_eq!(finding["severity"], "error", "{finding:#}");
     let seen = finding["seen"].as_str().unwrap_or_default();
-    assert!(seen.contains("ACCESS_PLATFORM"), "{seen}");
+    assert!(seen.contains("access_platform"), "{seen}");
     let remedy = finding["remedy"].as_str().unwrap_or_default();
     for option in ["accessPlatform", "iommu_platform"] {
         assert!(remedy.contains(option), "{remedy}");
@@ -346,18 +357,25 @@ fn refused_translations(lab: &mut Lab) {
     another_machine_works(lab, &Options::default());
 }
 
-/// The operator wants every address translated, and QEMU was started without `iommu_platform=on`.
+/// The operator wants addresses translated, and QEMU was started without `iommu_platform=on`: the guest's own IOMMU does
+/// not confine the device, which is worth knowing, and no reason to serve nothing.
 fn missed(lab: &mut Lab) {
-    lab.vm().err(&format!("client {}", port::ECHO), "ETIMEDOUT");
+    everything_works(lab);
+    nothing_is_translated(lab);
     let state = lab.state();
     let finding = finding(&state, "access-platform-not-acknowledged");
+    assert_eq!(finding["active"], true, "{finding:#}");
     let remedy = finding["remedy"].as_str().unwrap_or_default();
-    assert!(remedy.contains("iommu_platform"), "{remedy}");
-    assert_eq!(lab.sidecar.get("/readyz").unwrap().0, 503);
+    assert!(remedy.contains("iommu_platform=on"), "{remedy}");
 
     another_machine_works(lab, &intel("6.12", "", true, 1).machine);
     translated(lab);
-    assert_eq!(lab.sidecar.get("/readyz").unwrap().0, 200);
+    let state = lab.state();
+    assert!(
+        findings(&state).iter().all(|it| it["active"] == false),
+        "{:#}",
+        state["session"]["findings"]
+    );
 }
 
 /// The machine that was not served lives, and the sidecar serves another one, of which it finds nothing odd.
