@@ -176,7 +176,8 @@ fn the_number_of_series_is_within_its_budget() {
     let count = |guests: usize, rules: usize| samples(&page::with(guests, rules).encode().unwrap()).count();
     let (empty, guest) = (count(0, 0), count(1, 0));
     assert!(empty <= 15, "{empty} series without a guest");
-    assert!(guest - empty <= 350, "{} series for a guest", guest - empty);
+    // A third of them are feature bits, at two layers; the findings are 13.
+    assert!(guest - empty <= 370, "{} series for a guest", guest - empty);
     let (ten, twenty) = (count(1, 10), count(1, 20));
     assert!(
         (twenty - ten) / 10 <= 46,

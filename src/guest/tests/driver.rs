@@ -95,13 +95,13 @@ pub fn page(iova: u64) -> Mapping {
 /// Guest memory as a driver's ring addresses it.
 pub struct Ram {
     ram: GuestRam,
-    /// Behind an IOMMU: with all of memory mapped, unless a test takes something out.
+    /// Behind an IOMMU: with all of memory mapped but the most of the third region, unless a test takes something out.
     pub iotlb: Option<Iotlb>,
 }
 
 impl Ram {
     fn new(mem: &Arc<Memory>, translated: bool) -> Ram {
-        let pages = [(0, HOLE), (HIGH, HIGH + 16 * REGION)]
+        let pages = [(0, HOLE), (HIGH, HIGH + REGION)]
             .into_iter()
             .flat_map(|(from, to)| (from..to).step_by(PAGE as usize));
         Ram {

@@ -614,7 +614,10 @@ fn a_chain_of_too_many_pages_goes_back() {
             driver.offer(&[buf(HIGH, 2048 * PAGE as u32), buf(HIGH, 1)]);
             driver.offer(&[buf(HIGH + 100, 2048 * PAGE as u32)]);
             driver.offer(&[buf(BUFFERS, 44)]);
-            let (mut ring, ram) = (driver.ring(), driver.ram.clone());
+            let (mut ring, mut ram) = (driver.ring(), driver.ram.clone());
+            for i in 0..2049 {
+                ram.iotlb().insert(page(HIGH + i * PAGE));
+            }
             let used = if write {
                 let mut burst = RxBurst::begin(&mut ring, &ram).unwrap();
                 for ok in [true, true, false] {

@@ -218,6 +218,24 @@ impl Recorder {
         refused
     }
 
+    /// The session ended by an error, in these words: if they are those with which its last message was refused, it was
+    /// that message which ended it.
+    pub(super) fn ended(&mut self, why: &str) {
+        let session = self.session;
+        let newest = self
+            .control
+            .iter_mut()
+            .chain(&mut self.iotlb)
+            .filter(|slot| slot.session == session && slot.direction == Direction::VmmToDevice)
+            .max_by_key(|slot| slot.serial);
+        if let Some(slot) = newest
+            && slot.settled == Outcome::Refused
+            && slot.answer.as_ref().is_some_and(|reason| why.contains(reason))
+        {
+            slot.settled = Outcome::EndedSession;
+        }
+    }
+
     /// The messages, oldest first.
     pub fn entries(&self) -> Vec<Entry> {
         let mut slots: Vec<&Slot> = self.control.iter().chain(&self.iotlb).collect();

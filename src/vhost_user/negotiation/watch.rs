@@ -128,11 +128,11 @@ impl NegotiationWatch {
                 if let Some(counter) = inner.now.session_errors.iter_mut().find(|c| c.reason == reason) {
                     counter.count += 1;
                 }
-                // One that the gate has refused is counted as failed already.
-                if let Some(request) = request
-                    && !inner.recorder.ended_by(request, &end.detail)
-                {
-                    inner.now.request_failed(request);
+                match request {
+                    // One that the gate has refused is counted as failed already.
+                    Some(request) if inner.recorder.ended_by(request, &end.detail) => {}
+                    Some(request) => inner.now.request_failed(request),
+                    None => inner.recorder.ended(&end.detail),
                 }
             }
             inner.now.last_end = Some(end);
