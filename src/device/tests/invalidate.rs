@@ -122,11 +122,6 @@ fn a_page_is_not_written_after_its_invalidate_was_answered() {
         .filter(|page| !taken.contains(page))
         .take(WATCHED)
         .collect();
-    for page in &free {
-        memory
-            .write_slice(&[SENTINEL; PAGE as usize], GuestAddress(*page))
-            .unwrap();
-    }
     let mut guest = Guest {
         handle: bench.handle.clone(),
         memory,
@@ -143,6 +138,13 @@ fn a_page_is_not_written_after_its_invalidate_was_answered() {
         let last = first + 8 * PAGE - 1;
         let invalidate = |done| Command::InvalidateIotlb { first, last, done };
         guest.handle.call(invalidate).unwrap();
+        // Not before: until now the device was free to fill what was posted.
+        for page in &guest.watched {
+            guest
+                .memory
+                .write_slice(&[SENTINEL; PAGE as usize], GuestAddress(*page))
+                .unwrap();
+        }
         for buffer in [0].into_iter().chain(8..POSTED) {
             guest
                 .rx
