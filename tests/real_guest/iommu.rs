@@ -39,8 +39,8 @@ fn linux_6_12_behind_a_lazy_intel_iommu_with_caching_mode() {
 ///
 /// For those QEMU sends INVALIDATE only if the guest keeps the device's own translations in mind (ATS), and a guest can
 /// only do that with a device behind a port: on the root bus QEMU leaves the capability out (`virtio_pci_realize` in
-/// hw/virtio/virtio-pci.c), and flushes of a whole domain reach no vhost device (`vtd_iotlb_domain_invalidate` in
-/// hw/i386/intel_iommu.c).
+/// hw/virtio/virtio-pci.c), and then flushes of a whole domain reach no vhost device in QEMU 7.2
+/// (`vtd_iotlb_domain_invalidate` in hw/i386/intel_iommu.c): it would go on with pages that are others' by now.
 #[test]
 fn linux_6_12_behind_an_intel_iommu_that_flushes_everything_at_times() {
     let mut setup = intel("6.12", " behind intel-iommu, lazy, with ATS", false, 0);
@@ -178,7 +178,7 @@ fn under_load(suite: &mut Suite, domain: &'static str) {
         super::rebind,
     );
     suite.run("the driver is unloaded and loaded", super::reload);
-    suite.run("after all that addresses are translated", translated);
+    suite.run("after all that the driver's addresses are translated", translated);
 }
 
 /// A packet costs a map, a question and an unmap, each of which QEMU answers: half a millisecond. So fewer tiny ones.
@@ -227,8 +227,13 @@ fn translated(lab: &mut Lab) {
     }
     for ring in state["device"]["rings"].as_array().expect("a list of rings") {
         assert_eq!(ring["translated"], true, "{ring:#}");
-        assert_eq!(ring["heldBy"], Value::Null, "{ring:#}");
     }
+    // The last packets of what came before may just be asked for.
+    wait_until("no ring waits for a translation", Duration::from_secs(5), || {
+        let state = lab.state();
+        let rings = state["device"]["rings"].as_array().expect("a list of rings");
+        rings.iter().all(|ring| ring["heldBy"].is_null())
+    });
     let wrong: Vec<&Value> = odd(&state).collect();
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
