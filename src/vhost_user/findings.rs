@@ -81,6 +81,8 @@ impl FindingCode {
             // Under `auto` and `identity` the guest is served all the same.
             FindingCode::AccessPlatformWithoutIotlb if policy == AccessPlatform::Iotlb => Severity::Error,
             FindingCode::AccessPlatformWithoutIotlb => Severity::Warning,
+            // Under `identity` a VMM that translates is not served; otherwise the message alone is without effect.
+            FindingCode::IotlbMessageRefused if policy == AccessPlatform::Identity => Severity::Error,
             FindingCode::FeatureNotOffered
             | FindingCode::IotlbWithoutBackendChannel
             | FindingCode::IotlbMissUnanswered
@@ -161,7 +163,7 @@ impl FindingCode {
             FindingCode::AccessPlatformWithoutIotlb => {
                 "Set vhostUser.accessPlatform: identity if the VMM confines memory itself (crosvm --protected-vm, or SEV and \
                  TDX guests); this is the right setting for crosvm and libkrun. For translation use QEMU with \
-                 iommu_platform=on,ats=on on the device and -device intel-iommu,device-iotlb=on or -device \
+                 iommu_platform=on,ats=on on the device and -device intel-iommu,device-iotlb=on,caching-mode=on or -device \
                  virtio-iommu-pci. Neither crosvm, libkrun nor Cloud Hypervisor can translate for vhost-user devices."
             }
             FindingCode::FeatureNotOffered => {
@@ -177,7 +179,7 @@ impl FindingCode {
             FindingCode::AccessPlatformNotAcknowledged => {
                 "QEMU: add iommu_platform=on,ats=on to -device vhost-user-vsock-pci, and a vIOMMU: -device \
                  intel-iommu,intremap=on,device-iotlb=on,caching-mode=on or -device virtio-iommu-pci. Kata with QEMU: \
-                 enable_iommu and enable_iommu_platform. Boot the guest with intel_iommu=on. If no translation is wanted, set \
+                 enable_iommu (and enable_iommu_platform on s390x). Boot the guest with intel_iommu=on. If no translation is wanted, set \
                  vhostUser.accessPlatform: auto."
             }
             FindingCode::IotlbMessageRefused => {
