@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vsock_sidecar::state::Address;
 
 /// Connects a virtual machine to TCP services through virtio-vsock.
 ///
@@ -39,6 +40,8 @@ pub enum Command {
     },
     /// Print the JSON Schema of the configuration (draft 2020-12), for editors and CI
     Schema,
+    /// Show what a running sidecar has negotiated, found odd and moved, as tables
+    State(State),
     /// Show everything in one process: a service, the sidecar and an embedded guest; no VM, no root
     Demo(Demo),
 }
@@ -52,6 +55,38 @@ pub struct Demo {
     /// Boot a real Linux guest in QEMU instead of the embedded one
     #[arg(long)]
     pub vm: bool,
+}
+
+/// Which sidecar's state is shown, and how.
+#[derive(Args, Clone, Debug)]
+pub struct State {
+    /// Where the sidecar's admin server is: `http://HOST:PORT`, or `tcp://HOST:PORT` and `unix:///PATH` as in its
+    /// admin.listen
+    #[arg(long, value_name = "URL", env = "VSOCK_SIDECAR_ADMIN", default_value = Address::DEFAULT)]
+    pub admin: Address,
+    /// Print the document of /state as it is, for programs
+    #[arg(long)]
+    pub json: bool,
+    /// Only this guest
+    #[arg(long, value_name = "NAME")]
+    pub guest: Option<String>,
+    /// Print the last messages between VMM and sidecar, too
+    #[arg(long, conflicts_with = "json")]
+    pub messages: bool,
+    /// When to use colour; `auto` does on a terminal, unless NO_COLOR is set
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub color: Color,
+}
+
+/// When there is colour.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Color {
+    /// On a terminal.
+    Auto,
+    /// Even into a pipe.
+    Always,
+    /// Not at all.
+    Never,
 }
 
 impl Cli {

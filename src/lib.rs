@@ -25,6 +25,7 @@
 //! - [`device`] is one thread a guest that owns all three and turns the crank.
 //! - [`vhost_user`] talks to the VMM and hands the device owned things: a ring to run, a memory map.
 //! - [`sys`] holds the few system calls that need `unsafe`.
+//! - [`state`] is a client: it reads a running sidecar's `/state` and prints it for people.
 //! - [`embedded_guest`] is the other side, a VMM and a driver without a VM, for tests, benches and the demo.
 //!
 //! `tests/architecture.rs` holds the source to these arrows.
@@ -49,6 +50,8 @@ pub mod guest;
 pub mod host;
 pub mod logging;
 pub mod metrics;
+pub mod state;
 pub mod sys;
+pub mod terminal;
 pub mod vhost_user;
 pub mod vsock;

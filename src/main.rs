@@ -5,7 +5,7 @@
 
 mod cli;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,9 +14,10 @@ use sha2::{Digest, Sha256};
 use vsock_sidecar::config::{self, Config, ConfigError, Warning};
 use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
-use vsock_sidecar::{app, demo};
+use vsock_sidecar::state::Look;
+use vsock_sidecar::{app, demo, state, terminal};
 
-use cli::{Cli, Command};
+use cli::{Cli, Color, Command};
 
 fn main() -> ExitCode {
     let outcome = Cli::from_args(std::env::args_os())
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
             Command::Run { config } => run(&config),
             Command::Check { file } => check(&file),
             Command::Schema => schema(),
+            Command::State(options) => show_state(options),
             Command::Demo(cli::Demo { keep, vm }) => {
                 demo::run(demo::Options { keep, vm }).map_err(|error| Failure::Other(error.to_string()))
             }
@@ -75,6 +77,41 @@ fn check(file: &Path) -> Result<(), Failure> {
 fn schema() -> Result<(), Failure> {
     let schema = serde_json::to_string_pretty(&config::json_schema()).map_err(Failure::other)?;
     print(&(schema + "\n"))
+}
+
+fn show_state(options: cli::State) -> Result<(), Failure> {
+    let is_terminal = io::stdout().is_terminal();
+    let (term, no_color) = (std::env::var_os("TERM"), std::env::var_os("NO_COLOR"));
+    let look = Look {
+        width: width(),
+        colour: match options.color {
+            Color::Auto => is_terminal && terminal::takes_colour(term.as_deref(), no_color.as_deref()),
+            Color::Always => true,
+            Color::Never => false,
+        },
+        messages: options.messages,
+    };
+    let text = state::show(&state::Options {
+        admin: options.admin,
+        json: options.json,
+        guest: options.guest,
+        look,
+    });
+    match text {
+        Ok(text) => print(&text),
+        Err(error) if error.is_usage() => Err(Failure::Surroundings(error.to_string())),
+        Err(error) => Err(Failure::Other(error.to_string())),
+    }
+}
+
+/// Columns of the terminal: what COLUMNS says, or the terminal itself; `None` where there is neither.
+fn width() -> Option<usize> {
+    let said = std::env::var("COLUMNS").ok().and_then(|text| text.parse().ok());
+    said.or_else(|| {
+        let size = rustix::termios::tcgetwinsize(io::stdout()).ok()?;
+        Some(usize::from(size.ws_col))
+    })
+    .filter(|columns| *columns > 0)
 }
 
 /// Prints to stdout; a reader that has read enough (`| head`) is no failure.

@@ -24,6 +24,7 @@ const LONG: Duration = Duration::from_secs(20);
 #[derive(Default)]
 struct Program {
     live: Mutex<Vec<Check>>,
+    ready: Mutex<Vec<Check>>,
     state_hangs: AtomicBool,
     live_hangs: AtomicBool,
     state_panics: AtomicBool,
@@ -62,6 +63,10 @@ impl Source for Program {
             }
             checks
         })
+    }
+
+    fn ready(&self) -> Vec<Check> {
+        self.ready.lock().unwrap().clone()
     }
 }
 
@@ -325,6 +330,33 @@ fn a_drain_ends_readiness_and_not_liveness() {
     );
     assert_eq!(server.get("/livez").status, 200);
     assert_eq!(server.get("/startupz").status, 200);
+}
+
+/// What was ready may cease to be: a guest whose VMM does not do what its configuration demands.
+#[test]
+fn readiness_goes_and_comes_back_with_what_the_guests_say() {
+    let server = Server::start(Limits::default());
+    let guest = "vsock of guest web";
+    *server.program.ready.lock().unwrap() = vec![
+        Check::failed(guest, "no backend channel"),
+        Check::ok("vsock of guest db"),
+    ];
+    let ready = server.get("/readyz");
+    assert_eq!(
+        (ready.status, ready.body.as_str()),
+        (
+            503,
+            "[-]vsock of guest web failed: no backend channel\n[+]vsock of guest db ok\nreadyz check failed\n"
+        )
+    );
+    assert_eq!(server.get("/livez").status, 200, "a restart would not mend it");
+    assert_eq!(server.get("/startupz").status, 200);
+    *server.program.ready.lock().unwrap() = vec![Check::ok(guest)];
+    let ready = server.get("/readyz");
+    assert_eq!(
+        (ready.status, ready.body.as_str()),
+        (200, "[+]vsock of guest web ok\nreadyz check passed\n")
+    );
 }
 
 #[test]

@@ -34,7 +34,19 @@ const ARROWS: &[(&str, &[&str])] = &[
             "vsock",
         ],
     ),
-    ("demo", &["app", "config", "embedded_guest", "logging", "metrics"]),
+    (
+        "demo",
+        &[
+            "app",
+            "config",
+            "embedded_guest",
+            "logging",
+            "metrics",
+            "terminal",
+        ],
+    ),
+    ("state", &["terminal"]),
+    ("terminal", &[]),
     ("cli", &[]),
 ];
 

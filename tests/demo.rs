@@ -117,7 +117,7 @@ fn a_reader_that_has_seen_enough_is_no_failure() {
 const FIRST_BOOT: Duration = Duration::from_secs(900);
 
 /// Whether the real guest is left out. Else everything that it needs is there afterwards: where the demo only says what to
-/// install, root's tests install it, as those of `tests/real_guest.rs` do.
+/// install, root's tests install it, as those of `tests/real_guest` do.
 fn without_vm() -> bool {
     let without = std::env::var_os("VSOCK_TEST_NO_VM").is_some();
     assert!(

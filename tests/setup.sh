@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the tests use besides Rust: QEMU and tools to make a guest, guest kernels, promtool and Prometheus.
+# Installs what the tests use besides Rust: QEMU and tools to make a guest, guest kernels, promtool and Prometheus, Chromium.
 # For Debian and Ubuntu. Does nothing if everything is there. Run again at will.
 set -eu
 
@@ -10,6 +10,8 @@ need cpio cpio
 need depmod kmod
 need xz xz-utils
 need promtool prometheus
+# Any of its names will do.
+command -v chromium-browser >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || need chromium chromium
 
 if [ -n "$missing" ]; then
     if ! command -v apt-get >/dev/null 2>&1; then

@@ -56,8 +56,7 @@ impl Serve {
             clock.requested();
             let admin = &admin;
             async move {
-                let (method, path) = (request.method(), request.uri().path());
-                let response = routes::respond(admin, method, path, limits.answer).await;
+                let response = routes::respond(admin, &request, limits.answer).await;
                 Ok::<_, Infallible>(response.map(|body| Full::new(Bytes::from(body))))
             }
         });

@@ -1,4 +1,4 @@
-//! The admin server: `/metrics`, probes and state over HTTP/1, on TCP and unix sockets at once.
+//! The admin server: `/metrics`, probes, state and the status page over HTTP/1, on TCP and unix sockets at once.
 //!
 //! It has its own thread and its own current-thread runtime, so that probes answer whatever the device threads
 //! do, and it sees the rest of the program only as values ([`Source`]). Strangers may reach it, so everything
@@ -20,6 +20,7 @@ use std::time::Duration;
 
 mod connection;
 mod listen;
+mod page;
 pub mod readiness;
 mod routes;
 mod server;
@@ -48,6 +49,12 @@ pub trait Source: Send + Sync + 'static {
     /// One check for each thread that has to be alive. Nothing here may depend on a VMM or a target: a failed
     /// liveness probe ends the process, and with it every guest's vsock.
     fn live(&self) -> Answer<'_, Vec<Check>>;
+
+    /// What `/readyz` asks beside [`Admin::startup`] and [`Admin::ready`]: whether every guest is served as its
+    /// configuration demands, now. It may come and go.
+    fn ready(&self) -> Vec<Check> {
+        Vec::new()
+    }
 }
 
 /// One line of a probe's answer.

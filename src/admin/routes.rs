@@ -3,14 +3,18 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use hyper::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
-use hyper::{Method, Response, StatusCode};
+use hyper::header::{
+    ACCEPT, ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderMap, HeaderValue,
+    REFERRER_POLICY, VARY, X_CONTENT_TYPE_OPTIONS,
+};
+use hyper::{Method, Request, Response, StatusCode};
 
+use super::page::page;
 use super::{Admin, Answer, Check};
 
 /// Every path that is served, with what it is.
 pub const ROUTES: [(&str, &str); 6] = [
-    ("/", "this list"),
+    ("/", "the status page for browsers, this list for others"),
     ("/metrics", "metrics in Prometheus text format"),
     ("/livez", "liveness: every device thread answers"),
     ("/readyz", "readiness: started, nothing missing, not draining"),
@@ -22,14 +26,11 @@ const TEXT: &str = "text/plain; charset=utf-8";
 /// The version tells Prometheus which parser to use.
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
+const HTML: &str = "text/html; charset=utf-8";
 
 /// Answers one request. `patience` bounds the questions to other threads.
-pub(super) async fn respond(
-    admin: &Admin,
-    method: &Method,
-    path: &str,
-    patience: Duration,
-) -> Response<String> {
+pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, patience: Duration) -> Response<String> {
+    let (method, path) = (request.method(), request.uri().path());
     if !ROUTES.iter().any(|(route, _)| *route == path) {
         return text(
             StatusCode::NOT_FOUND,
@@ -71,14 +72,57 @@ pub(super) async fn respond(
                 response(StatusCode::SERVICE_UNAVAILABLE, JSON, format!("{error}\n"))
             }
         },
-        _ => text(StatusCode::OK, index()),
+        _ => {
+            let mut response = match wants_html(request.headers()) {
+                true => status_page(),
+                false => text(StatusCode::OK, index()),
+            };
+            response
+                .headers_mut()
+                .insert(VARY, HeaderValue::from_static("accept"));
+            response
+        }
     }
+}
+
+/// Browsers ask for `text/html` by name when somebody opens an address; curl and probes take anything (`*/*`), and get what
+/// a terminal can show.
+fn wants_html(headers: &HeaderMap) -> bool {
+    let ranges = headers
+        .get_all(ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    ranges.flat_map(|value| value.split(',')).any(|range| {
+        let mut parts = range.split(';').map(str::trim);
+        let html = parts
+            .next()
+            .is_some_and(|kind| kind.eq_ignore_ascii_case("text/html"));
+        // A weight of zero says "not this one" (RFC 9110, section 12.4.2).
+        let refused = |parameter: &str| {
+            let weight = parameter
+                .strip_prefix("q=")
+                .or_else(|| parameter.strip_prefix("Q="));
+            weight.is_some_and(|weight| weight.trim_start_matches(['0', '.']).is_empty())
+        };
+        html && !parts.any(refused)
+    })
+}
+
+fn status_page() -> Response<String> {
+    let page = page();
+    let mut response = response(StatusCode::OK, HTML, page.html.clone());
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_SECURITY_POLICY, page.policy.clone());
+    // Names of guests are in the address of the page, behind its #.
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    response
 }
 
 /// What was started has to be started, nothing may be missing, and a sidecar that shuts down wants no new clients.
 fn readiness(admin: &Admin) -> Vec<Check> {
     let mut checks = admin.startup.checks();
     checks.extend(admin.ready.checks());
+    checks.extend(admin.source.ready());
     if admin.drain.is_draining() {
         checks.push(Check::failed("drain", "shutting down"));
     }
@@ -132,4 +176,30 @@ fn response(status: StatusCode, content_type: &'static str, body: String) -> Res
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_names_html_gets_the_page() {
+        let firefox = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8";
+        for (accept, html) in [
+            (&["*/*"][..], false),
+            (&[], false),
+            (&[firefox], true),
+            (&["application/json", "Text/HTML ; q=0.3"], true),
+            (&["text/html;q=0"], false),
+            (&["text/html; Q=0.000, */*"], false),
+            (&["text/htmlx, text/plain"], false),
+            (&["application/json;x=text/html"], false),
+        ] {
+            let mut headers = HeaderMap::new();
+            for value in accept {
+                headers.append(ACCEPT, HeaderValue::from_static(value));
+            }
+            assert_eq!(wants_html(&headers), html, "{accept:?}");
+        }
+    }
 }

@@ -364,6 +364,7 @@ impl Sidecar {
             config,
             device: handle,
             session: watch,
+            metrics,
         })
     }
 

@@ -9,7 +9,10 @@ use crate::admin::{Answer, Check, Source};
 use crate::config::{InboundProtocol, ListenAddress, Target};
 use crate::device::{Command, DeviceGauges, DeviceHandle};
 use crate::drain;
-use crate::metrics::{BuildInfo, MemoryMapChanges, Registry, RingSample, SessionSample, SessionState};
+use crate::metrics::{
+    BuildInfo, Direction, GuestMetrics, MAX_RULES, MemoryMapChanges, Registry, RingSample, RuleMetrics,
+    SessionSample, SessionState,
+};
 use crate::vhost_user::{self, NegotiationWatch};
 
 /// How long a device thread may take to describe itself. Its turns are milliseconds.
@@ -21,6 +24,7 @@ pub(super) struct GuestView {
     pub(super) config: Arc<crate::config::Guest>,
     pub(super) device: DeviceHandle,
     pub(super) session: Arc<NegotiationWatch>,
+    pub(super) metrics: Arc<GuestMetrics>,
 }
 
 /// What the admin server reads.
@@ -52,6 +56,8 @@ impl Source for AdminSource {
                 "version": BuildInfo::CURRENT.version,
                 "revision": BuildInfo::CURRENT.revision,
                 "startedAt": unix_seconds(self.started),
+                // Rates are differences of counters over differences of this.
+                "now": unix_time(SystemTime::now()).as_secs_f64(),
                 "draining": self.drain.is_draining(),
                 "guests": guests,
             })
@@ -79,6 +85,18 @@ impl Source for AdminSource {
             checks
         })
     }
+
+    /// A guest whose VMM is not there yet is ready: the VMM may well wait for this very probe.
+    fn ready(&self) -> Vec<Check> {
+        let check = |guest: &GuestView| {
+            let name = format!("vsock of guest {}", guest.config.name);
+            match guest.session.unready() {
+                None => Check::ok(name),
+                Some(problem) => Check::failed(name, problem),
+            }
+        };
+        self.guests.iter().map(check).collect()
+    }
 }
 
 async fn ask_device(device: DeviceHandle) -> Option<crate::device::DeviceSnapshot> {
@@ -90,8 +108,10 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
     let outbound: Vec<Value> = config
         .outbound
         .iter()
-        .map(|rule| {
+        .enumerate()
+        .map(|(index, rule)| {
             json!({
+                "traffic": traffic(&guest.metrics.outbound, index),
                 "name": rule.name,
                 "ports": [rule.ports.start(), rule.ports.end()],
                 "to": match &rule.target {
@@ -105,8 +125,10 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
     let inbound: Vec<Value> = config
         .inbound
         .iter()
-        .map(|rule| {
+        .enumerate()
+        .map(|(index, rule)| {
             json!({
+                "traffic": traffic(&guest.metrics.inbound, index),
                 "name": rule.name,
                 "listen": match &rule.listen {
                     ListenAddress::Tcp(address) => format!("tcp://{address}"),
@@ -126,12 +148,39 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
     json!({
         "name": config.name,
         "cid": config.cid,
-        "session": guest.session.snapshot(),
+        "session": guest.session.record(),
         // null: the device thread did not answer in time.
         "device": device,
         "outbound": outbound,
         "inbound": inbound,
     })
+}
+
+/// What a rule has carried, from the counters that `/metrics` exports; `null` if it has none. Rules past the first
+/// [`MAX_RULES`] have one set of counters together, and say so.
+fn traffic(rules: &[RuleMetrics], index: usize) -> Value {
+    let Some(rule) = rules.get(index) else {
+        return Value::Null;
+    };
+    let bytes = |direction: Direction| {
+        rule.upstream_bytes
+            .get(direction as usize)
+            .map(|bytes| bytes.get())
+    };
+    let refused: u64 = rule.refused.iter().map(|counter| counter.get()).sum();
+    let mut traffic = json!({
+        "active": rule.active.get().max(0),
+        "opened": rule.opened.get(),
+        "refused": refused,
+        "bytesGuestToHost": bytes(Direction::GuestToHost),
+        "bytesHostToGuest": bytes(Direction::HostToGuest),
+    });
+    if index >= MAX_RULES
+        && let Some(fields) = traffic.as_object_mut()
+    {
+        fields.insert("shared".to_owned(), true.into());
+    }
+    traffic
 }
 
 /// The session families of one guest, as of now.
@@ -167,7 +216,10 @@ pub(super) fn sample(session: &NegotiationWatch, gauges: &DeviceGauges, draining
         vmm_hint: now
             .peer
             .as_ref()
-            .and_then(|peer| peer.program.clone())
+            .and_then(|peer| match peer.vmm_hint() {
+                Some(hint) => Some(hint.label().to_owned()),
+                None => peer.program.clone(),
+            })
             .unwrap_or_default(),
         socket: now.socket.display().to_string(),
         requests: now
@@ -189,17 +241,30 @@ pub(super) fn sample(session: &NegotiationWatch, gauges: &DeviceGauges, draining
             remove: now.memory_map_changes.remove,
         },
         dirty_log_active: now.dirty_log_active,
+        access_platform_mode: now.access_platform.mode.label(),
+        backend_requests: now.access_platform.misses_sent,
+        findings: now
+            .findings
+            .iter()
+            .filter(|finding| finding.active)
+            .map(|finding| finding.code)
+            .collect(),
     }
 }
 
+fn unix_time(time: SystemTime) -> Duration {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
 fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    unix_time(time).as_secs()
 }
 
 #[cfg(test)]
 mod tests {
-    use crate::metrics::names;
-    use crate::vhost_user::Features;
+    use super::traffic;
+    use crate::metrics::{Direction, GuestMetrics, LabelSets, MAX_RULES, RuleNames, names};
+    use crate::vhost_user::{Features, FindingCode, TranslationMode};
 
     /// The session knows the bits and the metrics know the labels; neither may know the other, so this holds them together.
     #[test]
@@ -222,5 +287,45 @@ mod tests {
         for name in names::REQUESTS {
             assert!(crate::vhost_user::message::REQUEST_NAMES.contains(name), "{name}");
         }
+    }
+
+    #[test]
+    fn session_and_metrics_call_every_finding_and_mode_by_the_same_name() {
+        assert_eq!(names::FINDINGS, FindingCode::ALL.map(FindingCode::code));
+        assert_eq!(
+            names::ACCESS_PLATFORM_MODES,
+            TranslationMode::ALL.map(TranslationMode::label)
+        );
+        for mode in TranslationMode::ALL {
+            assert_eq!(serde_json::to_value(mode).unwrap(), mode.label());
+        }
+    }
+
+    #[test]
+    fn traffic_is_what_the_counters_say_and_shared_counters_say_so() {
+        let rules = RuleNames {
+            outbound: (0..=MAX_RULES).map(|n| format!("rule{n}")).collect(),
+            inbound: Vec::new(),
+        };
+        let labels = LabelSets {
+            refused: &["no_rule", "limit"],
+            closed: &["drain"],
+            misbehavior: &["unknown_op"],
+            ring_errors: &["ring_memory"],
+        };
+        let metrics = GuestMetrics::detached(&rules, &labels);
+        let first = &metrics.outbound[0];
+        first.opened.inc_by(3);
+        first.active.set(2);
+        first.refused.iter().for_each(|reason| reason.inc());
+        first.upstream_bytes[Direction::GuestToHost as usize].inc_by(10);
+        assert_eq!(
+            traffic(&metrics.outbound, 0),
+            serde_json::json!({
+                "active": 2, "opened": 3, "refused": 2, "bytesGuestToHost": 10, "bytesHostToGuest": 0
+            })
+        );
+        assert_eq!(traffic(&metrics.outbound, MAX_RULES)["shared"], true);
+        assert_eq!(traffic(&metrics.inbound, 0), serde_json::Value::Null);
     }
 }

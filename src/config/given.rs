@@ -361,10 +361,17 @@ impl<'de> Deserializer<'de> for Reader<'_, '_, '_> {
                 .collect::<Vec<_>>()
                 .join(" or ")
         };
+        // Helm and other writers of YAML 1.1 take `off` for a boolean and write `false`.
+        let word = match self.value() {
+            Value::Text(word) => Some(word.as_str()),
+            Value::Bool(false) => Some("off"),
+            Value::Bool(true) => Some("on"),
+            _ => None,
+        };
+        if let Some(word) = word.filter(|word| variants.contains(word)) {
+            return visitor.visit_enum(IntoDeserializer::<Mistake>::into_deserializer(word));
+        }
         match self.value() {
-            Value::Text(word) if variants.contains(&word.as_str()) => {
-                visitor.visit_enum(IntoDeserializer::<Mistake>::into_deserializer(word.as_str()))
-            }
             Value::Text(word) => Err(Mistake {
                 message: format!("{} is not known here", quoted(word)),
                 help: match did_you_mean(word, variants) {

@@ -26,6 +26,7 @@ use self::stage::{GUEST_WEB_PORT, HTTP_PORT, Stage, UNRULED_PORT, Way};
 use self::terminal::Terminal;
 pub use self::vm::VmError;
 use crate::config::ConfigError;
+use crate::terminal::takes_colour;
 use crate::{app, embedded_guest};
 
 /// What the demo does.
@@ -106,7 +107,8 @@ const EFFORT: Effort = Effort {
 /// Shows the demo on standard output.
 pub fn run(options: Options) -> Result<(), Error> {
     let interrupt = Interrupt::install()?;
-    let colour = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let (term, no_color) = (std::env::var_os("TERM"), std::env::var_os("NO_COLOR"));
+    let colour = io::stdout().is_terminal() && takes_colour(term.as_deref(), no_color.as_deref());
     let mut terminal = Terminal::new(io::stdout(), io::stdout().is_terminal(), colour);
     let shown = match options.vm {
         true => vm::show(&mut terminal, &interrupt, EFFORT, options),

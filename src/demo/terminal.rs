@@ -1,10 +1,10 @@
 //! What the demo prints: aligned plain lines, with colour and a moving progress bar only where there is a terminal.
 
-use std::fmt::Write as _;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
 use super::Error;
+pub(super) use crate::terminal::{Style, grouped, rate, size};
 
 /// How often the progress bar moves.
 const FRAME: Duration = Duration::from_millis(80);
@@ -20,16 +20,6 @@ pub(super) struct Terminal {
     colour: bool,
     /// When the progress bar was last drawn.
     drawn: Option<Instant>,
-}
-
-/// How a piece of text looks.
-#[derive(Clone, Copy)]
-pub(super) enum Style {
-    Bold,
-    Dim,
-    Green,
-    Cyan,
-    Yellow,
 }
 
 impl Terminal {
@@ -163,59 +153,14 @@ impl Terminal {
 
     /// Text in a style, if there is colour. Pad before painting: the codes count as characters.
     pub(super) fn paint(&self, style: Style, text: &str) -> String {
-        if !self.colour || text.is_empty() {
-            return text.to_owned();
+        match self.colour {
+            true => style.paint(text),
+            false => text.to_owned(),
         }
-        let code = match style {
-            Style::Bold => 1,
-            Style::Dim => 2,
-            Style::Green => 32,
-            Style::Yellow => 33,
-            Style::Cyan => 36,
-        };
-        format!("\x1b[{code}m{text}\x1b[0m")
     }
 }
 
 /// `0.42 ms`.
 pub(super) fn milliseconds(duration: Duration) -> String {
     format!("{:.2} ms", duration.as_secs_f64() * 1e3)
-}
-
-/// `1.00 GiB`.
-pub(super) fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    match unit {
-        0 => format!("{bytes} B"),
-        _ => format!("{value:.2} {}", UNITS[unit]),
-    }
-}
-
-/// `3.14 GB/s`: decimal, as network rates are.
-pub(super) fn rate(bytes: u64, took: Duration) -> String {
-    let per_second = bytes as f64 / took.as_secs_f64().max(1e-9);
-    if per_second >= 1e9 {
-        format!("{:.2} GB/s", per_second / 1e9)
-    } else {
-        format!("{:.1} MB/s", per_second / 1e6)
-    }
-}
-
-/// `12,345,678`.
-pub(super) fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        let _ = text.write_char(digit);
-    }
-    text
 }

@@ -19,8 +19,10 @@ use super::{Device, Hold, RX, RunningRing, TX, budget};
 /// What a burst from the guest ended with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Taken {
-    /// There is nothing more to take now; a kick will come with the next, or whatever makes room for our replies.
+    /// There is nothing more to take; a kick will come with the next.
     All,
+    /// There is no room for our replies. No kick will come.
+    NoRoom,
     /// There may be more.
     SomeLeft,
     /// The next packet waits for a translation.
@@ -54,12 +56,16 @@ impl Device {
         let (Some(running), Some(ram)) = (&mut rings[TX], ram.as_ref()) else {
             return false;
         };
-        if running.held.is_some() || !switchboard.muxer.accepts_input() {
+        // Packets are looked for at every turn, which may save a kick. Not so where a look may become a question: when a guest
+        // that is reset takes its ring back, each INVALIDATE makes a turn.
+        let due = running.due || !running.ring.is_translated();
+        if running.held.is_some() || !due || !switchboard.muxer.accepts_input() {
             return false;
         }
         let view = translation.view(&running.ring, ram);
         let result = take_burst(running, switchboard, view, now);
         let taken = after_burst(running, switchboard, reports, TX, now, result);
+        running.due = taken != Some(Taken::All);
         if taken == Some(Taken::Parked) {
             running.held = Some(Hold::Translation);
         }
@@ -248,12 +254,16 @@ fn take_burst(
     if finished.parked {
         return Ok(Taken::Parked);
     }
-    let more = if drained {
-        running.ring.enable_notifications(ram)?
-    } else {
-        switchboard.muxer.accepts_input()
-    };
-    Ok(if more { Taken::SomeLeft } else { Taken::All })
+    if !drained {
+        return Ok(match switchboard.muxer.accepts_input() {
+            true => Taken::SomeLeft,
+            false => Taken::NoRoom,
+        });
+    }
+    Ok(match running.ring.enable_notifications(ram)? {
+        true => Taken::SomeLeft,
+        false => Taken::All,
+    })
 }
 
 fn give_burst(
@@ -273,6 +283,7 @@ fn give_burst(
             Some(header) => Some(Outgoing::Control(header)),
             // What the muxer hands out counts as said. Before there is a buffer for it the guest may ask again from
             // the same port, and an answer to the old question would be taken for one to the new.
+            // (With an IOMMU it has the VMM asked for the next buffer before it is needed.)
             None if !burst.has_buffer()? => {
                 break match switchboard.muxer.has_outgoing() {
                     true => Given::NoBuffers,

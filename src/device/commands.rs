@@ -122,7 +122,13 @@ impl Device {
             Command::MissAnswered { miss, refused } => {
                 self.translation
                     .answered(miss, refused, &self.switchboard.metrics.iotlb);
-                self.resume(&[Hold::Translation]);
+                if refused {
+                    self.resume(&[Hold::Translation]);
+                } else {
+                    // What a translation changes, its UPDATE has changed. An answer to a question of before a flush may have to
+                    // be asked for once more.
+                    self.translation.ask(&self.reports);
+                }
             }
             Command::EndSession { done } => {
                 for index in 0..QUEUES {
@@ -179,7 +185,7 @@ impl Device {
         // A driver posts its buffers before it says that it is up, so this is a rare wait.
         let blank = index == RX
             && ring.position() == RingPosition::default()
-            && (unseen || ring.is_blank(view) == Ok(true));
+            && (unseen || ring.is_blank(view.without_asking()) == Ok(true));
         self.poll
             .registry()
             .register(
@@ -196,6 +202,7 @@ impl Device {
             held: None,
             told: false,
             kicked: true,
+            due: true,
         });
         if blank {
             self.reports.expect_buffers(now);
@@ -248,6 +255,7 @@ impl Device {
         for running in self.rings.iter_mut().flatten() {
             if running.held.is_some_and(|held| holds.contains(&held)) {
                 running.held = None;
+                running.due = true;
             }
         }
     }

@@ -35,7 +35,7 @@
 //! ring is *parked*, and what is missing is told to the session, which asks the VMM. Nobody waits for that:
 //!
 //! ```text
-//!            +--- burst or start: Missing --> parked (Hold::Translation) --- UPDATE, answer, kick, flush ---+
+//!            +--- burst or start: Missing --> parked (Hold::Translation) --- UPDATE, refusal, kick, flush --+
 //!   served --+                                                                                             +--> served
 //!            +--- its own memory: Refused --> broken (Hold::Refused) ------- UPDATE, INVALIDATE, flush -----+
 //! ```
@@ -178,47 +178,11 @@ impl DeviceGauges {
 
 /// Starts a guest's device thread.
 pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
-    let poll = Poll::new()?;
-    let waker = Arc::new(Waker::new(poll.registry(), token::WAKE)?);
-    let (commands, inbox) = mpsc::channel();
-    let handle = DeviceHandle::new(commands, waker);
-    let gauges = Arc::new(DeviceGauges::default());
-    let muxer = Muxer::new(MuxerConfig {
-        guest_cid: Cid(u64::from(config.cid)),
-        buf_alloc: config.limits.buffer,
-        max_connections: config.limits.connections,
-        connect_timeout: config.limits.connect_timeout + DIAL_GRACE,
-        guest_timeout: config.limits.guest_timeout,
-        idle_timeout: config.limits.idle_timeout,
-    });
-    let switchboard = Switchboard::new(SwitchboardParts {
-        name: config.name.as_str().into(),
-        cid: config.cid,
-        muxer,
-        metrics: config.metrics,
-        router: config.router,
-        dialer: config.dialer,
-        dial_timeout: config.limits.connect_timeout,
-        buf_alloc: config.limits.buffer,
-        max_lingering: config.limits.connections,
-        registry: poll.registry().try_clone()?,
-        handle: handle.clone(),
-    });
-    let device = Device {
-        poll,
-        inbox,
-        switchboard,
-        rings: Default::default(),
-        ram: None,
-        translation: Translation::new(),
-        reports: Reports::default(),
-        waiting: VecDeque::new(),
-        unsent: None,
-        rx_starved_since: None,
-        gauges: Arc::clone(&gauges),
-    };
+    let name = format!("device-{}", config.name).chars().take(15).collect();
+    let (device, handle) = Device::new(config)?;
+    let gauges = Arc::clone(&device.gauges);
     let thread = std::thread::Builder::new()
-        .name(format!("device-{}", config.name).chars().take(15).collect())
+        .name(name)
         .spawn(move || device.run())?;
     Ok(RunningDevice {
         handle,
@@ -236,6 +200,8 @@ struct RunningRing {
     told: bool,
     /// The guest has kicked since the last burst.
     kicked: bool,
+    /// There may be entries for which no kick will come. (Of the tx ring; what goes to the guest is known here.)
+    due: bool,
 }
 
 /// What keeps a ring from being served.
@@ -279,6 +245,49 @@ struct Device {
 }
 
 impl Device {
+    /// A device that does not run yet, and how to speak to it.
+    fn new(config: DeviceConfig) -> io::Result<(Device, DeviceHandle)> {
+        let poll = Poll::new()?;
+        let waker = Arc::new(Waker::new(poll.registry(), token::WAKE)?);
+        let (commands, inbox) = mpsc::channel();
+        let handle = DeviceHandle::new(commands, waker);
+        let muxer = Muxer::new(MuxerConfig {
+            guest_cid: Cid(u64::from(config.cid)),
+            buf_alloc: config.limits.buffer,
+            max_connections: config.limits.connections,
+            connect_timeout: config.limits.connect_timeout + DIAL_GRACE,
+            guest_timeout: config.limits.guest_timeout,
+            idle_timeout: config.limits.idle_timeout,
+        });
+        let switchboard = Switchboard::new(SwitchboardParts {
+            name: config.name.as_str().into(),
+            cid: config.cid,
+            muxer,
+            metrics: config.metrics,
+            router: config.router,
+            dialer: config.dialer,
+            dial_timeout: config.limits.connect_timeout,
+            buf_alloc: config.limits.buffer,
+            max_lingering: config.limits.connections,
+            registry: poll.registry().try_clone()?,
+            handle: handle.clone(),
+        });
+        let device = Device {
+            poll,
+            inbox,
+            switchboard,
+            rings: Default::default(),
+            ram: None,
+            translation: Translation::new(),
+            reports: Reports::default(),
+            waiting: VecDeque::new(),
+            unsent: None,
+            rx_starved_since: None,
+            gauges: Arc::default(),
+        };
+        Ok((device, handle))
+    }
+
     fn run(mut self) {
         let mut events = Events::with_capacity(budget::EVENTS);
         let mut more = false;
@@ -341,7 +350,7 @@ impl Device {
         let (Some(running), Some(ram)) = (&self.rings[RX], &self.ram) else {
             return;
         };
-        let view = self.translation.view(&running.ring, ram);
+        let view = self.translation.view(&running.ring, ram).without_asking();
         // A ring that has been used is not all zero, and one that waits for translations is told of as that.
         let unused = running.held.is_none() && running.ring.position() == RingPosition::default();
         if unused && running.ring.is_blank(view) == Ok(true) {
@@ -361,7 +370,11 @@ impl Device {
     fn handle_kick(&mut self, queue: usize) {
         if let Some(Some(running)) = self.rings.get_mut(queue) {
             running.kicked = true;
+            running.due = true;
             // The VMM may have answered without an UPDATE, and the driver have mapped what it had not.
+            if running.ring.is_translated() {
+                self.translation.kicked();
+            }
             if running.held == Some(Hold::Translation) {
                 running.held = None;
             }
@@ -384,7 +397,8 @@ impl Device {
     fn available(&self, running: Option<&RunningRing>) -> u16 {
         match (running, &self.ram) {
             (Some(running), Some(ram)) if running.held.is_none() => {
-                let view = self.translation.view(&running.ring, ram);
+                // Nobody waits for this: a guest that takes its ring back must not be asked for it once more.
+                let view = self.translation.view(&running.ring, ram).without_asking();
                 running.ring.available(view).unwrap_or(0)
             }
             _ => 0,
@@ -421,56 +435,4 @@ impl Device {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::guest::RingFault;
-    use crate::metrics::{LabelSets, RuleNames};
-    use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
-
-    fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
-        let labels = LabelSets {
-            refused: RefuseReason::LABELS,
-            closed: CloseReason::LABELS,
-            misbehavior: Misbehavior::LABELS,
-            ring_errors: RingFault::LABELS,
-        };
-        let second = Duration::from_secs(1);
-        spawn(DeviceConfig {
-            name: "web".into(),
-            cid: 3,
-            limits: Limits {
-                connections: 1,
-                buffer: 4096,
-                connect_timeout: second,
-                guest_timeout: second,
-                idle_timeout: Duration::ZERO,
-            },
-            router: Router::new(Vec::new()),
-            dialer: Dialer::new(control.handle().clone()),
-            metrics: GuestMetrics::detached(&RuleNames::default(), &labels),
-        })
-        .unwrap()
-    }
-
-    /// The device holds a handle on itself, so its commands never end by themselves: the start of a second guest failed,
-    /// the first one's device was dropped, and its thread stayed.
-    #[test]
-    fn a_device_that_is_dropped_ends_its_thread() {
-        let control = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        let dropped = device(&control);
-        let handle = dropped.handle.clone();
-        assert_eq!(handle.call(Command::Ping), Ok(()));
-        drop(dropped);
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while handle.call(Command::Ping).is_ok() {
-            assert!(Instant::now() < deadline, "the thread goes on");
-        }
-        let joined = device(&control);
-        let handle = joined.handle.clone();
-        joined.join().unwrap();
-        assert_eq!(handle.call(Command::Ping), Err(DeviceGone));
-    }
-}
+mod tests;

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use crate::guest::{Access, GuestRam, Iotlb, IotlbStats, Mapping, Miss, Permission, Ring, View};
+use crate::guest::iotlb::CAPACITY;
+use crate::guest::{GuestRam, Iotlb, IotlbStats, Mapping, Miss, Ring, View};
 use crate::metrics::IotlbMetrics;
 
 use super::handle::DeviceEvent;
@@ -97,6 +98,11 @@ impl Translation {
         self.observe(metrics, |asked| *asked == miss);
     }
 
+    /// The guest has kicked a ring that is translated.
+    pub(super) fn kicked(&mut self) {
+        self.iotlb.retry();
+    }
+
     /// Forgets everything.
     pub(super) fn flush(&mut self, metrics: &IotlbMetrics) {
         let stats = self.iotlb.stats();
@@ -122,10 +128,13 @@ impl Translation {
         metrics.entries.set(gauge(stats.entries));
         metrics.mapped_bytes.set(gauge(stats.mapped_bytes));
         metrics.unanswered.set(gauge(stats.unanswered));
+        let [faults_read, faults_write] = &metrics.faults;
         for (counter, now, before) in [
             (&metrics.lookups, stats.lookups, before.lookups),
             (&metrics.misses, stats.misses, before.misses),
             (&metrics.evictions, stats.evictions, before.evictions),
+            (faults_read, stats.faults_read, before.faults_read),
+            (faults_write, stats.faults_write, before.faults_write),
         ] {
             counter.inc_by(now.saturating_sub(before));
         }
@@ -134,12 +143,10 @@ impl Translation {
     /// What `/state` shows.
     pub(super) fn snapshot(&self, now: Instant, metrics: &IotlbMetrics) -> IotlbSnapshot {
         let stats = self.iotlb.stats();
-        let [faults_read, faults_write] =
-            [Access::Read, Access::Write].map(|a| metrics.faults[a as usize].get());
         IotlbSnapshot {
             entries: stats.entries,
             mapped_bytes: stats.mapped_bytes,
-            capacity: 0,
+            capacity: CAPACITY as u64,
             lookups: stats.lookups,
             hits: stats.lookups.saturating_sub(stats.misses),
             misses: stats.misses,
@@ -147,8 +154,8 @@ impl Translation {
             invalidations: metrics.invalidations.get(),
             flushes: metrics.flushes.get(),
             evictions: stats.evictions,
-            faults_read,
-            faults_write,
+            faults_read: stats.faults_read,
+            faults_write: stats.faults_write,
             unanswered: stats.unanswered,
             oldest_unanswered_seconds: self
                 .oldest_unanswered()
@@ -174,19 +181,11 @@ impl Translation {
     }
 }
 
-/// Whether a mapping is what a miss asked for.
+/// Whether a mapping is what a miss asked for. A mapping that begins in the middle of the page may be; then the answer that
+/// follows is what is measured.
 fn answers(mapping: &Mapping, miss: &Miss) -> bool {
-    let allowed = match miss.access {
-        Access::Read => mapping.permission != Permission::Write,
-        Access::Write => mapping.permission != Permission::Read,
-    };
-    // The address may be rounded down to its page, of which the mapping may begin in the middle; that is measured by the
-    // answer, then.
-    let within = miss
-        .iova
-        .checked_sub(mapping.iova)
-        .is_some_and(|offset| offset < mapping.len);
-    allowed && within
+    let offset = miss.iova.checked_sub(mapping.iova);
+    mapping.permission.allows(miss.access) && offset.is_some_and(|offset| offset < mapping.len)
 }
 
 fn gauge(value: u64) -> i64 {

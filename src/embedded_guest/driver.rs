@@ -2,17 +2,24 @@
 //!
 //! Knows packets, not connections: that is [`Sockets`](super::Sockets). Not synchronised; one owner.
 
+mod areas;
+
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use super::dma::{Dma, IommuOptions};
 use super::error::{Error, Result};
 use super::fd::wait_readable;
 use super::front_end::RingSetup;
+use super::iommu::{READ, WRITE};
 use super::memory::{GuestMemory, PAGE, Window};
 use super::shape::{RxLayout, Shape};
 use super::stats::{Stats, Violation};
 use super::virtqueue::{Segment, Table, Virtqueue};
 use crate::vsock::header::{HEADER_LEN, Header};
+
+pub use areas::Area;
+use areas::{Mapped, map, unmap};
 
 /// Index of the receive queue.
 pub const RX: u16 = 0;
@@ -57,6 +64,8 @@ pub struct DriverOptions {
     pub tx_slots: u16,
     /// Bytes of guest memory.
     pub memory: usize,
+    /// The IOMMU that the device is behind, if VIRTIO_F_ACCESS_PLATFORM is acknowledged; without the feature there is none.
+    pub iommu: Option<IommuOptions>,
 }
 
 impl Default for DriverOptions {
@@ -69,6 +78,7 @@ impl Default for DriverOptions {
             refill: Refill::AtHalf,
             tx_slots: 128,
             memory: 256 << 20,
+            iommu: None,
         }
     }
 }
@@ -89,7 +99,7 @@ pub struct Packet {
 pub struct Sent {
     /// Head descriptor.
     pub head: u16,
-    /// Guest address of the packet's first byte.
+    /// Address of the packet's first byte: guest-physical, or an IOVA.
     pub gpa: u64,
 }
 
@@ -115,6 +125,12 @@ pub struct Driver {
     /// Transmit slots that are free; the last used is taken first, since it is warm in the cache.
     tx_idle: Vec<u16>,
     event_area: Window,
+    dma: Option<Dma>,
+    /// The lowest address that is taken once the rings are mapped.
+    rings_end: u64,
+    /// What is mapped of each receive buffer and each transmit slot that the device has.
+    rx_mapped: Vec<Mapped>,
+    tx_mapped: Vec<Mapped>,
     /// Reused for cutting packets.
     pieces: Vec<u32>,
     segments: Vec<Segment>,
@@ -131,11 +147,21 @@ impl Driver {
     }
 
     /// A driver over this memory. Posts no receive buffers yet: see [`Driver::fill_rx`].
-    pub fn with_memory(mut memory: GuestMemory, options: DriverOptions, features: u64) -> Result<Driver> {
+    pub fn with_memory(memory: GuestMemory, options: DriverOptions, features: u64) -> Result<Driver> {
+        Driver::with_dma(memory, options, features, None)
+    }
+
+    /// The same behind an IOMMU.
+    pub(super) fn with_dma(
+        mut memory: GuestMemory,
+        options: DriverOptions,
+        features: u64,
+        dma: Option<Dma>,
+    ) -> Result<Driver> {
         let size = options.queue_size;
-        let rx = Virtqueue::new(&mut memory, RX, size, features)?;
-        let tx = Virtqueue::new(&mut memory, TX, size, features)?;
-        let event = Virtqueue::new(&mut memory, EVENT, size, features)?;
+        let mut queue = |index| Virtqueue::with_dma(&mut memory, index, size, features, dma.clone());
+        let (rx, tx, event) = (queue(RX)?, queue(TX)?, queue(EVENT)?);
+        let rings_end = dma.as_ref().map_or(0, Dma::bottom);
         let rx_pieces = options.rx.pieces();
         // A gap behind every piece and a page for every buffer: no two descriptors are neighbours by accident.
         let rx_stride = rx_pieces
@@ -150,10 +176,14 @@ impl Driver {
             rx_pieces.len().max(1) as u16
         };
         let rx_max = options.rx_buffers.min(size / per_buffer);
-        let rx_area = memory.allocate(rx_stride * usize::from(rx_max), PAGE as u64)?;
         let tx_slots = options.tx_slots.clamp(1, size);
-        let tx_area = memory.allocate(TX_SLOT * usize::from(tx_slots), PAGE as u64)?;
-        let event_area = memory.allocate(8 * 4, 64)?;
+        let mut area = |len| match &dma {
+            None => memory.allocate(len, PAGE as u64),
+            Some(dma) => dma.allocate(&mut memory, len),
+        };
+        let rx_area = area(rx_stride * usize::from(rx_max))?;
+        let tx_area = area(TX_SLOT * usize::from(tx_slots))?;
+        let event_area = area(8 * 4)?;
         let capacity = rx_pieces.iter().map(|p| *p as usize).sum();
         Ok(Driver {
             memory,
@@ -171,6 +201,10 @@ impl Driver {
             tx_area,
             tx_idle: (0..tx_slots).rev().collect(),
             event_area,
+            dma,
+            rings_end,
+            rx_mapped: vec![Vec::new(); usize::from(rx_max)],
+            tx_mapped: vec![Vec::new(); usize::from(tx_slots)],
             pieces: Vec::new(),
             segments: Vec::new(),
             scratch: vec![0; capacity],
@@ -179,8 +213,17 @@ impl Driver {
     }
 
     /// The guest's reboot or the driver's rebind: rings empty, all buffers ours again. The device must have been
-    /// stopped.
-    pub fn reset(&mut self) {
+    /// stopped. Behind an IOMMU the rings keep their addresses and move to other memory.
+    pub fn reset(&mut self) -> Result<()> {
+        if let Some(dma) = self.dma.clone() {
+            dma.forget(self.rings_end);
+            for queue in [&mut self.rx, &mut self.tx, &mut self.event] {
+                queue.move_ring(&mut self.memory)?;
+            }
+        }
+        for mapped in self.rx_mapped.iter_mut().chain(&mut self.tx_mapped) {
+            mapped.clear();
+        }
         for queue in [&mut self.rx, &mut self.tx, &mut self.event] {
             queue.reset();
         }
@@ -188,6 +231,7 @@ impl Driver {
         self.rx_posted = 0;
         let slots = self.options.tx_slots.clamp(1, self.options.queue_size);
         self.tx_idle = (0..slots).rev().collect();
+        Ok(())
     }
 
     // ---- receiving -----------------------------------------------------------------------------------------------
@@ -196,7 +240,12 @@ impl Driver {
     pub fn fill_rx(&mut self) -> Result<()> {
         self.post_rx(usize::from(self.rx_max))?;
         while self.event.outstanding() < 8.min(usize::from(self.event.size())) {
-            let addr = self.event_area.gpa() + 4 * self.event.outstanding() as u64;
+            let offset = 4 * self.event.outstanding();
+            let addr = match &self.dma {
+                None => self.event_area.bus() + offset as u64,
+                // Mapped until the reset: events come once in a machine's life.
+                Some(dma) => dma.map(&self.event_area, offset, 4, WRITE),
+            };
             self.event.add(
                 &[Segment {
                     addr,
@@ -217,16 +266,25 @@ impl Driver {
         while posted < count {
             let Some(buffer) = self.rx_idle.pop() else { break };
             self.segments.clear();
-            let mut addr = self.rx_area.gpa() + (usize::from(buffer) * self.rx_stride) as u64;
+            let mut at = usize::from(buffer) * self.rx_stride;
             for piece in &self.rx_pieces {
+                let mapped = &mut self.rx_mapped[usize::from(buffer)];
                 self.segments.push(Segment {
-                    addr,
+                    addr: map(
+                        self.dma.as_ref(),
+                        &self.rx_area,
+                        at,
+                        *piece as usize,
+                        WRITE,
+                        mapped,
+                    ),
                     len: *piece,
                     writable: true,
                 });
-                addr += ((*piece as usize).next_multiple_of(GAP) + GAP) as u64;
+                at += (*piece as usize).next_multiple_of(GAP) + GAP;
             }
             if let Err(error) = self.rx.add(&self.segments, Table::AsLinux, buffer.into()) {
+                unmap(self.dma.as_ref(), &mut self.rx_mapped[usize::from(buffer)]);
                 self.rx_idle.push(buffer);
                 match error {
                     Error::RingFull => break,
@@ -297,6 +355,8 @@ impl Driver {
                 continue;
             }
             let buffer = used.token as u16;
+            // Before anything is read, as virtqueue_get_buf does.
+            unmap(self.dma.as_ref(), &mut self.rx_mapped[usize::from(buffer)]);
             self.rx_posted -= 1;
             let used_len = used.len.unwrap_or(0);
             let capacity: usize = self.rx_pieces.iter().map(|p| *p as usize).sum();
@@ -417,6 +477,7 @@ impl Driver {
         let mut reclaimed = 0;
         while let Some(used) = self.tx.pop() {
             if used.token != RAW {
+                unmap(self.dma.as_ref(), &mut self.tx_mapped[used.token as usize]);
                 self.tx_idle.push(used.token as u16);
             }
             if used.len.is_some_and(|len| len > 0) {
@@ -488,20 +549,23 @@ impl Driver {
             };
             up += len;
             bytes.write(&self.tx_area, at, len);
+            let mapped = &mut self.tx_mapped[usize::from(slot)];
             self.segments.push(Segment {
-                addr: self.tx_area.gpa() + at as u64,
+                addr: map(self.dma.as_ref(), &self.tx_area, at, len, READ, mapped),
                 len: *piece,
                 writable: false,
             });
         }
         let gpa = self.segments.first().map_or(0, |s| s.addr);
-        let head = match self.tx.add(&self.segments, shape.table, slot.into()) {
-            Err(Error::RingFull) if self.reclaim_tx() > 0 => {
-                // The slot stays ours: it is still among the idle ones, if no longer the last.
-                self.tx.add(&self.segments, shape.table, slot.into())?
-            }
-            other => other?,
-        };
+        let mut added = self.tx.add(&self.segments, shape.table, slot.into());
+        if matches!(added, Err(Error::RingFull)) && self.reclaim_tx() > 0 {
+            // The slot stays ours: it is still among the idle ones, if no longer the last.
+            added = self.tx.add(&self.segments, shape.table, slot.into());
+        }
+        if added.is_err() {
+            unmap(self.dma.as_ref(), &mut self.tx_mapped[usize::from(slot)]);
+        }
+        let head = added?;
         if self.tx_idle.last() == Some(&slot) {
             self.tx_idle.pop();
         } else {

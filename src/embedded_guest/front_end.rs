@@ -1,32 +1,22 @@
 //! The VMM's half of vhost-user: a small front-end over a unix socket that can speak like QEMU, like the VMMs built
 //! on rust-vmm, or in any wrong way a test asks for.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
-};
-
+use super::channels::{Channels, Server, accepted};
+use super::dma::{Dma, IommuOptions};
 use super::error::{Error, Result};
 use super::fd::{EventFd, wait_readable};
+use super::iommu::{Granule, Iommu, Lookup, WRITE};
 use super::memory::{GuestMemory, Region};
 use super::message::{self, Message, request};
+use super::misses::{Answer, INVALIDATE, Miss, SeenMiss, UPDATE};
 use super::profile::{Order, Profile, feature, protocol_feature};
-
-/// How long a reply may take before the front-end gives up. QEMU would wait for ever.
-const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// More than any reply of the specification; a longer one is not allocated for.
-const MAX_PAYLOAD: usize = 64 * 1024;
-
-/// Descriptors one message may carry (`VHOST_MEMORY_BASELINE_NREGIONS` is 8).
-const MAX_FDS: usize = 32;
+use super::wire::{recv_message, send_bytes};
 
 /// What was negotiated at realize time.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -71,11 +61,11 @@ pub struct RingSetup<'a> {
 /// A vhost-user connection, the VMM's end. Dropping it closes the socket: the VMM was killed.
 #[derive(Debug)]
 pub struct FrontEnd {
-    socket: UnixStream,
+    channels: Arc<Channels>,
     profile: Profile,
     negotiated: Negotiated,
-    /// Our end of the back-end's request channel, once SET_BACKEND_REQ_FD was sent.
-    backend_channel: Option<UnixStream>,
+    /// The IOMMU behind which the device is.
+    iommu: Option<Arc<Iommu>>,
     /// Descriptors the back-end may still use and nobody reads: error eventfds and the masked call eventfds.
     held: Vec<EventFd>,
     /// Guest addresses of the regions told with ADD_MEM_REG: QEMU does not repeat these when rings restart.
@@ -103,10 +93,10 @@ impl FrontEnd {
     /// A front-end on a connected socket.
     pub fn from_stream(socket: UnixStream, profile: Profile) -> FrontEnd {
         FrontEnd {
-            socket,
+            channels: Arc::new(Channels::new(socket)),
             profile,
             negotiated: Negotiated::default(),
-            backend_channel: None,
+            iommu: None,
             held: Vec::new(),
             slots: Vec::new(),
         }
@@ -124,12 +114,12 @@ impl FrontEnd {
 
     /// The connection itself.
     pub fn socket(&self) -> &UnixStream {
-        &self.socket
+        self.channels.main()
     }
 
     /// Our end of the channel for the back-end's requests; present after negotiation of BACKEND_REQ.
-    pub fn backend_channel(&self) -> Option<&UnixStream> {
-        self.backend_channel.as_ref()
+    pub fn backend_channel(&self) -> Option<Arc<UnixStream>> {
+        self.channels.backend()
     }
 
     /// The realize phase, up to reading the guest's CID, in the profile's order of messages.
@@ -214,6 +204,10 @@ impl FrontEnd {
         for ring in rings {
             self.set_vring_enable(ring.index, true)?;
         }
+        // vhost_dev_start ends with vhost_device_iotlb_miss for each ring: the page with the beginning of its used ring.
+        for ring in rings {
+            self.tell_translation(ring.used)?;
+        }
         for ring in rings {
             self.set_vring_call(ring.index, ring.call)?;
         }
@@ -227,6 +221,9 @@ impl FrontEnd {
         self.choose_features();
         if self.negotiated.offered & feature::PROTOCOL_FEATURES != 0 {
             self.negotiate_protocol_features()?;
+        }
+        if self.has(protocol_feature::BACKEND_REQ) {
+            self.set_backend_channel()?;
         }
         self.negotiated.guest_cid = self.read_guest_cid()?;
         Ok(())
@@ -279,7 +276,7 @@ impl FrontEnd {
     fn set_backend_channel(&mut self) -> Result<()> {
         let (ours, theirs) = UnixStream::pair().map_err(Error::io("make the back-end's request channel"))?;
         self.tell(request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()], Ack::IfAgreed)?;
-        self.backend_channel = Some(ours);
+        self.channels.set_backend(ours);
         Ok(())
     }
 
@@ -350,7 +347,9 @@ impl FrontEnd {
 
     /// SET_VRING_ADDR, without dirty log.
     pub fn set_vring_addr(&mut self, ring: &RingSetup<'_>) -> Result<()> {
-        let payload = message::vring_addr(ring.index.into(), 0, ring.desc, ring.used, ring.avail, 0);
+        // QEMU tells the used ring's address a second time, flags or not.
+        let log = if self.iommu.is_some() { ring.used } else { 0 };
+        let payload = message::vring_addr(ring.index.into(), 0, ring.desc, ring.used, ring.avail, log);
         self.tell(request::SET_VRING_ADDR, &payload, &[], Ack::AsProfile)
     }
 
@@ -407,6 +406,16 @@ impl FrontEnd {
         self.tell(request::RESET_DEVICE, &[], &[], Ack::AsProfile)
     }
 
+    /// IOTLB_MSG UPDATE.
+    pub fn iotlb_update(&mut self, iova: u64, size: u64, user_addr: u64, perm: u8) -> Result<()> {
+        self.iotlb(iova, size, user_addr, perm, UPDATE)
+    }
+
+    /// IOTLB_MSG INVALIDATE; size 0 is everything.
+    pub fn iotlb_invalidate(&mut self, iova: u64, size: u64) -> Result<()> {
+        self.iotlb(iova, size, 0, 0, INVALIDATE)
+    }
+
     /// IOTLB_MSG on the main channel; QEMU sends it with NEED_REPLY always.
     pub fn iotlb(&mut self, iova: u64, size: u64, user_addr: u64, perm: u8, kind: u8) -> Result<()> {
         self.tell(
@@ -415,6 +424,64 @@ impl FrontEnd {
             &[],
             Ack::Always,
         )
+    }
+
+    // ---- translation -------------------------------------------------------------------------------------------
+
+    /// Puts the device behind an IOMMU from now on, and answers its misses as QEMU does.
+    pub(super) fn attach_iommu(&mut self, options: &IommuOptions, memory: &GuestMemory) -> Result<Dma> {
+        let iommu = Arc::new(Iommu::new(options.granule));
+        if options.granule == Granule::Whole {
+            for region in memory.regions() {
+                iommu.map_region(region);
+            }
+        }
+        self.channels.serve(Server {
+            iommu: iommu.clone(),
+            policy: Box::new(|_| Answer::AtOnce),
+            nested: options.nested,
+            exact_permission: options.exact_permission,
+        })?;
+        self.iommu = Some(iommu.clone());
+        Ok(Dma::new(iommu, self.channels.clone(), options.clone()))
+    }
+
+    /// The IOMMU behind which the device is.
+    pub fn iommu(&self) -> Option<&Arc<Iommu>> {
+        self.iommu.as_ref()
+    }
+
+    /// Changes how misses are answered from now on.
+    pub fn answer_misses(&self, policy: impl FnMut(&Miss) -> Answer + Send + 'static) {
+        self.channels.set_policy(Box::new(policy));
+    }
+
+    /// Answers the misses that were put aside; how many there were.
+    pub fn release_misses(&self) -> Result<usize> {
+        self.channels.release()
+    }
+
+    /// The misses so far and what became of them, in the order in which they came.
+    pub fn misses(&self) -> Vec<SeenMiss> {
+        self.channels.seen()
+    }
+
+    /// Forgets the misses so far, unless some wait to be answered.
+    pub fn forget_misses(&self) {
+        self.channels.forget_seen();
+    }
+
+    /// Waits until the misses so far are such and such.
+    pub fn wait_misses(&self, timeout: Duration, enough: impl FnMut(&[SeenMiss]) -> bool) -> Result<()> {
+        self.channels.wait_seen(timeout, enough)
+    }
+
+    /// Tells the back-end what `iova` means without having been asked. Nothing happens if nothing is mapped there.
+    pub fn tell_translation(&mut self, iova: u64) -> Result<()> {
+        match self.iommu.as_ref().map(|iommu| iommu.lookup(iova, WRITE)) {
+            Some(Lookup::Found(translation)) => self.channels.update(&mut self.channels.turn(), &translation),
+            _ => Ok(()),
+        }
     }
 
     // ---- raw ---------------------------------------------------------------------------------------------------
@@ -428,44 +495,18 @@ impl FrontEnd {
 
     /// Sends bytes as they are, with descriptors: half a header, a wrong size, two messages at once.
     pub fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-            return Err(Error::TooLong {
-                len: fds.len(),
-                max: MAX_FDS,
-            });
-        }
-        let mut sent = 0;
-        while sent < bytes.len() {
-            match sendmsg(
-                &self.socket,
-                &[IoSlice::new(&bytes[sent..])],
-                &mut control,
-                SendFlags::NOSIGNAL,
-            ) {
-                Ok(n) => sent += n,
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET) => {
-                    return Err(Error::Closed { what: "sending" });
-                }
-                Err(errno) => return Err(Error::errno("send a vhost-user message")(errno)),
-            }
-            // The descriptors went with the first byte.
-            control.clear();
-        }
-        Ok(())
+        send_bytes(self.channels.main(), bytes, fds)
     }
 
     /// Receives one message from the main channel.
     pub fn recv(&self, timeout: Duration) -> Result<Message> {
-        recv_message(&self.socket, timeout)
+        recv_message(self.channels.main(), timeout)
     }
 
     /// Receives one of the back-end's own requests.
     pub fn recv_backend_request(&self, timeout: Duration) -> Result<Message> {
-        match &self.backend_channel {
-            Some(channel) => recv_message(channel, timeout),
+        match self.channels.backend() {
+            Some(channel) => recv_message(&channel, timeout),
             None => Err(Error::Protocol {
                 what: "there is no channel for requests of the back-end".into(),
             }),
@@ -474,8 +515,14 @@ impl FrontEnd {
 
     /// Sends a request and waits for the reply that carries its number.
     pub fn call(&mut self, number: u32, payload: &[u8]) -> Result<Message> {
-        self.send(number, 0, payload, &[])?;
-        self.reply(number)
+        self.ask(number, 0, payload, &[])
+    }
+
+    /// Sends any message and waits for the reply that carries its number: to a request that is always answered, or to one
+    /// with [`message::NEED_REPLY`] among its flags.
+    pub fn ask(&self, number: u32, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Message> {
+        self.channels
+            .exchange(&mut self.channels.turn(), number, flags, payload, fds)
     }
 
     /// Waits until the back-end closed the connection; fails on a timeout.
@@ -519,33 +566,14 @@ impl FrontEnd {
         if !wanted {
             return self.send(number, 0, payload, fds);
         }
-        self.send(number, message::NEED_REPLY, payload, fds)?;
-        match self.reply(number)?.u64() {
-            Some(0) => Ok(()),
-            Some(value) => Err(Error::Refused {
-                request: number,
-                value,
-            }),
-            None => Err(Error::Protocol {
-                what: format!("{}: not an acknowledgement", message::name(number)),
-            }),
-        }
+        accepted(self.ask(number, message::NEED_REPLY, payload, fds)?)
     }
+}
 
-    fn reply(&self, number: u32) -> Result<Message> {
-        let reply = self.recv(REPLY_TIMEOUT)?;
-        if reply.request != number || reply.flags & (message::REPLY | 3) != message::REPLY | message::VERSION
-        {
-            return Err(Error::Protocol {
-                what: format!(
-                    "{} with flags {:#x} while waiting for the reply to {}",
-                    message::name(reply.request),
-                    reply.flags,
-                    message::name(number)
-                ),
-            });
-        }
-        Ok(reply)
+impl Drop for FrontEnd {
+    /// Others may hold the channels still: the driver for its INVALIDATEs, the thread that answers misses.
+    fn drop(&mut self) {
+        self.channels.hang_up();
     }
 }
 
@@ -569,72 +597,4 @@ fn single_region(region: &Region) -> Vec<u8> {
         0,
     ));
     payload
-}
-
-/// Receives one message with its descriptors from a vhost-user channel.
-pub fn recv_message(socket: &UnixStream, timeout: Duration) -> Result<Message> {
-    let deadline = Instant::now() + timeout;
-    let mut fds = Vec::new();
-    let mut header = [0; message::HEADER_LEN];
-    read_exact(socket, &mut header, &mut fds, deadline)?;
-    let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-    let size = word(8) as usize;
-    if size > MAX_PAYLOAD {
-        return Err(Error::Protocol {
-            what: format!("a payload of {size} bytes"),
-        });
-    }
-    let mut payload = vec![0; size];
-    read_exact(socket, &mut payload, &mut fds, deadline)?;
-    Ok(Message {
-        request: word(0),
-        flags: word(4),
-        payload,
-        fds,
-    })
-}
-
-fn read_exact(
-    socket: &UnixStream,
-    bytes: &mut [u8],
-    fds: &mut Vec<OwnedFd>,
-    deadline: Instant,
-) -> Result<()> {
-    let mut filled = 0;
-    while filled < bytes.len() {
-        if !wait_readable(&[socket.as_fd()], Some(deadline))? {
-            return Err(Error::Timeout {
-                what: "waiting for a vhost-user message",
-            });
-        }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let received = recvmsg(
-            socket,
-            &mut [IoSliceMut::new(&mut bytes[filled..])],
-            &mut control,
-            RecvFlags::CMSG_CLOEXEC,
-        );
-        for message in control.drain() {
-            if let RecvAncillaryMessage::ScmRights(received) = message {
-                fds.extend(received);
-            }
-        }
-        match received {
-            Ok(message) if message.bytes == 0 => {
-                return Err(Error::Closed {
-                    what: "waiting for a message",
-                });
-            }
-            Ok(message) => filled += message.bytes,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::CONNRESET) => {
-                return Err(Error::Closed {
-                    what: "waiting for a message",
-                });
-            }
-            Err(errno) => return Err(Error::errno("receive a vhost-user message")(errno)),
-        }
-    }
-    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory};
@@ -74,23 +74,90 @@ impl Region {
 }
 
 /// A window of one region, for structures that are touched often: no search for the region at each access.
+///
+/// The driver sees it as one piece. Under an IOMMU its pages may lie anywhere in the region, and change places while
+/// clones of the window are in use.
 #[derive(Clone, Debug)]
 pub struct Window {
     map: Arc<MmapRegion<()>>,
-    start: usize,
-    gpa: u64,
+    /// Guest physical address of the region's first byte.
+    region_gpa: u64,
+    place: Place,
     len: usize,
+    /// What the device calls the first byte.
+    bus: u64,
+}
+
+/// Where a window's bytes are.
+#[derive(Clone, Debug)]
+enum Place {
+    /// Side by side, from this offset in the region on.
+    At(usize),
+    /// Page by page: the offset of each in the region.
+    Pages(Arc<[AtomicUsize]>),
 }
 
 impl Window {
-    /// Guest physical address of the first byte.
-    pub fn gpa(&self) -> u64 {
-        self.gpa
+    /// The device's address of the first byte: guest-physical, or an IOVA after [`Window::set_bus`].
+    pub fn bus(&self) -> u64 {
+        self.bus
+    }
+
+    /// Says what the device calls the first byte, once the window is mapped in an IOMMU.
+    pub fn set_bus(&mut self, bus: u64) {
+        self.bus = bus;
     }
 
     /// The first byte's address in the front-end's address space.
     pub fn user_addr(&self) -> u64 {
-        self.map.as_ptr() as u64 + self.start as u64
+        self.map.as_ptr() as u64 + self.at(0) as u64
+    }
+
+    /// The front-end's address of the page that holds the byte at `offset`.
+    pub fn user_page(&self, offset: usize) -> u64 {
+        let at = self.at(offset);
+        self.map.as_ptr() as u64 + (at - at % PAGE) as u64
+    }
+
+    /// The front-end's addresses of the pages that hold `len` bytes from `offset` on.
+    pub fn user_pages(&self, offset: usize, len: usize) -> Vec<u64> {
+        self.check(offset, len);
+        let within = self.at(offset) % PAGE;
+        let starts = (offset..offset + len).step_by(PAGE);
+        // A step of a page from wherever the range begins meets every page of it but for the last, perhaps.
+        let mut pages: Vec<u64> = starts.map(|at| self.user_page(at)).collect();
+        if within + len > pages.len() * PAGE {
+            pages.push(self.user_page(offset + len - 1));
+        }
+        pages
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Moves page `page` of a window in pages to the page at guest-physical address `gpa`, of the same region, with its
+    /// contents; answers the guest-physical address of the old one, which keeps them. `None` if the window lies in one
+    /// piece. Who accesses the window meanwhile may lose what it writes.
+    pub fn move_page(&self, page: usize, gpa: u64) -> Option<u64> {
+        let Place::Pages(pages) = &self.place else {
+            return None;
+        };
+        let slot = pages.get(page)?;
+        let fresh = usize::try_from(gpa.checked_sub(self.region_gpa)?).ok()?;
+        let old = slot.load(Ordering::Relaxed);
+        let memory = self.map.as_volatile_slice();
+        let mut bytes = [0; PAGE];
+        memory.read_slice(&mut bytes, old).ok()?;
+        memory.write_slice(&bytes, fresh).ok()?;
+        slot.store(fresh, Ordering::Relaxed);
+        Some(self.region_gpa + old as u64)
     }
 
     /// Loads an integer. `offset` lies in the window and is aligned: the driver's own arithmetic, a slip of which
@@ -99,7 +166,7 @@ impl Window {
         self.check(offset, size_of::<T>());
         self.map
             .as_volatile_slice()
-            .load(self.start + offset, order)
+            .load(self.at(offset), order)
             .expect("checked against the window")
     }
 
@@ -108,26 +175,36 @@ impl Window {
         self.check(offset, size_of::<T>());
         self.map
             .as_volatile_slice()
-            .store(value, self.start + offset, order)
+            .store(value, self.at(offset), order)
             .expect("checked against the window");
     }
 
     /// Copies bytes out; see [`Window::load`] about `offset`.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) {
         self.check(offset, bytes.len());
-        self.map
-            .as_volatile_slice()
-            .read_slice(bytes, self.start + offset)
-            .expect("checked against the window");
+        let mut done = 0;
+        while done < bytes.len() {
+            let len = self.piece(offset + done, bytes.len() - done);
+            self.map
+                .as_volatile_slice()
+                .read_slice(&mut bytes[done..done + len], self.at(offset + done))
+                .expect("checked against the window");
+            done += len;
+        }
     }
 
     /// Copies bytes in; see [`Window::load`] about `offset`.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         self.check(offset, bytes.len());
-        self.map
-            .as_volatile_slice()
-            .write_slice(bytes, self.start + offset)
-            .expect("checked against the window");
+        let mut done = 0;
+        while done < bytes.len() {
+            let len = self.piece(offset + done, bytes.len() - done);
+            self.map
+                .as_volatile_slice()
+                .write_slice(&bytes[done..done + len], self.at(offset + done))
+                .expect("checked against the window");
+            done += len;
+        }
     }
 
     /// Sets every byte to zero.
@@ -135,6 +212,24 @@ impl Window {
         let zeros = [0u8; PAGE];
         for at in (0..self.len).step_by(PAGE) {
             self.write(at, &zeros[..PAGE.min(self.len - at)]);
+        }
+    }
+
+    /// Where the byte at `offset` is in the region.
+    fn at(&self, offset: usize) -> usize {
+        match &self.place {
+            Place::At(start) => start + offset,
+            Place::Pages(pages) => pages
+                .get(offset / PAGE)
+                .map_or(usize::MAX, |page| page.load(Ordering::Relaxed) + offset % PAGE),
+        }
+    }
+
+    /// How many of `len` bytes from `offset` on lie side by side.
+    fn piece(&self, offset: usize, len: usize) -> usize {
+        match self.place {
+            Place::At(_) => len,
+            Place::Pages(_) => len.min(PAGE - offset % PAGE),
         }
     }
 
@@ -204,6 +299,21 @@ impl GuestMemory {
         Ok(window)
     }
 
+    /// Takes `len` bytes of the first region in pages, none of which lies behind the one that precedes it.
+    pub fn allocate_scattered(&mut self, len: usize) -> Result<Window> {
+        let mut window = self.allocate(len.next_multiple_of(PAGE), PAGE as u64)?;
+        let Place::At(start) = window.place else {
+            return Ok(window);
+        };
+        let pages = window.len / PAGE;
+        // The odd ones downwards, then the even ones: a page's successor is never its neighbour.
+        let odd = (0..pages).rev().filter(|page| page % 2 == 1);
+        let places = odd.chain((0..pages).filter(|page| page % 2 == 0));
+        window.place = Place::Pages(places.map(|page| AtomicUsize::new(start + page * PAGE)).collect());
+        window.len = len;
+        Ok(window)
+    }
+
     /// Forgets every allocation and starts again `skip` bytes further than usual, so that the rings after a reboot
     /// stand elsewhere than before, as they do in a real guest.
     pub fn forget_allocations(&mut self, skip: u64) {
@@ -217,9 +327,10 @@ impl GuestMemory {
             .find_map(|r| {
                 Some(Window {
                     map: r.map.clone(),
-                    start: r.offset_of(gpa, len)?,
-                    gpa,
+                    region_gpa: r.gpa,
+                    place: Place::At(r.offset_of(gpa, len)?),
                     len,
+                    bus: gpa,
                 })
             })
             .ok_or(Error::Address { gpa, len })
@@ -269,10 +380,37 @@ mod tests {
         let mut memory = GuestMemory::new(4 << 20).unwrap();
         let a = memory.allocate(100, 64).unwrap();
         let b = memory.allocate(100, 4096).unwrap();
-        assert_eq!(b.gpa() % 4096, 0);
-        assert!(b.gpa() >= a.gpa() + 100);
+        assert_eq!(b.bus() % 4096, 0);
+        assert!(b.bus() >= a.bus() + 100);
         assert!(memory.allocate(8 << 20, 1).is_err(), "larger than the region");
         memory.forget_allocations(0x40_000);
-        assert_eq!(memory.allocate(1, 1).unwrap().gpa(), FIRST_ALLOCATION + 0x40_000);
+        assert_eq!(memory.allocate(1, 1).unwrap().bus(), FIRST_ALLOCATION + 0x40_000);
+    }
+
+    #[test]
+    fn a_scattered_window_is_one_piece_for_the_driver_and_none_in_memory() {
+        let mut memory = GuestMemory::new(4 << 20).unwrap();
+        let window = memory.allocate_scattered(5 * PAGE).unwrap();
+        let pages = window.user_pages(0, window.len());
+        assert_eq!(pages.len(), 5);
+        for pair in pages.windows(2) {
+            assert_ne!(pair[0] + PAGE as u64, pair[1], "neighbours");
+        }
+        let bytes: Vec<u8> = (0..5 * PAGE).map(|i| (i / 7) as u8).collect();
+        window.write(0, &bytes);
+        let mut got = vec![0; 3000];
+        window.read(PAGE - 1000, &mut got);
+        assert_eq!(got, bytes[PAGE - 1000..PAGE + 2000]);
+        assert_eq!(window.user_pages(PAGE - 1, 2), pages[..2]);
+        assert_eq!(window.user_pages(PAGE, PAGE), pages[1..2]);
+        assert_eq!(window.user_pages(2 * PAGE - 4, 4 + PAGE + 1), pages[1..4]);
+
+        let fresh = memory.allocate(PAGE, PAGE as u64).unwrap().bus();
+        let old = window.clone().move_page(1, fresh).unwrap();
+        memory.write(old, &[0xee; PAGE]).unwrap();
+        window.read(0, &mut got);
+        assert_eq!(got, bytes[..3000], "contents move along, for every clone");
+        window.read(PAGE, &mut got);
+        assert_eq!(got, bytes[PAGE..PAGE + 3000]);
     }
 }

@@ -11,7 +11,10 @@
 //! 2. [`Driver`] owns guest memory ([`GuestMemory`], one memfd a region) and three split [`Virtqueue`]s: posts
 //!    receive buffers in a [`RxLayout`], sends packets in a [`Shape`], notifies and is interrupted as in Linux.
 //! 3. [`Sockets`] is a small guest vsock stack with a thread of its own: connect, listen, credit, half-close.
-//! 4. [`bulk`] moves bytes over one connection on the bare driver, for benchmarks.
+//! 4. [`Iommu`] stands between device and memory where VIRTIO_F_ACCESS_PLATFORM is acknowledged: rings and buffers have
+//!    I/O virtual addresses, the driver maps and unmaps as Linux does, the front-end answers misses as QEMU does or as
+//!    a [`misses::Policy`] says.
+//! 5. [`bulk`] moves bytes over one connection on the bare driver, for benchmarks.
 //!
 //! [`EmbeddedGuest`] puts 1 and 2 together: `EmbeddedGuest::boot(socket, Profile::qemu(), DriverOptions::default())`.
 //!
@@ -22,25 +25,33 @@
 //! 3. Nothing is asked of the device's code: a mistake made there is not made here again.
 
 pub mod bulk;
+mod channels;
+mod dma;
 mod driver;
 mod error;
 mod fd;
 mod front_end;
+pub mod iommu;
 pub mod memory;
 pub mod message;
+pub mod misses;
 pub mod profile;
 mod shape;
 pub mod sockets;
 mod stats;
 mod virtqueue;
+mod wire;
 
 use std::path::Path;
 
-pub use driver::{Driver, DriverOptions, EVENT, Packet, RX, Refill, Sent, TX};
+pub use dma::{DmaStats, IommuOptions, Unmap};
+pub use driver::{Area, Driver, DriverOptions, EVENT, Packet, RX, Refill, Sent, TX};
 pub use error::{Error, Result};
 pub use fd::{EventFd, wait_readable};
-pub use front_end::{FrontEnd, Negotiated, RingSetup, recv_message};
+pub use front_end::{FrontEnd, Negotiated, RingSetup};
+pub use iommu::{Granule, Iommu};
 pub use memory::{GuestMemory, Region};
+pub use misses::{Answer, Miss, Outcome, SeenMiss, Unrelated};
 pub use profile::{Order, Profile};
 pub use shape::{RxLayout, Shape};
 pub use sockets::{GuestListener, GuestStream, SocketOptions, Sockets};
@@ -48,6 +59,7 @@ pub use stats::{Packets, QueueStats, Stats, Violation, Violations};
 pub use virtqueue::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Segment, Table, Used, Virtqueue, descriptor,
 };
+pub use wire::recv_message;
 
 /// A running guest: a front-end and the driver under it. Dropping it is `kill -9` of the VMM.
 #[derive(Debug)]
@@ -67,7 +79,13 @@ impl EmbeddedGuest {
     /// The same over a front-end that is connected but has not spoken yet.
     pub fn boot_with(mut front_end: FrontEnd, options: DriverOptions) -> Result<EmbeddedGuest> {
         let negotiated = front_end.negotiate()?;
-        let driver = Driver::new(options, negotiated.features)?;
+        let memory = GuestMemory::new(options.memory)?;
+        let translated = negotiated.features & profile::feature::ACCESS_PLATFORM != 0;
+        let dma = match &options.iommu {
+            Some(iommu) if translated => Some(front_end.attach_iommu(iommu, &memory)?),
+            _ => None,
+        };
+        let driver = Driver::with_dma(memory, options, negotiated.features, dma)?;
         let mut guest = EmbeddedGuest { front_end, driver };
         guest.start(&[])?;
         guest.driver.fill_rx()?;
@@ -91,10 +109,12 @@ impl EmbeddedGuest {
         self.front_end.stop(self.front_end.profile().queues)
     }
 
-    /// Reboots the guest: rings stopped, everything forgotten, rings started from zero, buffers posted.
+    /// Reboots the guest: vIOMMU reset while the rings still run, rings stopped, everything forgotten, rings started from
+    /// zero, buffers posted.
     pub fn reboot(&mut self) -> Result<()> {
+        self.driver.reset_iommu();
         self.pause()?;
-        self.driver.reset();
+        self.driver.reset()?;
         self.start(&[])?;
         self.driver.fill_rx()
     }

@@ -93,6 +93,32 @@ impl Profile {
         }
     }
 
+    /// QEMU 7.2 with a vIOMMU and `iommu_platform=on`: ACCESS_PLATFORM is acknowledged whether it is offered or not. Give the
+    /// driver an IOMMU ([`DriverOptions::iommu`](super::DriverOptions::iommu)), or its addresses are the VMM's own.
+    pub fn qemu_viommu() -> Profile {
+        Profile {
+            name: "qemu-viommu",
+            features: DRIVER_FEATURES | feature::ACCESS_PLATFORM,
+            forced_features: feature::ACCESS_PLATFORM,
+            protocol_features: 0x1_ffff,
+            queues: 2,
+            order: Order::Qemu,
+        }
+    }
+
+    /// crosvm with `--protected-vm` on Android: acknowledges ACCESS_PLATFORM where it is offered, means by it only that the
+    /// driver uses the DMA API, and never sends an IOTLB message.
+    pub fn crosvm_protected() -> Profile {
+        Profile {
+            name: "crosvm-protected",
+            features: DRIVER_FEATURES | feature::ACCESS_PLATFORM,
+            forced_features: 0,
+            protocol_features: protocol_feature::MQ | protocol_feature::CONFIG,
+            queues: 3,
+            order: Order::RustVmm,
+        }
+    }
+
     /// Cloud Hypervisor: three rings, IN_ORDER, everything acknowledged.
     pub fn cloud_hypervisor() -> Profile {
         Profile {

@@ -7,10 +7,12 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::atomic::{Ordering, fence};
 
+use super::dma::Dma;
 use super::error::{Error, Result};
 use super::fd::EventFd;
 use super::front_end::RingSetup;
-use super::memory::{GuestMemory, Window};
+use super::iommu::READ;
+use super::memory::{GuestMemory, PAGE, Window};
 use super::profile::feature;
 use super::stats::{QueueStats, Violation, Violations};
 
@@ -66,6 +68,8 @@ struct Chain {
     descriptors: u16,
     /// The last of them, where the chain joins the free list again.
     tail: u16,
+    /// Where its indirect table is mapped in the IOMMU, and how long it is.
+    table: Option<(u64, usize)>,
 }
 
 /// A split virtqueue, driver side.
@@ -75,6 +79,8 @@ pub struct Virtqueue {
     size: u16,
     ring: Window,
     tables: Window,
+    /// The IOMMU's mappings, if the device's addresses are not those of memory.
+    dma: Option<Dma>,
     event_idx: bool,
     indirect: bool,
     in_order: bool,
@@ -106,16 +112,37 @@ pub struct Virtqueue {
 impl Virtqueue {
     /// A ring of `size` entries (a power of two) in fresh memory. `features` are the acknowledged feature bits.
     pub fn new(memory: &mut GuestMemory, index: u16, size: u16, features: u64) -> Result<Virtqueue> {
+        Virtqueue::with_dma(memory, index, size, features, None)
+    }
+
+    /// The same behind an IOMMU: the ring is mapped for good, indirect tables for each use.
+    pub(super) fn with_dma(
+        memory: &mut GuestMemory,
+        index: u16,
+        size: u16,
+        features: u64,
+        dma: Option<Dma>,
+    ) -> Result<Virtqueue> {
         assert!(size.is_power_of_two(), "a split ring's size is a power of two");
         let entries = usize::from(size);
-        let len = used_offset(entries) + 6 + 8 * entries;
-        let ring = memory.allocate(len, 4096)?;
-        let tables = memory.allocate(entries * TABLE_ENTRIES * DESC_LEN, 64)?;
+        let tables_len = entries * TABLE_ENTRIES * DESC_LEN;
+        let (ring, tables) = match &dma {
+            None => (
+                memory.allocate(ring_len(entries), PAGE as u64)?,
+                memory.allocate(tables_len, 64)?,
+            ),
+            Some(dma) => {
+                let mut ring = dma.allocate(memory, ring_len(entries))?;
+                dma.map_coherent(&mut ring);
+                (ring, dma.allocate(memory, tables_len)?)
+            }
+        };
         let mut queue = Virtqueue {
             index,
             size,
             ring,
             tables,
+            dma,
             event_idx: features & feature::EVENT_IDX != 0,
             indirect: features & feature::INDIRECT_DESC != 0,
             in_order: features & feature::IN_ORDER != 0,
@@ -154,6 +181,20 @@ impl Virtqueue {
         self.call.take();
     }
 
+    /// Moves the ring to other memory, at the device address that it has; the ring is reset afterwards. What a guest does
+    /// that loads its driver again: the vIOMMU gives out the same address, the kernel other pages. The old ones hold
+    /// rubbish from now on.
+    pub(super) fn move_ring(&mut self, memory: &mut GuestMemory) -> Result<()> {
+        let Some(dma) = self.dma.as_ref().filter(|dma| dma.maps_pages()) else {
+            return Ok(());
+        };
+        let mut ring = dma.allocate(memory, self.ring.len())?;
+        dma.map_coherent_at(&mut ring, self.ring.bus());
+        let old = std::mem::replace(&mut self.ring, ring);
+        old.write(0, &vec![0xa5; old.len()]);
+        Ok(())
+    }
+
     /// Makes a chain of `segments` available, without notifying. `token` comes back with it.
     ///
     /// Fails with [`Error::RingFull`] when there are too few free descriptors.
@@ -169,6 +210,7 @@ impl Virtqueue {
         }
         let head = self.free_head;
         let mut tail = head;
+        let mut mapped = None;
         if through_table {
             let base = usize::from(head) * TABLE_ENTRIES * DESC_LEN;
             for (i, segment) in segments.iter().enumerate() {
@@ -182,8 +224,16 @@ impl Virtqueue {
                 );
                 self.tables.write(base + i * DESC_LEN, &bytes);
             }
-            let addr = self.tables.gpa() + base as u64;
-            self.write_descriptor(head, addr, (segments.len() * DESC_LEN) as u32, DESC_F_INDIRECT, 0);
+            let len = segments.len() * DESC_LEN;
+            let addr = match &self.dma {
+                None => self.tables.bus() + base as u64,
+                Some(dma) => {
+                    let addr = dma.map(&self.tables, base, len, READ);
+                    mapped = Some((addr, len));
+                    addr
+                }
+            };
+            self.write_descriptor(head, addr, len as u32, DESC_F_INDIRECT, 0);
         } else {
             for (i, segment) in segments.iter().enumerate() {
                 let last = i + 1 == segments.len();
@@ -207,6 +257,7 @@ impl Virtqueue {
             token,
             descriptors: needed as u16,
             tail,
+            table: mapped,
         });
         self.outstanding.push_back(head);
         self.publish(head);
@@ -265,6 +316,9 @@ impl Virtqueue {
         self.free_head = head;
         self.free += chain.descriptors;
         self.stats.used += 1;
+        if let (Some(dma), Some((addr, len))) = (&self.dma, chain.table) {
+            dma.unmap(addr, len);
+        }
         if self.event_idx && self.avail_flags & AVAIL_F_NO_INTERRUPT == 0 {
             // virtqueue_get_buf: an interrupt is expected for the next one, so say so.
             self.write_used_event(self.last_used);
@@ -370,7 +424,10 @@ impl Virtqueue {
 
     /// The ring as vhost-user wants to know it, to be continued at `base`.
     pub fn setup(&self, base: u16) -> RingSetup<'_> {
-        let start = self.ring.user_addr();
+        let start = match &self.dma {
+            None => self.ring.user_addr(),
+            Some(_) => self.ring.bus(),
+        };
         RingSetup {
             index: self.index,
             size: self.size,
@@ -463,6 +520,11 @@ impl Virtqueue {
         self.ring.store(idx, self.used_at() + 2, Ordering::Release);
     }
 
+    /// The ring's memory.
+    pub(super) fn window(&self) -> &Window {
+        &self.ring
+    }
+
     fn avail_at(&self) -> usize {
         usize::from(self.size) * DESC_LEN
     }
@@ -470,6 +532,11 @@ impl Virtqueue {
     fn used_at(&self) -> usize {
         used_offset(usize::from(self.size))
     }
+}
+
+/// Bytes of a ring: descriptors, available ring, used ring.
+fn ring_len(entries: usize) -> usize {
+    used_offset(entries) + 6 + 8 * entries
 }
 
 /// The used ring follows the available ring at the next multiple of 64: where QEMU's trace of a Linux guest has it.

@@ -68,7 +68,7 @@ pub enum MemoryFault {
 
 /// One memory table's guest memory: cheap to clone, mapped as long as a clone lives.
 #[derive(Clone, Debug)]
-pub struct GuestRam(Arc<Memory>);
+pub struct GuestRam(pub(super) Arc<Memory>);
 
 impl GuestRam {
     /// Guest memory in which addresses of rings and buffers are guest-physical.
@@ -81,6 +81,7 @@ impl GuestRam {
         View {
             memory: &self.0,
             iotlb: None,
+            asks: false,
         }
     }
 
@@ -89,6 +90,7 @@ impl GuestRam {
         View {
             memory: &self.0,
             iotlb: Some(iotlb),
+            asks: true,
         }
     }
 
@@ -133,6 +135,8 @@ impl GuestRam {
 pub struct View<'m> {
     memory: &'m Memory,
     iotlb: Option<&'m Iotlb>,
+    /// Whether the VMM is asked for what is not translated.
+    asks: bool,
 }
 
 impl<'m> From<&'m GuestRam> for View<'m> {
@@ -155,10 +159,18 @@ impl<'m> View<'m> {
         }
     }
 
+    /// The same memory, of which no question and no count comes: for a look that nobody waits for. What is not translated
+    /// is [`MemoryFault::Missing`].
+    pub fn without_asking(self) -> View<'m> {
+        View { asks: false, ..self }
+    }
+
     /// What is looked up from now on is one thing: the chain or the ring that it is for waits for all of its translations, and
     /// fails with one refusal.
     pub(super) fn begin_walk(self) {
-        if let Some(iotlb) = self.iotlb {
+        if let Some(iotlb) = self.iotlb
+            && self.asks
+        {
             iotlb.begin_walk();
         }
     }
@@ -184,7 +196,8 @@ impl<'m> View<'m> {
     fn piece(self, addr: u64, len: usize, access: Access) -> Result<Slice<'m>, MemoryFault> {
         let (addr, len) = match self.iotlb {
             None => (addr, len),
-            Some(iotlb) => iotlb.translate(addr, len, access)?,
+            Some(iotlb) if self.asks => iotlb.translate(addr, len, access)?,
+            Some(iotlb) => iotlb.peek(addr, len, access)?,
         };
         let unmapped = MemoryFault::Unmapped { addr, len };
         let region = self.memory.find_region(GuestAddress(addr)).ok_or(unmapped)?;

@@ -425,6 +425,12 @@ impl Ring {
         (self.scratch.0.as_ptr().cast(), self.scratch.0.capacity())
     }
 
+    /// Address and capacity of the room for pieces of the areas.
+    pub(super) fn areas_allocation(&self) -> (*const u8, usize) {
+        let room = self.areas_room.borrow();
+        (room.0.as_ptr().cast(), room.0.capacity())
+    }
+
     /// Address and capacity of the room for chains that are held.
     pub(super) fn reserved_allocation(&self) -> (*const u8, usize) {
         (self.reserved.as_ptr().cast(), self.reserved.capacity())

@@ -58,10 +58,11 @@ impl<'r, 'm> RxBurst<'r, 'm> {
         })
     }
 
-    /// Whether the driver has posted a buffer, be it good or not. What was held before goes back first.
+    /// Whether the driver has posted a buffer, be it good or not, that does not wait for a translation. What was held before
+    /// goes back first.
     pub fn has_buffer(&mut self) -> Result<bool, RingError> {
         self.give_back();
-        self.burst.has_chain()
+        Ok(self.burst.has_chain()? && self.burst.next_is_translated()?)
     }
 
     /// Holds chains until their payload areas have room for `limit` bytes, there are `max_chains` of them, or

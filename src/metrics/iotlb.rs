@@ -95,7 +95,7 @@ impl IotlbFamilies {
             )?,
             faults: counters(
                 "vsock_iotlb_faults_total",
-                "Accesses of buffers that the VMM refused to translate.",
+                "Translations that the VMM refused, by what the access was for.",
                 &["guest", "access"],
             )?,
         })
@@ -141,6 +141,6 @@ pub struct IotlbMetrics {
     pub flushes: IntCounter,
     /// Translations dropped to make room.
     pub evictions: IntCounter,
-    /// Refused accesses, in the order of [`ACCESS_LABELS`].
+    /// Refused translations, in the order of [`ACCESS_LABELS`].
     pub faults: [IntCounter; 2],
 }

@@ -101,6 +101,26 @@ pub const REQUESTS: &[&str] = &[
 /// The request label of every message that [`REQUESTS`] does not list.
 pub const OTHER_REQUEST: &str = "other";
 
+/// Values of the label `mode` of `vsock_access_platform_mode`; the first is that of a guest without a VMM.
+pub const ACCESS_PLATFORM_MODES: [&str; 4] = ["none", "undecided", "identity", "translate"];
+
+/// Values of the label `code` of `vsock_finding`: `docs/findings.md` has a section for each.
+pub const FINDINGS: [&str; 13] = [
+    "access-platform-without-iotlb",
+    "feature-not-offered",
+    "iotlb-without-backend-channel",
+    "access-platform-not-acknowledged",
+    "iotlb-message-refused",
+    "iotlb-miss-unanswered",
+    "translation-fault-storm",
+    "memory-not-shared",
+    "version-1-not-acknowledged",
+    "seqpacket-dropped",
+    "ring-before-memory",
+    "features-changed-while-running",
+    "driver-not-ready",
+];
+
 /// How many set bits of `acked` have no name in `table`.
 pub fn unknown_bits(table: &[FeatureBit], acked: u64) -> u32 {
     let known = table.iter().fold(0u64, |mask, known| mask | 1 << known.bit);

@@ -12,7 +12,10 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 
 use super::guest::QUEUE_LABELS;
-use super::names::{OTHER_REQUEST, PROTOCOL_FEATURES, REQUESTS, VIRTIO_FEATURES, unknown_bits};
+use super::names::{
+    ACCESS_PLATFORM_MODES, FINDINGS, OTHER_REQUEST, PROTOCOL_FEATURES, REQUESTS, VIRTIO_FEATURES,
+    unknown_bits,
+};
 use super::page::{Family, Page, counter, gauge};
 
 /// Where a guest's session stands. Exactly one state holds at a time.
@@ -139,6 +142,13 @@ pub struct SessionSample {
     pub memory_map_changes: MemoryMapChanges,
     /// LOG_ALL is acknowledged and a log is mapped: pages that are written are marked for migration.
     pub dirty_log_active: bool,
+    /// How VIRTIO_F_ACCESS_PLATFORM is understood: one of [`super::names::ACCESS_PLATFORM_MODES`]; empty, the default,
+    /// stands for the first.
+    pub access_platform_mode: &'static str,
+    /// Messages sent to the VMM on the backend channel (IOTLB misses), in total.
+    pub backend_requests: u64,
+    /// Codes of the findings that hold; those of [`super::names::FINDINGS`] are exported.
+    pub findings: Vec<&'static str>,
 }
 
 /// Longest value of a label whose text comes from outside, in bytes.
@@ -249,8 +259,28 @@ static DIRTY_LOG: Family = gauge(
     &["guest"],
     "Whether written guest pages are logged, which a VMM asks for during a live migration.",
 );
+static ACCESS_PLATFORM_MODE: Family = gauge(
+    "vsock_access_platform_mode",
+    &["guest", "mode"],
+    "How VIRTIO_F_ACCESS_PLATFORM is understood; exactly one mode is 1.",
+);
+static IOTLB_ENABLED: Family = gauge(
+    "vsock_iotlb_enabled",
+    &["guest"],
+    "Whether addresses are translated through the IOTLB.",
+);
+static BACKEND_REQUESTS: Family = counter(
+    "vsock_backend_requests_total",
+    &["guest", "request"],
+    "vhost-user messages sent to the VMM on the backend channel.",
+);
+static FINDING: Family = gauge(
+    "vsock_finding",
+    &["guest", "code"],
+    "Whether the finding holds; docs/findings.md says what it means and what to change.",
+);
 
-static FAMILIES: [&Family; 21] = [
+static FAMILIES: [&Family; 25] = [
     &ACTIVE,
     &STATE,
     &SESSIONS,
@@ -272,6 +302,10 @@ static FAMILIES: [&Family; 21] = [
     &MEMORY_BYTES,
     &MEMORY_CHANGES,
     &DIRTY_LOG,
+    &ACCESS_PLATFORM_MODE,
+    &IOTLB_ENABLED,
+    &BACKEND_REQUESTS,
+    &FINDING,
 ];
 
 type Sampler = Box<dyn Fn() -> SessionSample + Send + Sync>;
@@ -404,6 +438,19 @@ fn write(sample: &SessionSample, to: &mut Writer<'_>) {
     to.total(&MEMORY_CHANGES, &["add"], sample.memory_map_changes.add);
     to.total(&MEMORY_CHANGES, &["remove"], sample.memory_map_changes.remove);
     to.flag(&DIRTY_LOG, &[], sample.dirty_log_active);
+
+    let mode = ACCESS_PLATFORM_MODES
+        .into_iter()
+        .find(|mode| *mode == sample.access_platform_mode)
+        .unwrap_or(ACCESS_PLATFORM_MODES[0]);
+    for known in ACCESS_PLATFORM_MODES {
+        to.flag(&ACCESS_PLATFORM_MODE, &[known], known == mode);
+    }
+    to.flag(&IOTLB_ENABLED, &[], mode == "translate");
+    to.total(&BACKEND_REQUESTS, &["iotlb_msg"], sample.backend_requests);
+    for code in FINDINGS {
+        to.flag(&FINDING, &[code], sample.findings.contains(&code));
+    }
 }
 
 /// One count for each name of `known`, 0 where the sample has none, and the rest of the sample summed as `other`.

@@ -45,10 +45,17 @@ fn a_guest_without_a_vmm_has_every_series_at_zero() {
         r#"vsock_protocol_feature_offered{guest="web",feature="device_state"}"#,
         r#"vsock_vring_started{guest="web",queue="event"}"#,
         r#"vsock_memory_map_changes_total{guest="web",op="remove"}"#,
+        r#"vsock_access_platform_mode{guest="web",mode="translate"}"#,
+        r#"vsock_finding{guest="web",code="access-platform-without-iotlb"}"#,
+        r#"vsock_backend_requests_total{guest="web",request="iotlb_msg"}"#,
     ];
     for series in zero {
         assert_eq!(value(&text, series), 0.0, "{series}");
     }
+    assert_eq!(
+        value(&text, r#"vsock_access_platform_mode{guest="web",mode="none"}"#),
+        1.0
+    );
     assert_eq!(
         value(&text, r#"vsock_session_state{guest="web",state="listening"}"#),
         1.0
@@ -99,6 +106,9 @@ fn a_running_session_is_shown_as_it_is() {
             remove: 3,
         },
         dirty_log_active: true,
+        access_platform_mode: "translate",
+        backend_requests: 7,
+        findings: vec!["driver-not-ready", "of another version"],
     });
     let expected = [
         (r#"vsock_session_active{guest="web"}"#, 1.0),
@@ -141,6 +151,15 @@ fn a_running_session_is_shown_as_it_is() {
             r#"vsock_protocol_feature_acked{guest="web",feature="reply_ack"}"#,
             1.0,
         ),
+        (r#"vsock_access_platform_mode{guest="web",mode="translate"}"#, 1.0),
+        (r#"vsock_access_platform_mode{guest="web",mode="none"}"#, 0.0),
+        (r#"vsock_iotlb_enabled{guest="web"}"#, 1.0),
+        (
+            r#"vsock_backend_requests_total{guest="web",request="iotlb_msg"}"#,
+            7.0,
+        ),
+        (r#"vsock_finding{guest="web",code="driver-not-ready"}"#, 1.0),
+        (r#"vsock_finding{guest="web",code="memory-not-shared"}"#, 0.0),
         (r#"vsock_vring_size{guest="web",queue="tx"}"#, 256.0),
         (r#"vsock_vring_enabled{guest="web",queue="tx"}"#, 1.0),
         (r#"vsock_vring_started{guest="web",queue="tx"}"#, 0.0),

@@ -72,17 +72,17 @@ impl Channel {
     /// answer and whether it is a refusal. Answers whether the channel has ended meanwhile.
     pub fn turn(&mut self, mut sent: impl FnMut(Miss), mut answered: impl FnMut(Miss, bool)) -> bool {
         let Some(socket) = &self.socket else { return false };
-        while self.asked.len() < MAX_QUEUED
-            && let Some(miss) = self.waiting.pop_front()
-        {
+        while let Some(miss) = self.waiting.pop_front() {
+            // A front-end that translates and never answers is not asked to, in the end: its UPDATEs do.
+            let acknowledges = self.acknowledges && self.asked.len() < MAX_QUEUED;
             let perm = match miss.access {
                 Access::Read => 1,
                 Access::Write => 2,
             };
-            let flags = VERSION | if self.acknowledges { NEED_REPLY } else { 0 };
+            let flags = VERSION | if acknowledges { NEED_REPLY } else { 0 };
             self.writer
                 .push(Frame::bare(Message::iotlb_miss(flags, miss.iova, perm)));
-            if self.acknowledges {
+            if acknowledges {
                 self.asked.push_back(miss);
             }
             sent(miss);

@@ -3,8 +3,8 @@
 //! # Theory of operation
 //!
 //! `vhost-user-backend` (the *crate*, below) parses the protocol. In front of it stands our [`gate`], always: the crate
-//! tells nobody what was negotiated, ends a session without a word about the reason, and cannot translate addresses,
-//! which a later IOTLB has to do in between. The crate takes its connection only from a listener, so each session makes
+//! tells nobody what was negotiated, ends a session over whatever it does not like without a word about the reason, and
+//! cannot translate addresses. The crate takes its connection only from a listener, so each session makes
 //! a private one ([`private_socket`]), connects to it and removes it before a byte has passed.
 //!
 //! ```text
@@ -33,6 +33,24 @@
 //!       │                   │◀──────────────────────────────────────────────────── done ──┤
 //! ```
 //!
+//! With VIRTIO_F_ACCESS_PLATFORM, and a VMM that translates ([`gate`], [`translation`]):
+//!
+//! ```text
+//!      VMM            session thread                crate's thread                 device thread
+//!       │ SET_VRING_ADDR: IOVAs                            │                             │
+//!       ├──────────────────▶│ ───────── a placeholder ────▶│ Vring: takes the IOVAs      │
+//!       │ IOTLB_MSG: UPDATE │                              │                             │
+//!       ├──────────────────▶│ ────────────────── barrier ─▶│                             │
+//!       │                   ├─ UpdateIotlb ───────────────────────────────────────────────▶ maps, resumes its rings
+//!       │◀───────── done ───┤◀──────────────────────────────────────────────────── done ──┤
+//!       │◀══ MISS ══════════┤◀────────────────────────────────────────────── DeviceEvent ─┤ finds nothing, parks, goes on
+//!       │ IOTLB_MSG: UPDATE │   answered as above, and only then:                         │
+//!       ╞══ yes, or no ════▶│ ─ MissAnswered ─────────────────────────────────────────────▶
+//! ```
+//!
+//! `══` is the back-end's channel ([`channel`]). Nobody waits for what comes on it: a VMM that serves both sockets with one
+//! thread answers a miss after its UPDATE was acknowledged.
+//!
 //! # Threads
 //!
 //! - The *session thread*, one a guest ([`Session::spawn`]), waits in `poll` for the VMM, the crate, other VMMs that
@@ -58,8 +76,9 @@
 //! # Invariants
 //!
 //! 1. What the VMM says reaches the crate byte for byte, with its descriptors and in its order, and the other way round.
-//!    The one exception is the prelude in front of a session that is none of ours ([`gate`]).
-//! 2. "Done" means done: the answer to SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG, GET_VRING_BASE and RESET_DEVICE is sent
+//!    The exceptions are the gate's, and named there: the prelude in front of a session that is none of ours, IOTLB messages,
+//!    ring addresses that are IOVAs, and refusals. Without ACCESS_PLATFORM only the last can happen after the prelude.
+//! 2. "Done" means done: the answer to SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG, GET_VRING_BASE, RESET_DEVICE and IOTLB_MSG is sent
 //!    after the device thread's answer. A position is back before it is read.
 //! 3. Each direction of the relay holds one message at most, and waits for its own reader only.
 //! 4. A ring has one owner: the crate's settings are what *will* be started; a change under a running ring stops it first.
@@ -89,7 +108,7 @@ pub mod wire;
 pub use endpoint::{BindError, Endpoint, Mode, SessionConfig};
 pub use features::Features;
 pub use findings::{Finding, FindingCode, Severity};
-pub use negotiation::{Negotiation, NegotiationWatch, SessionError, SessionState};
+pub use negotiation::{Negotiation, NegotiationWatch, Record, SessionError, SessionState};
 pub use session::{Session, SessionHandle};
 pub use translation::{AccessPlatform, Evidence, Translation, TranslationMode};
 

@@ -32,6 +32,26 @@ pub enum TranslationMode {
     Translate,
 }
 
+impl TranslationMode {
+    /// Every mode.
+    pub const ALL: [TranslationMode; 4] = [
+        TranslationMode::None,
+        TranslationMode::Undecided,
+        TranslationMode::Identity,
+        TranslationMode::Translate,
+    ];
+
+    /// The mode's name in metrics and JSON.
+    pub fn label(self) -> &'static str {
+        match self {
+            TranslationMode::None => "none",
+            TranslationMode::Undecided => "undecided",
+            TranslationMode::Identity => "identity",
+            TranslationMode::Translate => "translate",
+        }
+    }
+}
+
 /// Why addresses are understood that way.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug)]
 #[serde(rename_all = "snake_case")]

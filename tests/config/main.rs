@@ -466,3 +466,28 @@ fn a_reader_that_has_enough_is_no_failure() {
         .expect("a shell");
     assert_eq!(stderr(&output), "code 0\n");
 }
+
+/// Helm reads `off` in its values as a boolean and writes `false`: a chart's `accessPlatform: off` came out as an error.
+#[test]
+fn off_is_off_however_it_went_through_yaml() {
+    for (written, effective) in [
+        ("off", "\"off\""),
+        ("\"off\"", "\"off\""),
+        ("false", "\"off\""),
+        ("iotlb", "iotlb"),
+    ] {
+        let case = Case::with_dir(&format!(
+            "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: DIR/web.sock, accessPlatform: {written}}}\n"
+        ));
+        let output = case.check();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            text.contains(&format!("accessPlatform: {effective}\n")),
+            "{written}: {text}"
+        );
+    }
+    let case = Case::with_dir(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {socket: DIR/web.sock, accessPlatform: true}\n",
+    );
+    assert!(stderr(&case.check()).contains("true is of the wrong type (a boolean)"));
+}

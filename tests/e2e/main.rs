@@ -6,7 +6,8 @@ mod support;
 mod bad_start;
 mod edges;
 mod hostile_guest;
-
+mod iommu;
+mod iommu_hostile;
 mod limits;
 mod observability;
 mod reconnect;

@@ -301,6 +301,28 @@ fn state_shows_negotiation_rings_and_connections() {
     for (name, value) in expected {
         assert_eq!(connection[name], value, "{name} in {connection:#}");
     }
+    let traffic = &web["outbound"][0]["traffic"];
+    assert_eq!(
+        (&traffic["active"], &traffic["opened"], &traffic["refused"]),
+        (&1.into(), &1.into(), &0.into()),
+        "{traffic:#}"
+    );
+    assert_eq!(
+        (&traffic["bytesGuestToHost"], &traffic["bytesHostToGuest"]),
+        (&5.into(), &5.into()),
+        "{traffic:#}"
+    );
+    assert!(state["now"].as_f64() >= state["startedAt"].as_f64());
+    assert_eq!(session["accessPlatform"]["mode"], "none");
+    assert_eq!(
+        sidecar.metric("vsock_access_platform_mode", &[("mode", "none")]),
+        1.0
+    );
+    assert_eq!(
+        session["messages"][0]["outcome"], "answered",
+        "{:#}",
+        session["messages"]
+    );
     let text = state.to_string();
     assert!(text.contains("get_features"), "requests by name");
     assert_eq!(sidecar.metric("vsock_vring_size", &[("queue", "tx")]), 128.0);

@@ -116,6 +116,9 @@ pub fn populated() -> Registry {
             remove: 1,
         },
         dirty_log_active: false,
+        access_platform_mode: "translate",
+        backend_requests: 7,
+        findings: vec!["driver-not-ready", "of another version"],
     });
     registry
 }

@@ -1,6 +1,7 @@
 //! Sessions, judged from the VMM's socket and from the device's commands.
 
 mod iotlb;
+mod record;
 mod support;
 
 use std::io::Write;

@@ -15,8 +15,9 @@
 # Programs that are missing are installed when this runs as root, and named otherwise, or if FETCH_KERNELS_INSTALL=no.
 set -eu
 
-# What is loaded at boot; what these need comes by modules.dep. Built-in ones are left out by themselves.
-wanted="virtio_pci vmw_vsock_virtio_transport"
+# What is loaded at boot, in this order; what these need comes by modules.dep. Built-in ones are left out by themselves,
+# and so is one with a question mark where the kernel has none: Debian's 6.1 knows no virtio-iommu.
+wanted="virtio_pci virtio_iommu? vmw_vsock_virtio_transport"
 
 fail() {
     echo "fetch-kernels: $*" >&2
@@ -142,7 +143,8 @@ kernel() { # VERSION
     depmod -b "$work/root" "$release" || fail "depmod failed for $release"
 
     # A line of modules.dep is "module: dependencies", the one to load first last.
-    for name in $wanted; do
+    for word in $wanted; do
+        name=${word%\?}
         awk -F: -v name="$name" '{
             file = $1; sub(/.*\//, "", file); sub(/\.ko.*/, "", file); gsub(/-/, "_", file)
             if (file != name) next
@@ -150,7 +152,7 @@ kernel() { # VERSION
             for (i = n; i >= 1; i--) print needs[i]
             print $1
         }' "$tree/modules.dep" >"$work/closure"
-        [ -s "$work/closure" ] || tr - _ <"$tree/modules.builtin" | grep -q "/$name\.ko" ||
+        [ -s "$work/closure" ] || [ "$name" != "$word" ] || tr - _ <"$tree/modules.builtin" | grep -q "/$name\.ko" ||
             fail "Linux $release has no module $name"
         cat "$work/closure"
     done | awk '!seen[$0]++' >"$work/order"

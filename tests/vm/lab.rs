@@ -1,10 +1,13 @@
 //! A guest, the sidecar and the services around them; and the runner of scenarios, which share one lab while all is well.
 
+use std::fs;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
+
+use serde_json::Value;
 
 use super::assets::{Assets, assets};
 use super::qemu::{Options, Vm, complaint};
@@ -51,6 +54,31 @@ pub const SOURCE_SEED: u64 = 21;
 /// Seed of what [`port::SINK_THEN_SOURCE`] sends.
 pub const SECOND_SOURCE_SEED: u64 = 22;
 
+/// What a lab consists of, as far as tests differ in it.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// What a suite calls it, behind the kernel's version: ` behind intel-iommu`.
+    pub name: &'static str,
+    /// The kernel's version.
+    pub kernel: &'static str,
+    /// `vhostUser.accessPlatform` in the configuration.
+    pub access_platform: &'static str,
+    /// The machine.
+    pub machine: Options,
+}
+
+impl Setup {
+    /// A machine without an IOMMU.
+    pub fn plain(kernel: &'static str) -> Setup {
+        Setup {
+            name: "",
+            kernel,
+            access_platform: "auto",
+            machine: Options::default(),
+        }
+    }
+}
+
 /// Everything of one test, in an order that ends well: the machine goes before its back-end, files go last.
 pub struct Lab {
     /// The machine. `None` between the end of one and the boot of the next.
@@ -73,6 +101,7 @@ pub struct Lab {
     pub tcp: [u16; 2],
     /// A unix socket that speaks the `CONNECT` protocol.
     pub mux: PathBuf,
+    machine: Options,
     assets: Assets,
     socket: PathBuf,
     _echoes: [Service; 2],
@@ -82,7 +111,8 @@ pub struct Lab {
 
 impl Lab {
     /// Starts everything and boots the guest.
-    pub fn start(assets: Assets) -> Lab {
+    pub fn start(setup: &Setup) -> Lab {
+        let assets = assets(setup.kernel);
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         let (stall, go) = service::stalled();
@@ -125,7 +155,7 @@ drain: {{timeout: {drain}s}}
 guests:
   - name: {GUEST}
     cid: {CID}
-    vhostUser: {{socket: "{socket}"}}
+    vhostUser: {{socket: "{socket}", accessPlatform: {access_platform}}}
     outbound:
 {outbound}      - {{name: unix-echo, port: {unix_port}, to: "unix://{unix_echo}"}}
     inbound:
@@ -135,6 +165,7 @@ guests:
 "#,
             drain = DRAIN.as_secs(),
             socket = path("vhost.sock").display(),
+            access_platform = setup.access_platform,
             unix_port = port::UNIX_ECHO,
             unix_echo = path("echo.sock").display(),
             tcp_a = tcp[0],
@@ -155,6 +186,7 @@ guests:
             go,
             tcp,
             mux: path("mux.sock"),
+            machine: setup.machine.clone(),
             assets,
             socket: path("vhost.sock"),
             _echoes: [echo, unix_echo],
@@ -167,13 +199,13 @@ guests:
 
     /// Boots a machine at the sidecar's socket.
     pub fn boot(&mut self) {
+        self.boot_another(&self.machine.clone());
+    }
+
+    /// Boots a machine that differs from the lab's.
+    pub fn boot_another(&mut self, machine: &Options) {
         self.vm = None;
-        self.vm = Some(Vm::boot(
-            &self.assets,
-            &self.socket,
-            self.dir.path(),
-            &Options::default(),
-        ));
+        self.vm = Some(Vm::boot(&self.assets, &self.socket, self.dir.path(), machine));
     }
 
     /// The running machine.
@@ -195,6 +227,20 @@ guests:
         });
     }
 
+    /// The guest's part of `/state`.
+    pub fn state(&self) -> Value {
+        let (status, text) = self.sidecar.get("/state").unwrap();
+        assert_eq!(status, 200, "GET /state");
+        let state: Value = serde_json::from_str(&text).unwrap();
+        state["guests"][0].clone()
+    }
+
+    /// What QEMU said since the first boot in this lab.
+    pub fn qemu_log(&self) -> String {
+        let log = fs::read(self.dir.path().join("qemu.log")).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
     fn logs(&mut self) -> String {
         let vm = self.vm.as_mut().map(Vm::logs).unwrap_or_default();
         vm + &self.sidecar.log_tail()
@@ -204,7 +250,8 @@ guests:
 /// Runs scenarios one after the other and says at the end which failed. They share a lab; a scenario that fails leaves
 /// nothing to the next one, which gets a new lab.
 pub struct Suite {
-    kernel: String,
+    setup: Setup,
+    name: String,
     only: Option<String>,
     lab: Option<Lab>,
     failed: Vec<String>,
@@ -212,12 +259,12 @@ pub struct Suite {
 }
 
 impl Suite {
-    /// Scenarios on a kernel, named by its version. The environment variable `VSOCK_TEST_SCENARIO` picks those whose name
-    /// contains it.
-    pub fn new(kernel: &str) -> Suite {
+    /// Scenarios in labs of one kind. The environment variable `VSOCK_TEST_SCENARIO` picks those whose name contains it.
+    pub fn new(setup: Setup) -> Suite {
         let only = std::env::var("VSOCK_TEST_SCENARIO").ok();
         Suite {
-            kernel: kernel.to_owned(),
+            name: format!("Linux {}{}", setup.kernel, setup.name),
+            setup,
             only,
             lab: None,
             failed: Vec::new(),
@@ -234,27 +281,23 @@ impl Suite {
         {
             return;
         }
-        let mut lab = self
-            .lab
-            .take()
-            .unwrap_or_else(|| Lab::start(assets(&self.kernel)));
+        let mut lab = self.lab.take().unwrap_or_else(|| Lab::start(&self.setup));
         let begin = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| {
             scenario(&mut lab);
             let console = lab.vm.as_ref().map(Vm::console).unwrap_or_default();
             let complaint = complaint(&console);
             assert!(complaint.is_none(), "the guest's kernel complains: {complaint:?}");
+            let fault = fault(&console);
+            assert!(fault.is_none(), "the guest's IOMMU refused an access: {fault:?}");
         }));
         let time = begin.elapsed().as_secs_f64();
         self.done += 1;
         if result.is_ok() {
-            tell(&format!("Linux {}: {name}: ok, {time:.1} s", self.kernel));
+            tell(&format!("{}: {name}: ok, {time:.1} s", self.name));
             self.lab = Some(lab);
         } else {
-            tell(&format!(
-                "Linux {}: {name}: FAILED after {time:.1} s",
-                self.kernel
-            ));
+            tell(&format!("{}: {name}: FAILED after {time:.1} s", self.name));
             eprintln!("--- logs of {name}\n{}", lab.logs());
             self.failed.push(name.to_owned());
         }
@@ -266,6 +309,16 @@ impl Suite {
         assert!(self.failed.is_empty(), "failed: {}", self.failed.join(", "));
         assert!(self.done > 0, "no scenario has such a name");
     }
+}
+
+/// A line of the guest's console in which its kernel tells that the IOMMU refused the device an access
+/// (`dmar_fault_do_one` in Linux's drivers/iommu/intel/dmar.c, `viommu_fault_handler` in drivers/iommu/virtio-iommu.c).
+fn fault(console: &str) -> Option<&str> {
+    console.lines().find(|line| {
+        ["DMAR: [", "fault from EP"]
+            .iter()
+            .any(|word| line.contains(word))
+    })
 }
 
 /// A line to the terminal at once. The test harness keeps what `eprintln!` writes until a test fails, and these tests take

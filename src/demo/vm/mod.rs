@@ -5,7 +5,7 @@
 //! - [`pattern`] and [`text`]: data and words that both ends know; the guest's program includes these two files;
 //! - [`wait`]: waits with a deadline, which an interrupt ends.
 //!
-//! All of this is public for the demo and for the tests with a real guest (`tests/real_guest.rs`), which boot the same
+//! All of this is public for the demo and for the tests with a real guest (`tests/real_guest/`), which boot the same
 //! machine; it is no part of what the crate promises to anybody else. It needs QEMU, cargo and the source tree, and says
 //! which of them is missing. Kernels and programs are kept in `vm` in cargo's target directory.
 

@@ -36,7 +36,7 @@ pub struct Options {
     pub device: String,
     /// Appended to the kernel's command line.
     pub kernel_line: String,
-    /// Further arguments of QEMU.
+    /// Further arguments of QEMU. They come before the vsock device, which an IOMMU among them has to.
     pub arguments: Vec<String>,
 }
 
@@ -184,6 +184,7 @@ impl Vm {
             "-mon",
             "chardev=qmp,mode=control",
         ]);
+        command.args(&options.arguments);
         if let Some(socket) = socket {
             command.args(["-chardev", &format!("socket,id=vu,path={}", option(socket))]);
             command.args([
@@ -191,7 +192,6 @@ impl Vm {
                 &format!("vhost-user-vsock-pci,id=vsock0,chardev=vu{}", options.device),
             ]);
         }
-        command.args(&options.arguments);
         // A process group of its own: Ctrl-C is for us, who then end the machine, rather than for both at once.
         command
             .process_group(0)

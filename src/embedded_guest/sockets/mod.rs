@@ -201,9 +201,10 @@ impl Sockets {
         let front_end = front_end.as_mut().ok_or(Error::Closed { what: "rebooting" })?;
         let queues = front_end.profile().queues;
         let mut stack = self.shared.lock();
+        stack.driver.reset_iommu();
         front_end.stop(queues)?;
         stack.protocol.lose_everything(false);
-        stack.driver.reset();
+        stack.driver.reset()?;
         front_end.start(stack.driver.memory(), &stack.driver.rings(queues, &[]))?;
         stack.driver.fill_rx()?;
         drop(stack);

@@ -23,7 +23,7 @@ use super::{Miss, Permission};
 /// emulates has smaller pages.
 pub(super) const PAGE: u64 = 4096;
 
-/// Questions that may be open. The used, available and descriptor pages of two rings of 1024 are 20; a packet of 64 KiB is 17 or
+/// Questions that may be open. The used, available and descriptor pages of two rings of 1024 are 22; a packet of 64 KiB is 17 or
 /// 18 pages. More must wait until some are answered: each is a message to the VMM, at a guest's will.
 pub(super) const MAX_OPEN: usize = 64;
 
@@ -44,8 +44,9 @@ enum State {
     Noted,
     /// Sent then, and not answered.
     Asked(Instant),
-    /// Answered without a refusal and without a translation of the address that was missing.
-    Silent,
+    /// Asked then, and answered without a refusal and without a translation of the address that was missing. As good as not
+    /// answered: who waits for the page waits on, and has to be told of.
+    Silent(Instant),
     /// Answered by a refusal.
     Refused {
         /// For the oldest to go first.
@@ -127,7 +128,7 @@ impl Questions {
             known |= *page == at;
             match &mut record.state {
                 State::Noted | State::Asked(_) => walk.awaits = true,
-                State::Silent => {}
+                State::Silent(_) => {}
                 State::Refused { seen, .. } => {
                     *seen = true;
                     refused = true;
@@ -146,7 +147,7 @@ impl Questions {
         }
         // A VMM that translates page by page would be asked for the next page of a packet only when it has answered for the
         // one before.
-        let Some(granule) = granule.filter(|granule| *granule <= last - first) else {
+        let Some(granule) = granule else {
             return Outlook::Missing;
         };
         let mut next = (first & !(granule - 1)).checked_add(granule);
@@ -223,12 +224,14 @@ impl Questions {
             }
             return false;
         }
-        let Some(record) = record.filter(|record| matches!(record.state, State::Asked(_) | State::Silent))
-        else {
+        let Some(record) = record else {
+            return false;
+        };
+        let (State::Asked(since) | State::Silent(since)) = record.state else {
             return false;
         };
         if !refused {
-            record.state = State::Silent;
+            record.state = State::Silent(since);
             return false;
         }
         record.state = State::Refused {
@@ -251,13 +254,13 @@ impl Questions {
     /// What was said of `first..=last` holds no longer. Questions that are asked stay: their answers are to come.
     pub(super) fn invalidated(&mut self, first: u64, last: u64) {
         self.forget(first, last, |_, record| {
-            matches!(record.state, State::Silent | State::Refused { .. })
+            matches!(record.state, State::Silent(_) | State::Refused { .. })
         });
     }
 
     /// Questions that were answered with nothing may be asked again.
     pub(super) fn retry(&mut self) {
-        self.retain(|_, record| record.state != State::Silent);
+        self.retain(|_, record| !matches!(record.state, State::Silent(_)));
     }
 
     pub(super) fn clear(&mut self) {
@@ -289,7 +292,7 @@ impl Questions {
         self.records
             .iter()
             .filter_map(|(&(iova, access), record)| match record.state {
-                State::Asked(since) => Some((Miss { iova, access }, since)),
+                State::Asked(since) | State::Silent(since) => Some((Miss { iova, access }, since)),
                 _ => None,
             })
     }

@@ -200,7 +200,7 @@ fn the_oldest_goes_when_there_are_too_many() {
 
 #[test]
 fn two_of_the_largest_chains_and_two_rings_fit() {
-    let needed = 2 * (super::super::chain::MAX_PIECES as u64 + 5) + 20;
+    let needed = 2 * (super::super::chain::MAX_PIECES as u64 + 5) + 22;
     let mut iotlb = Iotlb::new();
     for i in 0..needed {
         iotlb.insert(page(i * PAGE, (needed - i) * PAGE));
@@ -311,7 +311,8 @@ fn a_refusal_holds_until_its_chain_has_failed() {
 
 #[test]
 fn what_the_vmm_says_of_a_page_ends_its_refusal() {
-    let says: [(&str, fn(&mut Iotlb), bool); 7] = [
+    type Says = fn(&mut Iotlb);
+    let says: [(&str, Says, bool); 7] = [
         ("mapped", |iotlb| iotlb.insert(page(0x5000, 0)), true),
         (
             "mapped with all around",

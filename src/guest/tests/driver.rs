@@ -1,5 +1,7 @@
 //! A driver's side of one split virtqueue. Supplies verbs; what is right or wrong is for the tests to say.
 
+use std::cell::Cell;
+use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -7,7 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::guest::{GuestRam, Memory, Ring, RingParts, RingPosition};
+use crate::guest::{GuestRam, Iotlb, Mapping, Memory, Permission, Ring, RingParts, RingPosition, View};
 
 /// Where things are. Three regions: two that are neighbours for the guest and not for us, and one behind a
 /// hole.
@@ -19,10 +21,10 @@ pub const HOLE: u64 = 2 * REGION;
 /// Start of the third region.
 pub const HIGH: u64 = 4 * REGION;
 
-const DESC: u64 = 0x1000;
-const AVAIL: u64 = 0x8000;
-const USED: u64 = 0x9000;
-const TABLES: u64 = 0x1_0000;
+pub const DESC: u64 = 0x1000;
+pub const AVAIL: u64 = 0x8000;
+pub const USED: u64 = 0x9000;
+pub const TABLES: u64 = 0x1_0000;
 /// Where buffers go unless a test says otherwise.
 pub const BUFFERS: u64 = 0x4_0000;
 
@@ -52,10 +54,102 @@ pub fn w(addr: u64, len: u32) -> Buf {
     }
 }
 
+/// Size of a page in bytes, of memory and of the IOMMU.
+pub const PAGE: u64 = 4096;
+
+thread_local! {
+    static TRANSLATED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a scenario with drivers behind an IOMMU: all that they call an address is an IOVA, and no two of its pages are
+/// neighbours in memory.
+pub fn translated<T>(scenario: impl FnOnce() -> T) -> T {
+    TRANSLATED.set(true);
+    let result = scenario();
+    TRANSLATED.set(false);
+    result
+}
+
+/// Where the page of an address is in memory, behind an IOMMU.
+pub fn scattered(addr: u64) -> u64 {
+    let (start, len) = if addr < HOLE {
+        (addr & !(REGION - 1), REGION)
+    } else {
+        (HIGH, 16 * REGION)
+    };
+    // The number of pages is a power of two: multiplying by an odd number reaches each once.
+    let page = (addr - start) / PAGE * 77 % (len / PAGE);
+    start + page * PAGE + addr % PAGE
+}
+
+/// The translation of one page.
+pub fn page(iova: u64) -> Mapping {
+    Mapping {
+        iova: iova & !(PAGE - 1),
+        len: PAGE,
+        gpa: scattered(iova & !(PAGE - 1)),
+        permission: Permission::ReadWrite,
+    }
+}
+
+/// Guest memory as a driver's ring addresses it.
+pub struct Ram {
+    ram: GuestRam,
+    /// Behind an IOMMU: with all of memory mapped but the most of the third region, unless a test takes something out.
+    pub iotlb: Option<Iotlb>,
+}
+
+impl Ram {
+    fn new(mem: &Arc<Memory>, translated: bool) -> Ram {
+        let pages = [(0, HOLE), (HIGH, HIGH + REGION)]
+            .into_iter()
+            .flat_map(|(from, to)| (from..to).step_by(PAGE as usize));
+        Ram {
+            ram: GuestRam::new(Arc::clone(mem)),
+            iotlb: translated.then(|| {
+                let mut iotlb = Iotlb::new();
+                pages.for_each(|iova| iotlb.insert(page(iova)));
+                iotlb
+            }),
+        }
+    }
+
+    /// What a VMM sees.
+    pub fn iotlb(&mut self) -> &mut Iotlb {
+        self.iotlb.as_mut().unwrap()
+    }
+}
+
+impl Clone for Ram {
+    /// All mapped again.
+    fn clone(&self) -> Ram {
+        let GuestRam(mem) = &self.ram;
+        Ram::new(mem, self.iotlb.is_some())
+    }
+}
+
+impl Deref for Ram {
+    type Target = GuestRam;
+
+    fn deref(&self) -> &GuestRam {
+        &self.ram
+    }
+}
+
+impl<'m> From<&'m Ram> for View<'m> {
+    fn from(ram: &'m Ram) -> View<'m> {
+        match &ram.iotlb {
+            Some(iotlb) => ram.ram.view_through(iotlb),
+            None => ram.ram.view(),
+        }
+    }
+}
+
 #[derive(Clone)]
 pub struct Driver {
     pub mem: Arc<Memory>,
-    pub ram: GuestRam,
+    pub ram: Ram,
+    translated: bool,
     pub size: u16,
     pub event_idx: bool,
     /// Next entry of the available ring to write.
@@ -76,8 +170,10 @@ impl Driver {
         let ranges = [(0, REGION), (BORDER, REGION), (HIGH, 16 * REGION)]
             .map(|(start, len)| (GuestAddress(start), len as usize));
         let mem = Arc::new(Memory::from_ranges(&ranges).unwrap());
+        let translated = TRANSLATED.get();
         let driver = Driver {
-            ram: GuestRam::new(Arc::clone(&mem)),
+            ram: Ram::new(&mem, translated),
+            translated,
             mem,
             size,
             event_idx,
@@ -105,7 +201,7 @@ impl Driver {
                 next_used: self.used_idx,
             },
             event_idx: self.event_idx,
-            translated: false,
+            translated: self.translated,
             kick: kick.as_fd().try_clone_to_owned().unwrap(),
             call: Some(call.as_fd().try_clone_to_owned().unwrap()),
         };
@@ -116,24 +212,39 @@ impl Driver {
         Ring::new(self.parts().0).unwrap()
     }
 
+    /// Where in memory the driver's address is.
+    fn gpa(&self, addr: u64) -> GuestAddress {
+        GuestAddress(if self.translated { scattered(addr) } else { addr })
+    }
+
     pub fn put(&self, addr: u64, bytes: &[u8]) {
-        self.mem.write_slice(bytes, GuestAddress(addr)).unwrap();
+        let (mut addr, mut rest) = (addr, bytes);
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min((PAGE - addr % PAGE) as usize));
+            self.mem.write_slice(now, self.gpa(addr)).unwrap();
+            (addr, rest) = (addr + now.len() as u64, later);
+        }
     }
 
     pub fn bytes(&self, addr: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.mem.read_slice(&mut bytes, GuestAddress(addr)).unwrap();
+        let (mut addr, mut rest) = (addr, &mut bytes[..]);
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at_mut(rest.len().min((PAGE - addr % PAGE) as usize));
+            self.mem.read_slice(now, self.gpa(addr)).unwrap();
+            (addr, rest) = (addr + now.len() as u64, later);
+        }
         bytes
     }
 
     fn put_u16(&self, addr: u64, value: u16) {
         self.mem
-            .store(value.to_le(), GuestAddress(addr), Ordering::Release)
+            .store(value.to_le(), self.gpa(addr), Ordering::Release)
             .unwrap();
     }
 
     fn u16(&self, addr: u64) -> u16 {
-        u16::from_le(self.mem.load(GuestAddress(addr), Ordering::Acquire).unwrap())
+        u16::from_le(self.mem.load(self.gpa(addr), Ordering::Acquire).unwrap())
     }
 
     /// Writes one descriptor of the ring's table.

@@ -9,10 +9,10 @@ const TABLE: u64 = 0x2_0000;
 
 /// A trick: what it does to an idle ring of 8 entries, and what it is called. It makes descriptor 0
 /// available, unless it makes something else available itself.
-struct Trick {
-    name: &'static str,
-    play: fn(&mut Driver),
-    fault: RingFault,
+pub(super) struct Trick {
+    pub(super) name: &'static str,
+    pub(super) play: fn(&mut Driver),
+    pub(super) fault: RingFault,
 }
 
 fn table(driver: &Driver, at: u64, descriptors: &[(Buf, u16)]) {
@@ -36,7 +36,7 @@ fn indirect(driver: &mut Driver, addr: u64, len: u32) {
 }
 
 /// Tricks for either ring: `WAY` is the direction that its buffers should have.
-fn tricks<const WAY: u16>() -> Vec<Trick> {
+pub(super) fn tricks<const WAY: u16>() -> Vec<Trick> {
     vec![
         Trick {
             name: "a head that the table does not have",
@@ -244,7 +244,7 @@ fn tricks<const WAY: u16>() -> Vec<Trick> {
 }
 
 #[test]
-fn tx_tricks_cost_one_chain_each() {
+pub(super) fn tx_tricks_cost_one_chain_each() {
     for Trick { name, play, fault } in tricks::<0>() {
         let mut driver = Driver::new(8, true);
         play(&mut driver);
@@ -270,7 +270,7 @@ fn tx_tricks_cost_one_chain_each() {
 }
 
 #[test]
-fn rx_tricks_cost_one_chain_each() {
+pub(super) fn rx_tricks_cost_one_chain_each() {
     for Trick { name, play, fault } in tricks::<WRITE>() {
         for control in [true, false] {
             let mut driver = Driver::new(8, true);
@@ -302,7 +302,7 @@ fn rx_tricks_cost_one_chain_each() {
 }
 
 #[test]
-fn tolerated_what_harms_nobody() {
+pub(super) fn tolerated_what_harms_nobody() {
     // WRITE on a descriptor that refers to an indirect table has no meaning (2.7.5.3.2).
     let mut driver = Driver::new(8, true);
     driver.put(BUFFERS, &header(1));
@@ -318,7 +318,7 @@ fn tolerated_what_harms_nobody() {
 }
 
 #[test]
-fn an_available_index_that_makes_no_sense_stops_the_ring() {
+pub(super) fn an_available_index_that_makes_no_sense_stops_the_ring() {
     let stops = |claim: u16| {
         let driver = Driver::at(8, true, 65530);
         let (mut ring, ram) = (driver.ring(), driver.ram.clone());
@@ -346,7 +346,7 @@ fn an_available_index_that_makes_no_sense_stops_the_ring() {
 }
 
 #[test]
-fn a_driver_that_reuses_chains_before_it_has_them_back_stops_the_ring() {
+pub(super) fn a_driver_that_reuses_chains_before_it_has_them_back_stops_the_ring() {
     let mut driver = Driver::new(4, true);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
     for _ in 0..4 {
@@ -374,7 +374,7 @@ fn a_driver_that_reuses_chains_before_it_has_them_back_stops_the_ring() {
 }
 
 #[test]
-fn an_index_that_goes_backwards_stops_the_ring() {
+pub(super) fn an_index_that_goes_backwards_stops_the_ring() {
     let mut driver = Driver::new(8, true);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
     for _ in 0..3 {
@@ -397,7 +397,7 @@ fn an_index_that_goes_backwards_stops_the_ring() {
 }
 
 #[test]
-fn areas_must_be_in_memory() {
+pub(super) fn areas_must_be_in_memory() {
     let place = |change: fn(&mut RingParts)| {
         let driver = Driver::new(256, true);
         let mut parts = driver.parts().0;
@@ -452,7 +452,7 @@ fn areas_must_be_in_memory() {
 }
 
 #[test]
-fn sizes_and_alignments_of_the_standard() {
+pub(super) fn sizes_and_alignments_of_the_standard() {
     let build = |change: &dyn Fn(&mut RingParts)| {
         let mut parts = Driver::new(8, true).parts().0;
         change(&mut parts);
@@ -478,7 +478,7 @@ fn sizes_and_alignments_of_the_standard() {
 }
 
 #[test]
-fn rings_may_lie_across_regions() {
+pub(super) fn rings_may_lie_across_regions() {
     use super::driver::BORDER;
     // Each area in turn is moved so that a border goes through it.
     let mut driver = Driver::new(128, true);
@@ -518,7 +518,7 @@ fn rings_may_lie_across_regions() {
 }
 
 #[test]
-fn labels_stand_where_the_metric_looks_for_them() {
+pub(super) fn labels_stand_where_the_metric_looks_for_them() {
     for (i, fault) in RingFault::ALL.iter().enumerate() {
         assert_eq!(*fault as usize, i);
         assert_eq!(RingFault::LABELS[i], fault.label());

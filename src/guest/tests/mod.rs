@@ -6,4 +6,5 @@ mod notify;
 mod oracle;
 mod properties;
 mod rx;
+mod translated;
 mod tx;

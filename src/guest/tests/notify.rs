@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::driver::{BUFFERS, Driver, r, w};
-use crate::guest::{Finished, GuestRam, Ring, RxBurst, TxBurst};
+use super::driver::{BUFFERS, Driver, Ram, r, w};
+use crate::guest::{Finished, Ring, RxBurst, TxBurst};
 
 /// Serves all that is available in one burst.
-fn serve(ring: &mut Ring, ram: &GuestRam) -> Finished {
+fn serve(ring: &mut Ring, ram: &Ram) -> Finished {
     let mut burst = TxBurst::begin(ring, ram).unwrap();
     while let Some(packet) = burst.pop() {
         packet.unwrap();
@@ -26,7 +26,7 @@ fn offer(driver: &mut Driver, n: u16) {
 }
 
 #[test]
-fn event_idx_one_interrupt_for_a_burst_that_passes_used_event() {
+pub(super) fn event_idx_one_interrupt_for_a_burst_that_passes_used_event() {
     // Where the driver wants its interrupt, seen from a burst of 5 that begins at 65533: used elements
     // 65533..=1 (wrapped).
     for (used_event, interrupt) in [
@@ -65,7 +65,7 @@ fn event_idx_one_interrupt_for_a_burst_that_passes_used_event() {
 }
 
 #[test]
-fn event_idx_windows_of_bursts_join() {
+pub(super) fn event_idx_windows_of_bursts_join() {
     let mut driver = Driver::new(8, true);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
     driver.set_used_event(4);
@@ -81,7 +81,7 @@ fn event_idx_windows_of_bursts_join() {
 }
 
 #[test]
-fn without_event_idx_the_flag_decides() {
+pub(super) fn without_event_idx_the_flag_decides() {
     let mut driver = Driver::new(8, false);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
     offer(&mut driver, 3);
@@ -124,7 +124,7 @@ fn without_event_idx_the_flag_decides() {
 }
 
 #[test]
-fn rx_shows_all_packets_with_one_interrupt() {
+pub(super) fn rx_shows_all_packets_with_one_interrupt() {
     let mut driver = Driver::new(64, true);
     for i in 0..40 {
         driver.offer(&[w(BUFFERS + 64 * i, 54)]);
@@ -148,7 +148,7 @@ fn rx_shows_all_packets_with_one_interrupt() {
 }
 
 #[test]
-fn kicks_are_asked_for_and_suppressed() {
+pub(super) fn kicks_are_asked_for_and_suppressed() {
     for event_idx in [true, false] {
         let mut driver = Driver::new(8, event_idx);
         let (mut ring, ram) = (driver.ring(), driver.ram.clone());
@@ -172,7 +172,7 @@ fn kicks_are_asked_for_and_suppressed() {
 }
 
 #[test]
-fn a_flag_that_someone_left_behind_is_written_over() {
+pub(super) fn a_flag_that_someone_left_behind_is_written_over() {
     // Our predecessor died with kicks switched off.
     let driver = Driver::new(8, false);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
@@ -184,7 +184,7 @@ fn a_flag_that_someone_left_behind_is_written_over() {
 }
 
 #[test]
-fn signalling_never_blocks() {
+pub(super) fn signalling_never_blocks() {
     let (done, is_done) = mpsc::channel();
     let signalling = thread::spawn(move || {
         signal_full_descriptors();
@@ -255,7 +255,7 @@ fn wait(fd: BorrowedFd<'_>) {
 /// Driver and device on two threads, each asleep whenever it may be: a notification that is missing shows as
 /// a sleep that nobody ends. (A missing fence does so rarely: the window is a few nanoseconds.)
 #[test]
-fn no_wake_up_is_lost() {
+pub(super) fn no_wake_up_is_lost() {
     const PACKETS: usize = 20_000;
     for event_idx in [true, false] {
         let mut driver = Driver::new(4, event_idx);

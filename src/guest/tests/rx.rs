@@ -58,7 +58,7 @@ fn goes_in(bufs: &[Buf], indirect_from: Option<usize>, payload: &[u8]) {
 }
 
 #[test]
-fn buffers_of_every_kernel() {
+pub(super) fn buffers_of_every_kernel() {
     goes_in(&[w(BUFFERS, 44), w(BUFFERS + 0x1000, 4096)], None, &pattern(4096)); // <= 6.1 as written
     goes_in(&[w(BUFFERS, 3776)], None, &pattern(3732)); // 6.1 and 6.12 as measured
     goes_in(&[w(BUFFERS, 44 + 4096)], None, &pattern(17)); // 6.2 to 6.16
@@ -67,7 +67,7 @@ fn buffers_of_every_kernel() {
 }
 
 #[test]
-fn a_header_slot_may_be_cut_anywhere() {
+pub(super) fn a_header_slot_may_be_cut_anywhere() {
     for cut in 1..44 {
         goes_in(
             &[w(BUFFERS, cut), w(BUFFERS + 0x100, 44 - cut + 20)],
@@ -97,7 +97,7 @@ fn ring_of(n: u64, event_idx: bool) -> (Driver, Vec<Buf>) {
 
 /// A guest made each byte cost the walk through 64 chains of 1000 descriptors.
 #[test]
-fn chains_of_very_many_descriptors_are_not_held_by_the_dozen() {
+pub(super) fn chains_of_very_many_descriptors_are_not_held_by_the_dozen() {
     let mut driver = Driver::new(1024, true);
     let mut bufs = vec![w(BUFFERS, 0); 1000];
     bufs.push(w(BUFFERS, 44 + 1));
@@ -110,7 +110,7 @@ fn chains_of_very_many_descriptors_are_not_held_by_the_dozen() {
 }
 
 #[test]
-fn one_read_makes_several_packets_and_gives_the_rest_back_in_place() {
+pub(super) fn one_read_makes_several_packets_and_gives_the_rest_back_in_place() {
     let (mut driver, bufs) = ring_of(8, true);
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
@@ -148,7 +148,7 @@ fn one_read_makes_several_packets_and_gives_the_rest_back_in_place() {
 }
 
 #[test]
-fn nothing_read_takes_nothing() {
+pub(super) fn nothing_read_takes_nothing() {
     let (mut driver, _) = ring_of(4, true);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
     let log = TestLog::install(&driver.mem);
@@ -176,7 +176,7 @@ fn nothing_read_takes_nothing() {
 }
 
 #[test]
-fn a_ring_without_buffers_says_so() {
+pub(super) fn a_ring_without_buffers_says_so() {
     let (mut driver, _) = ring_of(1, false);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
     let mut burst = RxBurst::begin(&mut ring, &ram).unwrap();
@@ -194,7 +194,7 @@ fn a_ring_without_buffers_says_so() {
 }
 
 #[test]
-fn bytes_read_earlier_go_before_those_read_now() {
+pub(super) fn bytes_read_earlier_go_before_those_read_now() {
     let (mut driver, bufs) = ring_of(4, true);
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     theirs.write_all(&pattern(80)).unwrap();
@@ -224,7 +224,7 @@ fn bytes_read_earlier_go_before_those_read_now() {
 }
 
 #[test]
-fn a_list_that_is_full_reads_less() {
+pub(super) fn a_list_that_is_full_reads_less() {
     let mut driver = Driver::new(256, true);
     for i in 0..200 {
         driver.offer(&[w(BUFFERS + i * 64, 44 + 2)]);
@@ -240,7 +240,7 @@ fn a_list_that_is_full_reads_less() {
 }
 
 #[test]
-fn the_dirty_log_names_what_was_written_and_nothing_else() {
+pub(super) fn the_dirty_log_names_what_was_written_and_nothing_else() {
     let mut driver = Driver::new(16, true);
     // Page 0x40: header, 0x41 and 0x42: payload. A second buffer likewise from page 0x43 on.
     driver.offer(&[w(BUFFERS, 44), w(BUFFERS + 0x1000, 0x2000)]);
@@ -280,7 +280,7 @@ fn the_dirty_log_names_what_was_written_and_nothing_else() {
 }
 
 #[test]
-fn a_buffer_without_payload_room_takes_control_packets_but_no_data() {
+pub(super) fn a_buffer_without_payload_room_takes_control_packets_but_no_data() {
     let mut driver = Driver::new(16, true);
     driver.offer(&[w(BUFFERS, 44)]);
     driver.offer(&[w(BUFFERS + 0x100, 44 + 10)]);
@@ -302,7 +302,7 @@ fn a_buffer_without_payload_room_takes_control_packets_but_no_data() {
 }
 
 #[test]
-fn a_malformed_chain_waits_its_turn_and_is_counted_once() {
+pub(super) fn a_malformed_chain_waits_its_turn_and_is_counted_once() {
     let mut driver = Driver::new(16, true);
     driver.offer(&[w(BUFFERS, 54)]);
     driver.offer(&[w(BUFFERS + 0x100, 43)]);
@@ -323,7 +323,7 @@ fn a_malformed_chain_waits_its_turn_and_is_counted_once() {
 }
 
 #[test]
-fn a_dropped_burst_shows_what_was_committed() {
+pub(super) fn a_dropped_burst_shows_what_was_committed() {
     let (mut driver, _) = ring_of(4, true);
     let (mut ring, ram) = (driver.ring(), driver.ram.clone());
     let mut burst = RxBurst::begin(&mut ring, &ram).unwrap();
@@ -336,7 +336,7 @@ fn a_dropped_burst_shows_what_was_committed() {
 }
 
 #[test]
-fn bursts_allocate_nothing_in_steady_state() {
+pub(super) fn bursts_allocate_nothing_in_steady_state() {
     let mut driver = Driver::new(64, true);
     let mut ring = driver.ring();
     let mut allocation = None;

@@ -73,7 +73,7 @@ fn comes_out(bufs: &[Buf], indirect_from: Option<usize>, payload: &[u8]) {
 }
 
 #[test]
-fn linux_6_1_sends_a_header_and_one_buffer() {
+pub(super) fn linux_6_1_sends_a_header_and_one_buffer() {
     comes_out(
         &[r(BUFFERS, 44), r(BUFFERS + 0x1000, 65536)],
         None,
@@ -83,7 +83,7 @@ fn linux_6_1_sends_a_header_and_one_buffer() {
 }
 
 #[test]
-fn linux_6_12_cuts_at_32_kib_and_need_not_align() {
+pub(super) fn linux_6_12_cuts_at_32_kib_and_need_not_align() {
     comes_out(&[r(BUFFERS, 44), r(BUFFERS + 44, 100)], None, &pattern(100));
     let bufs = [
         r(BUFFERS + 3, 44),
@@ -94,7 +94,7 @@ fn linux_6_12_cuts_at_32_kib_and_need_not_align() {
 }
 
 #[test]
-fn msg_zerocopy_sends_17_page_fragments() {
+pub(super) fn msg_zerocopy_sends_17_page_fragments() {
     let mut bufs = vec![r(BUFFERS, 44), r(BUFFERS + 0x1000 + 777, 4096 - 777)];
     bufs.extend((2..17).map(|i| r(BUFFERS + i * 0x2000, 4096)));
     bufs.push(r(BUFFERS + 17 * 0x2000, 777));
@@ -105,13 +105,13 @@ fn msg_zerocopy_sends_17_page_fragments() {
 }
 
 #[test]
-fn header_and_payload_may_share_a_buffer() {
+pub(super) fn header_and_payload_may_share_a_buffer() {
     comes_out(&[r(BUFFERS + 1, 44 + 1000)], None, &pattern(1000));
     comes_out(&[r(BUFFERS + 1, 44 + 1000)], Some(0), &pattern(1000));
 }
 
 #[test]
-fn a_header_may_be_cut_anywhere() {
+pub(super) fn a_header_may_be_cut_anywhere() {
     for cut in 1..44 {
         let bufs = [
             r(BUFFERS, cut),
@@ -126,7 +126,7 @@ fn a_header_may_be_cut_anywhere() {
 }
 
 #[test]
-fn empty_buffers_mean_nothing_wherever_they_point() {
+pub(super) fn empty_buffers_mean_nothing_wherever_they_point() {
     let bufs = [
         r(0xdead_0000_0000, 0),
         r(BUFFERS, 44),
@@ -138,7 +138,7 @@ fn empty_buffers_mean_nothing_wherever_they_point() {
 }
 
 #[test]
-fn buffers_may_lie_across_regions() {
+pub(super) fn buffers_may_lie_across_regions() {
     comes_out(&[r(BORDER - 20, 44 + 100)], None, &pattern(100)); // the border is in the header
     comes_out(&[r(BORDER - 44, 44 + 100)], None, &pattern(100)); // and just behind it
     comes_out(
@@ -149,7 +149,7 @@ fn buffers_may_lie_across_regions() {
 }
 
 #[test]
-fn an_indirect_table_may_lie_across_regions() {
+pub(super) fn an_indirect_table_may_lie_across_regions() {
     let mut driver = Driver::new(16, true);
     let bufs = [r(BUFFERS, 44), r(BUFFERS + 0x1000, 9)];
     place(&driver, &bufs, &header(9), &pattern(9));
@@ -178,7 +178,7 @@ fn an_indirect_table_may_lie_across_regions() {
 }
 
 #[test]
-fn indices_wrap() {
+pub(super) fn indices_wrap() {
     for size in [1, 2, 8] {
         let mut driver = Driver::at(size, true, 65534);
         let mut ring = driver.ring();
@@ -205,7 +205,7 @@ fn indices_wrap() {
 }
 
 #[test]
-fn payload_of_several_packets_leaves_in_one_call_and_is_the_guests_until_then() {
+pub(super) fn payload_of_several_packets_leaves_in_one_call_and_is_the_guests_until_then() {
     let mut driver = Driver::new(64, true);
     let mut want = Vec::new();
     for i in 0..20u64 {
@@ -247,7 +247,7 @@ fn payload_of_several_packets_leaves_in_one_call_and_is_the_guests_until_then() 
 }
 
 #[test]
-fn a_burst_sees_what_is_made_available_while_it_runs() {
+pub(super) fn a_burst_sees_what_is_made_available_while_it_runs() {
     let mut driver = Driver::new(8, false);
     let mut ring = driver.ring();
     let ram = driver.ram.clone();
@@ -267,7 +267,7 @@ fn a_burst_sees_what_is_made_available_while_it_runs() {
 }
 
 #[test]
-fn a_header_that_changes_after_it_was_read_is_not_seen() {
+pub(super) fn a_header_that_changes_after_it_was_read_is_not_seen() {
     let mut driver = Driver::new(8, false);
     driver.put(BUFFERS, &header(1));
     driver.offer(&[r(BUFFERS, 44), r(BUFFERS + 64, 4)]);
@@ -284,7 +284,7 @@ fn a_header_that_changes_after_it_was_read_is_not_seen() {
 }
 
 #[test]
-fn a_dropped_burst_has_used_what_it_took() {
+pub(super) fn a_dropped_burst_has_used_what_it_took() {
     let mut driver = Driver::new(8, true);
     for i in 0..3 {
         driver.offer(&[r(BUFFERS + 64 * i, 44)]);
@@ -319,7 +319,7 @@ fn a_dropped_burst_has_used_what_it_took() {
 }
 
 #[test]
-fn a_position_with_chains_in_flight_goes_on_at_the_used_index() {
+pub(super) fn a_position_with_chains_in_flight_goes_on_at_the_used_index() {
     let mut driver = Driver::at(8, true, 40);
     for i in 0..3u8 {
         driver.put(BUFFERS + 64 * u64::from(i), &header(i));
@@ -344,7 +344,7 @@ fn a_position_with_chains_in_flight_goes_on_at_the_used_index() {
 }
 
 #[test]
-fn bursts_allocate_nothing_in_steady_state() {
+pub(super) fn bursts_allocate_nothing_in_steady_state() {
     let mut driver = Driver::new(64, true);
     let mut ring = driver.ring();
     let mut allocation = None;
@@ -373,7 +373,7 @@ fn bursts_allocate_nothing_in_steady_state() {
 }
 
 #[test]
-fn a_fault_costs_one_chain() {
+pub(super) fn a_fault_costs_one_chain() {
     let mut driver = Driver::new(8, true);
     driver.put(BUFFERS, &header(1));
     driver.put(BUFFERS + 0x100, &header(2));

@@ -481,6 +481,16 @@ fn policy_identity_forwards_addresses_and_refuses_iotlb_messages() {
 }
 
 #[test]
+fn policy_identity_tells_of_a_vmm_that_has_ring_addresses_translated() {
+    let mut gate = platform(AccessPlatform::Identity);
+    let verdict = gate.request(&ring_addresses(0, 0xffff_f000), 0);
+    let [Observation::Found(FindingCode::IotlbMessageRefused, seen)] = verdict.findings.as_slice() else {
+        panic!("{:?}", verdict.findings)
+    };
+    assert!(seen.contains("accessPlatform is identity"), "{seen}");
+}
+
+#[test]
 fn policy_off_ends_the_session_of_who_acknowledges_all_the_same_and_names_the_option() {
     let mut gate = negotiated(AccessPlatform::Off);
     let message = u64_request(request::SET_FEATURES, PLATFORM);

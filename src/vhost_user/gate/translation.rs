@@ -83,8 +83,9 @@ impl Gate {
         findings: &mut Vec<Observation>,
     ) -> Then {
         let known = self.regions.as_deref().unwrap_or_default();
+        let has_memory = !known.is_empty();
         let in_memory = ring_addresses_fault(known, addresses).is_none();
-        let undecided = self.translation.mode == TranslationMode::Undecided && !known.is_empty();
+        let undecided = self.translation.mode == TranslationMode::Undecided && has_memory;
         if undecided && in_memory {
             self.translation = Translation {
                 mode: TranslationMode::Identity,
@@ -102,6 +103,16 @@ impl Gate {
                 FindingCode::AccessPlatformWithoutIotlb,
                 "ACCESS_PLATFORM is acknowledged, ring addresses are the VMM's own and no IOTLB message has come; \
                  accessPlatform is iotlb, so nothing is served"
+                    .into(),
+            ));
+        }
+        if self.policy == AccessPlatform::Identity && self.platform_acknowledged() && has_memory && !in_memory
+        {
+            // QEMU sets rings up before it sends the first IOTLB message, and the crate ends the session here.
+            findings.push(Observation::Found(
+                FindingCode::IotlbMessageRefused,
+                "ACCESS_PLATFORM is acknowledged and ring addresses are in no memory region, so they are to be \
+                 translated; accessPlatform is identity"
                     .into(),
             ));
         }

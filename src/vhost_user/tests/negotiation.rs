@@ -1,9 +1,9 @@
 //! What a session tells of itself, message by message.
 
+use super::talk::{ACCESS_PLATFORM, PLAIN, PROTOCOL, Talk, USER};
 use super::*;
-use crate::vhost_user::Mode;
 use crate::vhost_user::message::{NEED_REPLY, REPLY, VERSION};
-use crate::vhost_user::testing;
+use crate::vhost_user::{AccessPlatform, Evidence, Mode, TranslationMode, testing};
 
 fn say(watch: &NegotiationWatch, number: u32, body: &[u8]) {
     watch.request(&Message::new(number, VERSION | NEED_REPLY, body), 0);
@@ -133,4 +133,132 @@ fn a_device_reset_takes_back_what_the_driver_had_set_up() {
     let now = watch.snapshot();
     assert!(!now.rings[0].enabled && !now.rings[0].has_call);
     assert_eq!(now.features_acked.bits(), 0);
+}
+
+fn row(record: &Record, name: &str) -> (bool, bool, Option<bool>, bool) {
+    let row = record.features.iter().find(|row| row.name == name).unwrap();
+    (row.offered, row.vmm, row.driver, row.effective)
+}
+
+#[test]
+fn the_matrix_of_a_plain_qemu_guest() {
+    let vmm = Talk::with("qemu-system-x86_64", AccessPlatform::Auto);
+    vmm.negotiate(PLAIN | ACCESS_PLATFORM, PROTOCOL);
+    vmm.set_features(PLAIN);
+    let record = vmm.0.record();
+    assert_eq!(
+        row(&record, "version_1"),
+        (true, true, None, true),
+        "the driver is not up yet"
+    );
+    vmm.share_memory();
+    vmm.start_ring(0, USER);
+    let record = vmm.0.record();
+    assert_eq!(row(&record, "version_1"), (true, true, Some(true), true));
+    assert_eq!(row(&record, "access_platform"), (true, false, Some(false), false));
+    let access = record.negotiation.access_platform;
+    assert_eq!(
+        (access.mode, access.evidence),
+        (TranslationMode::None, Evidence::NotAcknowledged)
+    );
+    assert_eq!(
+        row(&record, "protocol_features"),
+        (true, true, Some(false), true),
+        "no driver sees it"
+    );
+    // The log of a migration is the VMM's, and in use only once there is one.
+    vmm.set_features(PLAIN | 1 << 26);
+    assert_eq!(row(&vmm.0.record(), "log_all"), (false, true, Some(false), false));
+}
+
+#[test]
+fn the_matrix_of_a_translated_qemu_guest() {
+    let vmm = Talk::with("qemu-system-x86_64", AccessPlatform::Auto);
+    vmm.translated_boot();
+    let json = serde_json::to_value(vmm.0.record()).unwrap();
+    let access = &json["accessPlatform"];
+    assert_eq!(access["policy"], "auto");
+    assert_eq!(access["mode"], "translate");
+    assert_eq!(access["evidence"], "iotlb_message");
+    assert_eq!(access["backendChannel"], true);
+    assert_eq!(access["updates"], 2);
+    assert!(access["why"].as_str().unwrap().ends_with('.'));
+    let bit = json["features"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|row| row["bit"] == 33);
+    assert_eq!(
+        *bit.unwrap(),
+        serde_json::json!({
+            "bit": 33, "name": "access_platform", "offered": true, "vmm": true, "driver": true, "effective": true
+        })
+    );
+    assert_eq!(json["layers"]["effective"]["bits"], "0x370000001");
+    assert_eq!(json["layers"]["device"]["offered"]["bits"], "0x370000001");
+    assert_eq!(json["layers"]["vmm"]["acknowledged"]["names"][0], "stream");
+    assert_eq!(json["layers"]["driver"]["acknowledged"]["bits"], "0x330000001");
+    assert_eq!(json["protocol"]["effective"]["bits"], "0x229");
+    assert_eq!(json["rings"][0]["translated"], true);
+    assert_eq!(json["rings"][0]["layout"], "split");
+    assert_eq!(json["rings"][0]["desc"], "0xfffff000");
+    assert_eq!(json["peer"]["vmmHint"], "qemu");
+    assert_eq!(json["findings"], serde_json::json!([]));
+    assert_eq!(json["messages"][0]["request"], "GET_FEATURES");
+    assert_eq!(json["messages"][0]["direction"], "vmm_to_device");
+    assert_eq!(json["messages"][0]["outcome"], "answered");
+    assert_eq!(json["state"], "running", "what was there before is there still");
+    // The channel is agreed and gone: agreed, and not in use.
+    vmm.0.backend_channel(false);
+    assert_eq!(vmm.0.record().protocol.effective.bits(), 0x209);
+    vmm.end(None);
+    let access = vmm.0.snapshot().access_platform;
+    assert_eq!(
+        (access.mode, access.updates),
+        (TranslationMode::None, 2),
+        "totals outlive the session"
+    );
+    assert!(!vmm.0.snapshot().rings[0].translated);
+}
+
+/// Bit 33 is acknowledged, and not in use: the matrix says so.
+#[test]
+fn the_matrix_of_the_android_case() {
+    let vmm = Talk::with("crosvm", AccessPlatform::Auto);
+    vmm.negotiate(PLAIN | ACCESS_PLATFORM, PROTOCOL);
+    vmm.set_features(PLAIN | ACCESS_PLATFORM | 1 << 50);
+    vmm.share_memory();
+    vmm.translate(TranslationMode::Identity, Evidence::RingAddressesInMemory);
+    vmm.start_ring(0, USER);
+    let record = vmm.0.record();
+    assert_eq!(row(&record, "access_platform"), (true, true, Some(true), false));
+    assert_eq!(row(&record, "bit_50"), (false, true, Some(true), false));
+    assert!(record.negotiation.access_platform.why.contains("the VMM's own"));
+    // A reboot: until the next driver has started, nobody knows its word.
+    vmm.stop_ring(0);
+    vmm.set_features(PLAIN);
+    assert_eq!(row(&vmm.0.record(), "version_1").2, None);
+}
+
+#[test]
+fn vmms_are_known_by_the_names_of_their_programs() {
+    for (program, hint) in [
+        ("qemu-system-x86_64", Some("qemu")),
+        ("qemu-system-x86", Some("qemu")),
+        ("qemu-kvm", Some("qemu")),
+        ("cloud-hypervisor", Some("cloud-hypervisor")),
+        ("cloud-hyperviso", Some("cloud-hypervisor")),
+        ("crosvm", Some("crosvm")),
+        ("krunkit", Some("libkrun")),
+        ("firecracker", Some("firecracker")),
+        ("vhost-user-test", None),
+        ("", None),
+    ] {
+        let vmm = Talk::with(program, AccessPlatform::Auto);
+        let peer = vmm.0.snapshot().peer.unwrap();
+        assert_eq!(peer.vmm_hint().map(VmmHint::label), hint, "{program}");
+        let json = serde_json::to_value(&peer).unwrap();
+        assert_eq!(json["vmmHint"].as_str(), hint);
+        assert_eq!(json["program"], program);
+    }
 }

@@ -3,6 +3,7 @@
 //! | command | does |
 //! |---|---|
 //! | `cid`, `release`, `memory` | what the guest knows of itself |
+//! | `iommu` | what its vsock device negotiated, and how an IOMMU handles the device |
 //! | `client PORT step...` | connects to the host and runs the steps (see `script`) |
 //! | `repeat N PORT step...` | the same N times, one after the other |
 //! | `parallel N PORT step...` | the same N times at once; the steps begin when all have connected |
@@ -68,6 +69,11 @@ impl Guest {
         match words {
             ["cid"] => Ok(format!("cid={}", sys::local_cid()?)),
             ["release"] => Ok(format!("release={}", sys::release())),
+            ["iommu"] => {
+                let device = sys::vsock_device()?;
+                let (features, domain) = (sys::features(&device)?, sys::iommu_domain(&device)?);
+                Ok(format!("features={features:016x} domain={domain}"))
+            }
             ["memory"] => Ok(format!("available_kib={}", sys::available_memory()?)),
             ["client", port, steps @ ..] => {
                 let begin = Instant::now();

@@ -43,13 +43,44 @@ pub fn reload_transport() -> io::Result<()> {
 
 /// Takes the vsock device from its driver and gives it back: the device is reset, open sockets end, the system runs on.
 pub fn rebind_transport() -> io::Result<()> {
-    let device = fs::read_dir(DRIVER)?
+    let device = vsock_device()?;
+    let name = device.file_name().ok_or(io::ErrorKind::NotFound)?;
+    fs::write(Path::new(DRIVER).join("unbind"), name.as_encoded_bytes())?;
+    fs::write(Path::new(DRIVER).join("bind"), name.as_encoded_bytes())
+}
+
+/// The device that the vsock driver has: a directory whose name begins with `virtio`.
+pub fn vsock_device() -> io::Result<PathBuf> {
+    fs::read_dir(DRIVER)?
         .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .find(|name| name.starts_with("virtio"))
-        .ok_or(io::ErrorKind::NotFound)?;
-    fs::write(Path::new(DRIVER).join("unbind"), &device)?;
-    fs::write(Path::new(DRIVER).join("bind"), &device)
+        .map(|entry| entry.path())
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"virtio"))
+        })
+        .ok_or(io::ErrorKind::NotFound.into())
+}
+
+/// The feature bits that the driver of a virtio device acknowledged. The file has a digit for each bit, 0 first
+/// (`features_show` in Linux's drivers/virtio/virtio.c).
+pub fn features(device: &Path) -> io::Result<u64> {
+    let digits = fs::read_to_string(device.join("features"))?;
+    let bits = digits.trim().bytes().zip(0..64);
+    Ok(bits.fold(0, |bits, (digit, bit)| bits | u64::from(digit == b'1') << bit))
+}
+
+/// What the kernel does with the bus addresses of a virtio device's parent: `DMA` (an IOMMU, mappings end at once),
+/// `DMA-FQ` (mappings end a little later), `identity` or `none` (no IOMMU).
+pub fn iommu_domain(device: &Path) -> io::Result<String> {
+    let device = fs::canonicalize(device)?;
+    let group = device
+        .parent()
+        .ok_or(io::ErrorKind::NotFound)?
+        .join("iommu_group");
+    if !group.exists() {
+        return Ok("none".to_owned());
+    }
+    Ok(fs::read_to_string(group.join("type"))?.trim().to_owned())
 }
 
 /// Opens a serial port without echo or line editing: bytes are bytes.

@@ -5,6 +5,8 @@
 //! nothing but Rust; as another user it says what to install. There is no silent way around it; a developer who has no use
 //! for it now sets `VSOCK_TEST_NO_VM=1`, which CI refuses. `VSOCK_TEST_SCENARIO=reboot` runs the scenarios of that name.
 
+mod iommu;
+#[path = "../vm/mod.rs"]
 mod vm;
 
 use std::io::{ErrorKind, Read, Write};
@@ -14,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
-use vm::lab::{BULK, CID, DRAIN, GUEST, Lab, SECOND_SOURCE_SEED, SOURCE_SEED, Suite, port};
+use vm::lab::{BULK, CID, DRAIN, GUEST, Lab, SECOND_SOURCE_SEED, SOURCE_SEED, Setup, Suite, port};
 use vm::pattern::Digest;
 use vm::service::{connect_tcp, connect_unix, exchange, receive, send};
 use vm::wait_until;
@@ -27,24 +29,33 @@ const CLOSED: Duration = Duration::from_secs(3);
 
 #[test]
 fn linux_6_1() {
-    scenarios("6.1");
+    in_labs(Setup::plain("6.1"), everything);
 }
 
 #[test]
 fn linux_6_12() {
-    scenarios("6.12");
+    in_labs(Setup::plain("6.12"), everything);
 }
 
-fn scenarios(kernel: &str) {
+/// Runs scenarios, unless told not to.
+fn in_labs(setup: Setup, scenarios: impl FnOnce(&mut Suite)) {
     if std::env::var_os("VSOCK_TEST_NO_VM").is_some() {
         assert!(
             std::env::var_os("CI").is_none(),
             "CI runs the real guest: unset VSOCK_TEST_NO_VM"
         );
-        vm::lab::tell(&format!("Linux {kernel}: left out, as VSOCK_TEST_NO_VM says"));
+        vm::lab::tell(&format!(
+            "Linux {}{}: left out, as VSOCK_TEST_NO_VM says",
+            setup.kernel, setup.name
+        ));
         return;
     }
-    let mut suite = Suite::new(kernel);
+    let mut suite = Suite::new(setup);
+    scenarios(&mut suite);
+    suite.finish();
+}
+
+fn everything(suite: &mut Suite) {
     suite.run("the guest reads its CID from the device", cid);
     suite.run("the guest reaches TCP and unix services", outbound);
     suite.run(
@@ -74,8 +85,11 @@ fn scenarios(kernel: &str) {
     suite.run("the driver is unloaded and loaded", reload);
     suite.run("the guest reboots under open connections", reboot);
     suite.run("the VMM is killed in the middle of a transfer", vmm_killed);
+    suite.run(
+        "without an IOMMU not one IOTLB message came",
+        iommu::nothing_is_translated,
+    );
     suite.run("SIGTERM with open connections", sigterm);
-    suite.finish();
 }
 
 fn cid(lab: &mut Lab) {
@@ -97,7 +111,15 @@ fn outbound(lab: &mut Lab) {
 
 /// Linux 6.12 puts a packet of more than 32 KiB into several descriptors, so the size of a write decides the shape.
 fn bulk_to_host(lab: &mut Lab) {
-    for (bytes, chunk) in [(BULK, 65536), (4 * MIB, 4096), (4 * MIB, 40_001), (100_000, 1)] {
+    bulk_to_host_by(
+        lab,
+        &[(BULK, 65536), (4 * MIB, 4096), (4 * MIB, 40_001), (100_000, 1)],
+    );
+}
+
+/// Transfers of so many bytes, so many a write.
+fn bulk_to_host_by(lab: &mut Lab, transfers: &[(u64, u64)]) {
+    for &(bytes, chunk) in transfers {
         let answer = lab.vm().ok(&format!(
             "client {} send:bytes={bytes},chunk={chunk},seed=2 shutwr recv",
             port::SINK

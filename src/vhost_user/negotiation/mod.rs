@@ -1,19 +1,31 @@
 //! What VMM, driver and device have agreed on, as seen in the messages that went through the gate: values for readers.
 //!
-//! Only control messages change these values, so a small mutex holds them; readers take a copy.
+//! Control messages change these values, and IOTLB messages, a few thousand a second at most; so a small mutex holds them,
+//! and readers take a copy. [`Negotiation`] is what was agreed; [`Record`] adds what follows from it and the flight
+//! recorder, which is too long to be copied at every scrape. [`NegotiationWatch`] is where the session writes it down.
+
+mod access;
+mod board;
+mod detail;
+mod detect;
+mod layers;
+mod recorder;
+mod watch;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
 
 use super::features::{Features, VHOST_F_LOG_ALL};
-use super::link::lock;
 use super::message::{self, Body, MemoryRegion, Message, REQUEST_NAMES, as_hex, request, request_index};
-use super::{FindingCode, SessionConfig, Translation};
-use crate::device::DeviceEvent;
-use crate::guest::Miss;
+use super::{Finding, SessionConfig, Translation};
+
+pub use access::AccessPlatformState;
+pub use layers::{FeatureRow, Layers, ProtocolLayers, Record};
+pub use recorder::{Direction, Entry, Outcome, Recorder};
+pub use watch::NegotiationWatch;
 
 /// Number of virtqueues: rx, tx, event.
 pub const QUEUES: usize = 3;
@@ -170,8 +182,15 @@ pub struct Negotiation {
     pub silent_connections: u64,
     /// How the last session ended.
     pub last_end: Option<SessionEnd>,
+    /// What VIRTIO_F_ACCESS_PLATFORM means, and what was said over the IOTLB.
+    pub access_platform: AccessPlatformState,
+    /// What is odd, active findings first.
+    pub findings: Vec<Finding>,
     #[serde(skip)]
     log_base_seen: bool,
+    /// A ring has been started since features were agreed, so a driver has.
+    #[serde(skip)]
+    driver_is_up: bool,
 }
 
 /// A ring, as the VMM has set it up.
@@ -182,6 +201,10 @@ pub struct RingState {
     pub queue: &'static str,
     /// Entries.
     pub size: u32,
+    /// How it lies in memory: `split`, the only layout that is offered.
+    pub layout: &'static str,
+    /// Whether its addresses are I/O virtual addresses.
+    pub translated: bool,
     /// Address of the descriptor table, in the VMM's address space.
     #[serde(serialize_with = "as_hex")]
     pub desc: u64,
@@ -252,8 +275,7 @@ pub struct SessionEnd {
 }
 
 /// The process at the other end.
-#[derive(Clone, PartialEq, Eq, Serialize, Debug)]
-#[serde(rename_all = "camelCase")]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Peer {
     /// Process id; `None` when it is in another PID namespace.
     pub pid: Option<u32>,
@@ -263,6 +285,76 @@ pub struct Peer {
     pub gid: u32,
     /// Name of its program, where it can be read.
     pub program: Option<String>,
+}
+
+impl Peer {
+    /// Which VMM it seems to be, by the name of its program.
+    pub fn vmm_hint(&self) -> Option<VmmHint> {
+        let program = self.program.as_deref()?;
+        // /proc/PID/comm holds 15 bytes, so longer names may arrive cut.
+        let known = [
+            ("qemu", VmmHint::Qemu),
+            ("cloud-hyperviso", VmmHint::CloudHypervisor),
+            ("crosvm", VmmHint::Crosvm),
+            ("firecracker", VmmHint::Firecracker),
+        ];
+        let by_start = known.iter().find(|(start, _)| program.starts_with(start));
+        // A library: its users are called krun, krunvm, krunkit, crun-krun.
+        let krun = || program.contains("krun").then_some(VmmHint::Libkrun);
+        by_start.map(|(_, hint)| *hint).or_else(krun)
+    }
+}
+
+impl Serialize for Peer {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut object = serializer.serialize_struct("Peer", 5)?;
+        object.serialize_field("pid", &self.pid)?;
+        object.serialize_field("uid", &self.uid)?;
+        object.serialize_field("gid", &self.gid)?;
+        object.serialize_field("program", &self.program)?;
+        object.serialize_field("vmmHint", &self.vmm_hint())?;
+        object.end()
+    }
+}
+
+/// VMMs that are told by the name of their program.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Debug)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmHint {
+    /// QEMU.
+    Qemu,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// crosvm.
+    Crosvm,
+    /// A program that uses libkrun.
+    Libkrun,
+    /// Firecracker, which has no vhost-user vsock; perhaps one of its descendants.
+    Firecracker,
+}
+
+impl VmmHint {
+    /// The name in metrics and JSON.
+    pub fn label(self) -> &'static str {
+        match self {
+            VmmHint::Qemu => "qemu",
+            VmmHint::CloudHypervisor => "cloud-hypervisor",
+            VmmHint::Crosvm => "crosvm",
+            VmmHint::Libkrun => "libkrun",
+            VmmHint::Firecracker => "firecracker",
+        }
+    }
+
+    /// The name as its authors write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            VmmHint::Qemu => "QEMU",
+            VmmHint::CloudHypervisor => "Cloud Hypervisor",
+            VmmHint::Crosvm => "crosvm",
+            VmmHint::Libkrun => "libkrun",
+            VmmHint::Firecracker => "Firecracker",
+        }
+    }
 }
 
 impl std::fmt::Display for Peer {
@@ -316,7 +408,10 @@ impl Negotiation {
             rejected_connections: 0,
             silent_connections: 0,
             last_end: None,
+            access_platform: AccessPlatformState::new(config.access_platform),
+            findings: Vec::new(),
             log_base_seen: false,
+            driver_is_up: false,
         }
     }
 
@@ -335,21 +430,29 @@ impl Negotiation {
         self.memory.clear();
         self.log_base_seen = false;
         self.dirty_log_active = false;
+        self.driver_is_up = false;
+        self.access_platform.set(Translation::default());
+        self.access_platform.backend_channel = false;
         self.state = SessionState::Waiting;
     }
 
-    /// A request of the VMM that is forwarded, with or without descriptors.
-    fn request(&mut self, message: &Message) {
-        let number = message.request();
+    fn count_request(&mut self, number: u32) {
         if let Some(counter) = self.requests.get_mut(request_index(number)) {
             counter.count += 1;
         }
+    }
+
+    /// A request of the VMM that is taken.
+    fn request(&mut self, message: &Message) {
+        let number = message.request();
         match (number, message.request_body()) {
             (request::SET_FEATURES, Body::U64(bits)) => {
                 self.features_acked = Features::virtio(bits);
                 if self.state == SessionState::Connected {
                     self.state = SessionState::Negotiated;
                 }
+                // Between a stop and the next start it may be another driver: that of a guest that reboots.
+                self.driver_is_up &= self.rings.iter().any(|ring| ring.started);
             }
             (request::SET_PROTOCOL_FEATURES, Body::U64(bits)) => {
                 self.protocol_features_acked = Features::protocol(bits);
@@ -372,6 +475,7 @@ impl Negotiation {
             (request::SET_LOG_BASE, _) => self.log_base_seen = true,
             (request::RESET_DEVICE, _) => {
                 self.features_acked = Features::virtio(0);
+                self.driver_is_up = false;
                 for ring in &mut self.rings {
                     ring.enabled = false;
                     ring.has_kick = false;
@@ -446,6 +550,11 @@ impl Negotiation {
         }
     }
 
+    /// Whether it is known what was acknowledged: not when the VMM goes on with an earlier session.
+    fn knows_acknowledged(&self) -> bool {
+        !self.assumed || self.features_acked.bits() != 0
+    }
+
     fn ring(&mut self, index: u32) -> Option<&mut RingState> {
         self.rings.get_mut(usize::try_from(index).ok()?)
     }
@@ -461,165 +570,15 @@ fn unix_seconds() -> Option<u64> {
 fn fresh_rings() -> [RingState; QUEUES] {
     QUEUE_NAMES.map(|queue| RingState {
         queue,
+        layout: "split",
         ..RingState::default()
     })
 }
 
-/// The current [`Negotiation`] of one guest, for readers in other threads.
-#[derive(Debug)]
-pub struct NegotiationWatch {
-    value: Mutex<Negotiation>,
-}
-
-impl NegotiationWatch {
-    /// A watch on which nothing has happened yet.
-    pub fn new(config: &SessionConfig) -> Arc<NegotiationWatch> {
-        Arc::new(NegotiationWatch {
-            value: Mutex::new(Negotiation::new(config)),
-        })
-    }
-
-    /// A copy of the current value.
-    pub fn snapshot(&self) -> Negotiation {
-        lock(&self.value).clone()
-    }
-
-    /// Client mode: connected, nothing said yet.
-    pub(super) fn connected(&self, peer: Option<Peer>) {
-        let mut value = lock(&self.value);
-        value.connected = true;
-        value.peer = peer;
-        value.state = SessionState::Connected;
-    }
-
-    /// The first message has come. Returns the session's number.
-    pub(super) fn session_started(&self, peer: Option<Peer>) -> u64 {
-        let mut value = lock(&self.value);
-        value.forget_session();
-        value.connected = true;
-        value.peer = peer;
-        value.state = SessionState::Connected;
-        value.sessions_total += 1;
-        value.session = value.sessions_total;
-        value.since = unix_seconds();
-        value.session
-    }
-
-    pub(super) fn session_ended(&self, error: Option<(SessionError, Option<u32>)>, end: SessionEnd) {
-        let mut value = lock(&self.value);
-        if let Some((error, request)) = error {
-            if let Some(counter) = value
-                .session_errors
-                .iter_mut()
-                .find(|c| c.reason == error.label())
-            {
-                counter.count += 1;
-            }
-            if let Some(request) = request {
-                value.request_failed(request);
-            }
-        }
-        value.last_end = Some(end);
-        value.forget_session();
-    }
-
-    /// A connection ended without a message.
-    pub(super) fn silent(&self) {
-        let mut value = lock(&self.value);
-        value.silent_connections += 1;
-        value.forget_session();
-    }
-
-    pub(super) fn rejected(&self) {
-        lock(&self.value).rejected_connections += 1;
-    }
-
-    pub(super) fn assume(&self, features: u64, protocol_features: u64) {
-        let mut value = lock(&self.value);
-        value.assumed = true;
-        value.features_offered = Features::virtio(features);
-        value.protocol_features_offered = Features::protocol(protocol_features);
-        value.protocol_features_acked = Features::protocol(protocol_features);
-    }
-
-    /// Whether the gate has negotiated in the VMM's place.
-    pub(super) fn is_assumed(&self) -> bool {
-        lock(&self.value).assumed
-    }
-
-    /// A request of the VMM, with `fds` descriptors, that is taken: it is forwarded, or carried out by the session itself.
-    pub(super) fn request(&self, message: &Message, _fds: usize) {
-        lock(&self.value).request(message);
-    }
-
-    /// A request of the VMM that the gate refuses, for `reason`. `told` if the VMM is answered; otherwise it learns of it by
-    /// the end of the session, if at all.
-    pub(super) fn refused(&self, message: &Message, _reason: &str, _told: bool) {
-        let mut value = lock(&self.value);
-        value.request(message);
-        value.request_failed(message.request());
-    }
-
-    /// The answer of the session itself to a request that was taken: 0 is yes.
-    pub(super) fn answered(&self, message: &Message, value: u64) {
-        if value != 0 {
-            lock(&self.value).request_failed(message.request());
-        }
-    }
-
-    /// An IOTLB message was carried out by the device.
-    pub(super) fn iotlb_carried_out(&self) {}
-
-    /// A miss was sent to the VMM.
-    pub(super) fn miss_sent(&self, _miss: Miss) {}
-
-    /// The VMM answered a miss.
-    pub(super) fn miss_answered(&self, _miss: Miss, _refused: bool) {}
-
-    /// Whether there is a channel to send misses on.
-    pub(super) fn backend_channel(&self, _open: bool) {}
-
-    /// How addresses are understood from now on.
-    pub(super) fn translation(&self, _translation: Translation) {}
-
-    /// Something odd was seen. Told in the log once.
-    pub(super) fn find(&self, _code: FindingCode, _seen: String) {}
-
-    /// It has passed.
-    pub(super) fn passed(&self, _code: FindingCode) {}
-
-    /// Something that the device tells.
-    pub(super) fn device_event(&self, _event: &DeviceEvent) {}
-
-    /// Looks for what only time shows; answers when to look again, `None` if not before something has happened.
-    pub(super) fn look(&self, _now: Instant) -> Option<Instant> {
-        None
-    }
-
-    pub(super) fn reply(&self, message: &Message) {
-        lock(&self.value).reply(message);
-    }
-
-    pub(super) fn ring_started(&self, index: usize, started: bool) {
-        let mut value = lock(&self.value);
-        if let Some(ring) = value.rings.get_mut(index) {
-            ring.started = started;
-        }
-        if value.connected {
-            value.state = if value.rings.iter().any(|ring| ring.started) {
-                SessionState::Running
-            } else {
-                SessionState::Negotiated
-            };
-        }
-    }
-
-    /// Whether the device runs a ring.
-    pub(super) fn any_ring_started(&self) -> bool {
-        lock(&self.value).rings.iter().any(|ring| ring.started)
-    }
-}
+#[cfg(test)]
+#[path = "../tests/talk.rs"]
+mod talk;
 
 #[cfg(test)]
-#[path = "tests/negotiation.rs"]
+#[path = "../tests/negotiation.rs"]
 mod tests;
