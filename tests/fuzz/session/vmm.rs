@@ -39,6 +39,8 @@ pub struct Vmm {
     small: OwnedFd,
     kicks: [OwnedFd; 3],
     channel: Option<UnixStream>,
+    /// Numbers of the requests since the last answer, in order; `None` once something was said that need not be a request.
+    unanswered: Option<VecDeque<u32>>,
     /// Answers as bytes, as far as they have come.
     received: VecDeque<u8>,
     open: bool,
@@ -66,6 +68,7 @@ impl Vmm {
             small: memory(0x2000),
             kicks: [event(), event(), event()],
             channel: None,
+            unanswered: Some(VecDeque::new()),
             received: VecDeque::new(),
             open: true,
             spoken: false,
@@ -87,7 +90,10 @@ impl Vmm {
     pub fn step(&mut self, step: &Step) {
         match step {
             Step::Request(request) => self.say(request),
-            Step::Bytes(bytes) => self.send(bytes, &[]),
+            Step::Bytes(bytes) => {
+                self.unanswered = None;
+                self.send(bytes, &[]);
+            }
             Step::Kick(ring) => self.kick(*ring),
             Step::Memory(gpa, bytes) => self.ram.write_all_at(bytes, *gpa).expect("guest memory"),
             Step::Misses(answer) => self.deal_with_misses(*answer),
@@ -146,8 +152,15 @@ impl Vmm {
         {
             self.asked += 1;
         }
-        self.send(message.bytes(), &fds);
+        self.say_bare(message, &fds);
         self.channel = ends.pop().or(self.channel.take());
+    }
+
+    fn say_bare(&mut self, message: &Message, fds: &[BorrowedFd<'_>]) {
+        if let Some(unanswered) = &mut self.unanswered {
+            unanswered.push_back(message.request());
+        }
+        self.send(message.bytes(), fds);
     }
 
     /// Sends, and reads answers as long as nothing can be sent: a VMM that reads nothing is served nothing.
@@ -225,6 +238,13 @@ impl Vmm {
             return None;
         }
         let message: Vec<u8> = self.received.drain(..HEADER_LEN + len).collect();
+        // Not every request has an answer, but answers come in the order of the requests.
+        if let Some(unanswered) = &mut self.unanswered {
+            let at = unanswered.iter().position(|request| *request == number);
+            let at =
+                at.unwrap_or_else(|| panic!("an answer to {number}, out of turn: {unanswered:?} are due"));
+            unanswered.drain(..=at);
+        }
         Some((number, message[HEADER_LEN..].to_vec()))
     }
 
@@ -282,7 +302,7 @@ impl Vmm {
                     let gpa = (page + (round << 12)) % RAM_SIZE;
                     let body = iotlb_body(iova & !0xfff, 0x1000, RAM_UADDR + gpa, 3, 2);
                     let update = Message::new(request::IOTLB_MSG, VERSION | NEED_REPLY, &body);
-                    self.send(update.bytes(), &[]);
+                    self.say_bare(&update, &[]);
                     say(0);
                 }
                 MissAnswer::Refuse => say(1),
