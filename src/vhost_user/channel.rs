@@ -40,7 +40,7 @@ impl Channel {
         Channel::default()
     }
 
-    /// Uses this socket from now on. What was asked on another one is not answered any more.
+    /// Uses this socket from now on. What was asked on another one and not answered is asked again.
     pub fn open(&mut self, socket: OwnedFd, acknowledges: bool) {
         self.close();
         self.socket = Some(UnixStream::from(socket));
@@ -129,7 +129,11 @@ impl Channel {
         self.socket = None;
         self.reader = FrameReader::default();
         self.writer = FrameWriter::default();
-        self.asked.clear();
+        // The device asks once, and would wait for ever.
+        let later = std::mem::take(&mut self.waiting);
+        for miss in std::mem::take(&mut self.asked).into_iter().chain(later) {
+            self.ask(miss);
+        }
     }
 }
 

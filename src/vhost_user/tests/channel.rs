@@ -155,3 +155,29 @@ fn a_channel_that_is_no_socket_ends() {
     channel.ask(miss(1, Access::Read));
     assert!(turn(&mut channel).2);
 }
+
+/// A front-end may give another channel at any time. The device asks once, so what the old one took with it is asked again.
+#[test]
+fn what_was_asked_on_a_channel_that_is_gone_is_asked_again_on_the_next() {
+    let (mut channel, front_end) = open(true);
+    let (first, second) = (miss(1, Access::Read), miss(2, Access::Write));
+    channel.ask(first);
+    channel.ask(second);
+    turn(&mut channel);
+    answer(&front_end, 0);
+    assert_eq!(turn(&mut channel).1, [(first, false)]);
+
+    let (replaced, ours) = UnixStream::pair().unwrap();
+    channel.open(ours.into(), true);
+    assert_eq!(turn(&mut channel).0, [second]);
+    assert_eq!(received(&replaced).len(), 1);
+
+    drop(replaced);
+    assert!(turn(&mut channel).2);
+    channel.ask(second);
+    let (again, ours) = UnixStream::pair().unwrap();
+    channel.open(ours.into(), true);
+    assert_eq!(turn(&mut channel).0, [second], "twice is a message too many");
+    answer(&again, 1);
+    assert_eq!(turn(&mut channel).1, [(second, true)]);
+}
