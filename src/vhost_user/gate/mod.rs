@@ -154,6 +154,8 @@ pub struct Culprit {
 struct Outstanding {
     request: u32,
     fault: Option<String>,
+    /// Whether its sender waits for an acknowledgement.
+    needs_reply: bool,
     /// It is a barrier: the answer is for nobody.
     barrier: bool,
 }
@@ -378,6 +380,7 @@ impl Gate {
         // Of requests that nobody answers, the last one of a kind says enough.
         if let Some(last) = self.outstanding.back_mut()
             && !last.barrier
+            && !last.needs_reply
             && last.fault.is_none()
             && last.request == request
             && !message.needs_reply()
@@ -392,6 +395,7 @@ impl Gate {
         self.outstanding.push_back(Outstanding {
             request,
             fault,
+            needs_reply: message.needs_reply(),
             barrier,
         });
     }

@@ -694,3 +694,15 @@ fn an_iotlb_message_takes_effect_after_the_memory_table_before_it() {
     assert_eq!(gate.reply(&ack(request::GET_FEATURES, 1)), ReplyVerdict::Swallow);
     assert!(gate.is_settled());
 }
+
+/// Of two requests of a kind, the answer to the first says nothing of the second, even if that one has no answer.
+#[test]
+fn an_iotlb_message_takes_effect_after_a_request_behind_an_answered_one_of_its_kind() {
+    let mut gate = platform(AccessPlatform::Auto);
+    gate.request(&insistent(&memory_table()), 2);
+    gate.request(&memory_table(), 2);
+    gate.reply(&ack(request::SET_MEM_TABLE, 0));
+    let verdict = gate.request(&iotlb(0x5000, 0x1000, BASE, 3, 2), 0);
+    assert!(!verdict.before.is_empty(), "the second table may not be in yet");
+    assert!(!gate.is_settled());
+}
