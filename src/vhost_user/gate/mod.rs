@@ -160,6 +160,14 @@ struct Outstanding {
     barrier: bool,
 }
 
+/// A SET_VRING_ADDR that the crate has been given.
+#[derive(Debug)]
+struct Addressed {
+    message: Message,
+    /// Whether its addresses were passed on as IOVAs.
+    translated: bool,
+}
+
 /// The state of one session's gate.
 pub struct Gate {
     mode: Mode,
@@ -179,7 +187,7 @@ pub struct Gate {
     regions: Option<Vec<MemoryRegion>>,
     /// The last SET_VRING_ADDR of each ring that has not been stopped since, to be said again when it turns out to have
     /// meant something else.
-    addressed: [Option<Message>; QUEUES],
+    addressed: [Option<Addressed>; QUEUES],
     translation: Translation,
     /// An IOTLB message has come in this session: there is no way back to identity.
     iotlb_seen: bool,
@@ -226,7 +234,7 @@ impl Gate {
         }
         let mut findings = Vec::new();
         let then = match (message.request(), message.request_body()) {
-            (request::IOTLB_MSG, body) => self.iotlb(message, &body, &mut before, &mut findings),
+            (request::IOTLB_MSG, body) => self.iotlb(message, &body, &mut findings),
             (
                 request::SET_VRING_ADDR,
                 Body::VringAddr {
@@ -237,19 +245,20 @@ impl Gate {
                 },
             ) if (index as usize) < QUEUES => {
                 let iovas = RingIovas { desc, avail, used };
-                self.ring_addresses(message, index as usize, iovas, &mut before, &mut findings)
+                self.ring_addresses(message, index as usize, iovas, &mut findings)
             }
             _ => self.other(message, fds),
         };
+        let fault = match &then {
+            Then::Forward { .. } => self.fault(message, fds),
+            _ => None,
+        };
+        if matches!(then, Then::Forward { .. } | Then::Replace(_)) {
+            self.note(message);
+        }
+        self.address_again(&mut before);
         match &then {
-            Then::Forward { .. } | Then::Replace(_) => {
-                let fault = match &then {
-                    Then::Replace(_) => None,
-                    _ => self.fault(message, fds),
-                };
-                self.note(message);
-                self.await_answer(message, fault, false);
-            }
+            Then::Forward { .. } | Then::Replace(_) => self.await_answer(message, fault, false),
             Then::Carry { .. } | Then::Refuse(_) => {
                 if !self.outstanding.is_empty() || !before.is_empty() || self.swallow > 0 {
                     let barrier = Message::new(request::GET_FEATURES, VERSION, &[]);
@@ -438,6 +447,11 @@ impl Gate {
 impl Passage {
     fn bare(message: Message) -> Passage {
         Passage { message, note: None }
+    }
+
+    /// Whether it names a ring's addresses as IOVAs.
+    fn is_translated(&self) -> bool {
+        self.note.is_some_and(|note| note.iovas.is_some())
     }
 }
 

@@ -706,3 +706,72 @@ fn an_iotlb_message_takes_effect_after_a_request_behind_an_answered_one_of_its_k
     assert!(!verdict.before.is_empty(), "the second table may not be in yet");
     assert!(!gate.is_settled());
 }
+
+/// What the crate is told of each ring, last.
+fn told(gate: &mut Gate, messages: &[Message]) -> [Option<RingIovas>; QUEUES] {
+    let mut told = [None; QUEUES];
+    for message in messages {
+        let verdict = gate.request(message, 0);
+        let last = match verdict.then {
+            Then::Forward { note } => note,
+            Then::Replace(passage) => passage.note,
+            _ => None,
+        };
+        for note in verdict
+            .before
+            .iter()
+            .filter_map(|passage| passage.note)
+            .chain(last)
+        {
+            told[note.index] = note.iovas;
+        }
+    }
+    told
+}
+
+/// The driver of before did not know the feature, and its rings were not taken down.
+#[test]
+fn rings_that_run_when_the_feature_comes_in_are_translated_like_any_other() {
+    let rings = [ring_addresses(0, BASE), ring_addresses(1, BASE + 0x1000)];
+    let set_up = |policy| {
+        let mut gate = negotiated(policy);
+        gate.request(&u64_request(request::SET_FEATURES, VIRTIO_F_VERSION_1), 0);
+        gate.request(&memory_table(), 2);
+        assert_eq!(told(&mut gate, &rings), [None; QUEUES]);
+        gate
+    };
+    let acknowledged = u64_request(request::SET_FEATURES, PLATFORM);
+    let translated = [Some(iovas(BASE)), Some(iovas(BASE + 0x1000)), None];
+
+    // Translated or not used.
+    let mut gate = set_up(AccessPlatform::Iotlb);
+    assert_eq!(told(&mut gate, std::slice::from_ref(&acknowledged)), translated);
+
+    // The addresses are the evidence as they would be later, until an IOTLB message comes.
+    let mut gate = set_up(AccessPlatform::Auto);
+    assert_eq!(
+        told(&mut gate, std::slice::from_ref(&acknowledged)),
+        [None; QUEUES]
+    );
+    assert_eq!(
+        gate.translation(),
+        understood(TranslationMode::Identity, Evidence::RingAddressesInMemory)
+    );
+    assert_eq!(told(&mut gate, &[iotlb(0x5000, 0x1000, BASE, 3, 2)]), translated);
+    // And once only.
+    assert_eq!(
+        told(&mut gate, &[iotlb(0x5000, 0x1000, BASE, 3, 2)]),
+        [None; QUEUES]
+    );
+    assert_eq!(gate.translation().mode, TranslationMode::Translate);
+
+    // Rings of IOVAs stay such.
+    let mut gate = platform(AccessPlatform::Auto);
+    gate.request(&ring_addresses(0, 0xffff_f000), 0);
+    gate.request(&u64_request(request::SET_FEATURES, VIRTIO_F_VERSION_1), 0);
+    gate.request(&acknowledged, 0);
+    assert_eq!(
+        gate.translation(),
+        understood(TranslationMode::Translate, Evidence::RingAddressesOutsideMemory)
+    );
+}

@@ -16,8 +16,8 @@
 
 use super::fault::ring_addresses_fault;
 use super::{
-    AddressNote, Gate, IotlbOperation, MAX_REGIONS, NOT_TRANSLATED, Observation, Passage, QUEUES, RingIovas,
-    Then,
+    AddressNote, Addressed, Gate, IotlbOperation, MAX_REGIONS, NOT_TRANSLATED, Observation, Passage, QUEUES,
+    RingIovas, Then,
 };
 use crate::guest::{Mapping, Permission};
 use crate::vhost_user::features::VIRTIO_F_ACCESS_PLATFORM;
@@ -59,6 +59,13 @@ impl Gate {
             AccessPlatform::Identity => (TranslationMode::Identity, Evidence::Configured),
             _ if self.iotlb_seen => (TranslationMode::Translate, Evidence::IotlbMessage),
             AccessPlatform::Iotlb => (TranslationMode::Translate, Evidence::Configured),
+            // Rings were set up before: those that were not IOVAs then the crate has found in memory.
+            AccessPlatform::Auto if self.addressed.iter().flatten().any(|ring| ring.translated) => {
+                (TranslationMode::Translate, Evidence::RingAddressesOutsideMemory)
+            }
+            AccessPlatform::Auto if self.addressed.iter().any(Option::is_some) => {
+                (TranslationMode::Identity, Evidence::RingAddressesInMemory)
+            }
             AccessPlatform::Auto => (TranslationMode::Undecided, Evidence::NoneYet),
         };
         self.translation = Translation { mode, evidence };
@@ -79,7 +86,6 @@ impl Gate {
         message: &Message,
         index: usize,
         addresses: RingIovas,
-        before: &mut Vec<Passage>,
         findings: &mut Vec<Observation>,
     ) -> Then {
         let known = self.regions.as_deref().unwrap_or_default();
@@ -98,7 +104,7 @@ impl Gate {
                 }
             };
         } else if self.translation.evidence == Evidence::RingAddressesInMemory && !in_memory {
-            self.translate(Evidence::RingAddressesOutsideMemory, before);
+            self.translate(Evidence::RingAddressesOutsideMemory);
         }
         if self.policy == AccessPlatform::Iotlb
             && self.platform_acknowledged()
@@ -134,7 +140,10 @@ impl Gate {
             return Then::Refuse(fault);
         }
         if let Some(slot) = self.addressed.get_mut(index) {
-            *slot = Some(message.clone());
+            *slot = Some(Addressed {
+                message: message.clone(),
+                translated: passage.is_translated(),
+            });
         }
         match passage.message == *message {
             true => Then::Forward { note: passage.note },
@@ -170,41 +179,44 @@ impl Gate {
         self.regions.as_ref()?.iter().find_map(aligned)
     }
 
-    /// Addresses are IOVAs from now on; rings that were set up otherwise are set up anew.
-    fn translate(&mut self, evidence: Evidence, before: &mut Vec<Passage>) {
-        let was = std::mem::replace(
-            &mut self.translation,
-            Translation {
-                mode: TranslationMode::Translate,
-                evidence,
-            },
-        );
-        if was.mode != TranslationMode::Identity {
+    /// Addresses are IOVAs from now on.
+    fn translate(&mut self, evidence: Evidence) {
+        let mode = TranslationMode::Translate;
+        self.translation = Translation { mode, evidence };
+    }
+
+    /// Where addresses are IOVAs, rings that were set up otherwise are set up anew.
+    pub(super) fn address_again(&mut self, before: &mut Vec<Passage>) {
+        if self.translation.mode != TranslationMode::Translate {
             return;
         }
         for index in 0..QUEUES {
-            let Some(message) = self.addressed.get(index).cloned().flatten() else {
+            let Some(Some(addressed)) = self
+                .addressed
+                .get(index)
+                .filter(|addressed| addressed.as_ref().is_some_and(|addressed| !addressed.translated))
+            else {
                 continue;
             };
-            if let Body::VringAddr {
+            let Body::VringAddr {
                 desc, used, avail, ..
-            } = message.request_body()
-            {
-                // Nobody waits for the answer to a repetition.
-                let message = message.with_flags(VERSION);
-                before.push(self.passage_of(&message, index, RingIovas { desc, avail, used }));
+            } = addressed.message.request_body()
+            else {
+                continue;
+            };
+            // Nobody waits for the answer to a repetition.
+            let message = addressed.message.with_flags(VERSION);
+            let passage = self.passage_of(&message, index, RingIovas { desc, avail, used });
+            let translated = passage.is_translated();
+            if let Some(Some(addressed)) = self.addressed.get_mut(index) {
+                addressed.translated = translated;
             }
+            before.push(passage);
         }
     }
 
     /// IOTLB_MSG.
-    pub(super) fn iotlb(
-        &mut self,
-        message: &Message,
-        body: &Body,
-        before: &mut Vec<Passage>,
-        findings: &mut Vec<Observation>,
-    ) -> Then {
+    pub(super) fn iotlb(&mut self, message: &Message, body: &Body, findings: &mut Vec<Observation>) -> Then {
         if message.flags() != VERSION && message.flags() != VERSION | NEED_REPLY {
             return Then::Refuse(format!(
                 "flags {:#x} are not those of a request of protocol version 1",
@@ -221,7 +233,7 @@ impl Gate {
         self.iotlb_seen = true;
         findings.push(Observation::Passed(FindingCode::AccessPlatformWithoutIotlb));
         if self.translation.evidence != Evidence::IotlbMessage {
-            self.translate(Evidence::IotlbMessage, before);
+            self.translate(Evidence::IotlbMessage);
         }
         let Body::Iotlb {
             iova,
