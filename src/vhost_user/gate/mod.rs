@@ -166,6 +166,8 @@ struct Addressed {
     message: Message,
     /// Whether its addresses were passed on as IOVAs.
     translated: bool,
+    /// The ring has been stopped since. It may start again without another message.
+    stopped: bool,
 }
 
 /// The state of one session's gate.
@@ -185,8 +187,7 @@ pub struct Gate {
     protocol_features: u64,
     /// Regions of the memory table; `None` when there are too many to remember.
     regions: Option<Vec<MemoryRegion>>,
-    /// The last SET_VRING_ADDR of each ring that has not been stopped since, to be said again when it turns out to have
-    /// meant something else.
+    /// The last SET_VRING_ADDR of each ring, to be said again when it turns out to have meant something else.
     addressed: [Option<Addressed>; QUEUES],
     translation: Translation,
     /// An IOTLB message has come in this session: there is no way back to identity.
@@ -433,10 +434,14 @@ impl Gate {
                     regions.retain(|known| known.guest_address != region.guest_address);
                 }
             }
-            (request::GET_VRING_BASE, Body::VringState { index, .. }) => self.forget_addresses(Some(index)),
+            (request::GET_VRING_BASE, Body::VringState { index, .. }) => {
+                if let Some(Some(addressed)) = self.addressed.get_mut(index as usize) {
+                    addressed.stopped = true;
+                }
+            }
             (request::RESET_DEVICE, _) => {
                 self.features = 0;
-                self.forget_addresses(None);
+                self.addressed = [const { None }; QUEUES];
                 self.features_changed();
             }
             _ => {}

@@ -50,7 +50,7 @@ impl Gate {
             self.translation.mode,
             TranslationMode::None | TranslationMode::Undecided
         );
-        if decided && self.addressed.iter().any(Option::is_some) {
+        if decided && self.set_up().next().is_some() {
             return;
         }
         let (mode, evidence) = match self.policy {
@@ -60,10 +60,10 @@ impl Gate {
             _ if self.iotlb_seen => (TranslationMode::Translate, Evidence::IotlbMessage),
             AccessPlatform::Iotlb => (TranslationMode::Translate, Evidence::Configured),
             // Rings were set up before: those that were not IOVAs then the crate has found in memory.
-            AccessPlatform::Auto if self.addressed.iter().flatten().any(|ring| ring.translated) => {
+            AccessPlatform::Auto if self.set_up().any(|ring| ring.translated) => {
                 (TranslationMode::Translate, Evidence::RingAddressesOutsideMemory)
             }
-            AccessPlatform::Auto if self.addressed.iter().any(Option::is_some) => {
+            AccessPlatform::Auto if self.set_up().next().is_some() => {
                 (TranslationMode::Identity, Evidence::RingAddressesInMemory)
             }
             AccessPlatform::Auto => (TranslationMode::Undecided, Evidence::NoneYet),
@@ -71,13 +71,12 @@ impl Gate {
         self.translation = Translation { mode, evidence };
     }
 
-    /// A ring has been stopped for good, or all of them: what they were told of addresses is void.
-    pub(super) fn forget_addresses(&mut self, index: Option<u32>) {
-        for (at, addressed) in self.addressed.iter_mut().enumerate() {
-            if index.is_none_or(|index| index as usize == at) {
-                *addressed = None;
-            }
-        }
+    /// The rings that are set up.
+    fn set_up(&self) -> impl Iterator<Item = &Addressed> {
+        self.addressed
+            .iter()
+            .flatten()
+            .filter(|addressed| !addressed.stopped)
     }
 
     /// SET_VRING_ADDR, well-formed, of a ring that exists.
@@ -143,6 +142,7 @@ impl Gate {
             *slot = Some(Addressed {
                 message: message.clone(),
                 translated: passage.is_translated(),
+                stopped: false,
             });
         }
         match passage.message == *message {
