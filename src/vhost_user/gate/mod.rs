@@ -40,7 +40,7 @@ mod translation;
 /// The most requests that are remembered as not yet answered; older ones are forgotten. What the sockets between VMM and
 /// crate hold is a fraction of it.
 const MAX_OUTSTANDING: usize = 4096;
-/// The most memory regions that addresses are looked up in; a session with more is not translated for.
+/// The most memory regions that a session may have. VMMs are told of a few less (`MAX_MEM_SLOTS` in vhost-user-backend).
 const MAX_REGIONS: usize = 512;
 
 /// What to do with a request of the VMM: first pass some messages of ours on, then deal with the request.
@@ -185,8 +185,8 @@ pub struct Gate {
     /// Virtio features that were acknowledged last.
     features: u64,
     protocol_features: u64,
-    /// Regions of the memory table; `None` when there are too many to remember.
-    regions: Option<Vec<MemoryRegion>>,
+    /// Regions of the memory table, at most [`MAX_REGIONS`].
+    regions: Vec<MemoryRegion>,
     /// The last SET_VRING_ADDR of each ring, to be said again when it turns out to have meant something else.
     addressed: [Option<Addressed>; QUEUES],
     translation: Translation,
@@ -211,7 +211,7 @@ impl Gate {
             owned: false,
             features: 0,
             protocol_features: 0,
-            regions: Some(Vec::new()),
+            regions: Vec::new(),
             addressed: [const { None }; QUEUES],
             translation: Translation::default(),
             iotlb_seen: false,
@@ -380,6 +380,8 @@ impl Gate {
         match number {
             // The crate would end the session as well, and cannot say which option to change.
             request::SET_FEATURES if self.features_fault(message).is_some() => Then::End(fault),
+            // The crate would take it.
+            request::ADD_MEM_REG if self.regions.len() >= MAX_REGIONS => Then::End(fault),
             // Perhaps the crate knows better. If it does not, this is what is said about the end of the session.
             _ => forward,
         }
@@ -420,19 +422,11 @@ impl Gate {
                 self.features_changed();
             }
             (request::SET_PROTOCOL_FEATURES, Body::U64(bits)) => self.protocol_features = bits,
-            (request::SET_MEM_TABLE, Body::MemoryTable(regions)) => self.regions = Some(regions),
-            (request::ADD_MEM_REG, Body::MemoryRegion(region)) => {
-                if let Some(regions) = &mut self.regions {
-                    regions.push(region);
-                    if regions.len() > MAX_REGIONS {
-                        self.regions = None;
-                    }
-                }
-            }
+            (request::SET_MEM_TABLE, Body::MemoryTable(regions)) => self.regions = regions,
+            (request::ADD_MEM_REG, Body::MemoryRegion(region)) => self.regions.push(region),
             (request::REM_MEM_REG, Body::MemoryRegion(region)) => {
-                if let Some(regions) = &mut self.regions {
-                    regions.retain(|known| known.guest_address != region.guest_address);
-                }
+                self.regions
+                    .retain(|known| known.guest_address != region.guest_address);
             }
             (request::GET_VRING_BASE, Body::VringState { index, .. }) => {
                 if let Some(Some(addressed)) = self.addressed.get_mut(index as usize) {

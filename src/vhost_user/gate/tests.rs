@@ -1,7 +1,9 @@
 //! Verdicts, message by message.
 
 use super::*;
-use crate::vhost_user::features::{PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_REPLY_ACK, VIRTIO_F_VERSION_1};
+use crate::vhost_user::features::{
+    PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_CONFIGURE_MEM_SLOTS, PROTOCOL_F_REPLY_ACK, VIRTIO_F_VERSION_1,
+};
 use crate::vhost_user::message::REPLY;
 
 fn u64_request(number: u32, value: u64) -> Message {
@@ -774,4 +776,34 @@ fn rings_that_run_when_the_feature_comes_in_are_translated_like_any_other() {
         gate.translation(),
         understood(TranslationMode::Translate, Evidence::RingAddressesOutsideMemory)
     );
+}
+
+/// A VMM that shares more regions than it was told that there is room for. To look addresses up in some of them would be to
+/// guess what a ring's addresses are.
+#[test]
+fn more_memory_regions_than_are_looked_up_are_refused_and_leave_no_ring_untranslated() {
+    let mut gate = negotiated(AccessPlatform::Iotlb);
+    let agreed = PROTOCOL_F_REPLY_ACK | PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+    gate.request(&u64_request(request::SET_PROTOCOL_FEATURES, agreed), 0);
+    gate.request(&u64_request(request::SET_FEATURES, PLATFORM), 0);
+    let region = |n: u64| {
+        let mut body = vec![0; 8];
+        for value in [n << 12, 0x1000, BASE + (n << 12), 0] {
+            body.extend_from_slice(&u64::to_ne_bytes(value));
+        }
+        Message::new(request::ADD_MEM_REG, VERSION, &body)
+    };
+    for n in 0..MAX_REGIONS as u64 {
+        assert!(is_passed_on(&gate.request(&region(n), 1)));
+    }
+    let one_more = region(MAX_REGIONS as u64);
+    assert!(matches!(
+        gate.request(&insistent(&one_more), 1).then,
+        Then::Refuse(_)
+    ));
+    assert_eq!(
+        told(&mut gate, &[ring_addresses(0, BASE)]),
+        [Some(iovas(BASE)), None, None]
+    );
+    assert!(matches!(gate.request(&one_more, 1).then, Then::End(_)));
 }

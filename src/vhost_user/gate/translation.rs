@@ -16,8 +16,8 @@
 
 use super::fault::ring_addresses_fault;
 use super::{
-    AddressNote, Addressed, Gate, IotlbOperation, MAX_REGIONS, NOT_TRANSLATED, Observation, Passage, QUEUES,
-    RingIovas, Then,
+    AddressNote, Addressed, Gate, IotlbOperation, NOT_TRANSLATED, Observation, Passage, QUEUES, RingIovas,
+    Then,
 };
 use crate::guest::{Mapping, Permission};
 use crate::vhost_user::features::VIRTIO_F_ACCESS_PLATFORM;
@@ -87,7 +87,7 @@ impl Gate {
         addresses: RingIovas,
         findings: &mut Vec<Observation>,
     ) -> Then {
-        let known = self.regions.as_deref().unwrap_or_default();
+        let known = &self.regions;
         let has_memory = !known.is_empty();
         let in_memory = ring_addresses_fault(known, addresses).is_none();
         if self.translation.mode == TranslationMode::Undecided && has_memory {
@@ -176,7 +176,7 @@ impl Gate {
             let address = region.user_address.checked_next_multiple_of(PLACEHOLDER_ALIGN)?;
             region.contains_user(address).then_some(address)
         };
-        self.regions.as_ref()?.iter().find_map(aligned)
+        self.regions.iter().find_map(aligned)
     }
 
     /// Addresses are IOVAs from now on.
@@ -277,17 +277,12 @@ impl Gate {
                 "UPDATE of {size:#x} bytes from {iova:#x} on at {uaddr:#x} wraps around"
             ));
         }
-        let Some(regions) = &self.regions else {
-            return Err(format!(
-                "more than {MAX_REGIONS} memory regions are not looked through"
-            ));
-        };
         let mut mappings = Vec::new();
         let mut done = 0;
         // Each round begins where a region has ended, so there are no more rounds than regions.
         while done < size {
             let address = uaddr + done;
-            let found = regions.iter().find(|region| region.contains_user(address));
+            let found = self.regions.iter().find(|region| region.contains_user(address));
             let Some((offset, region)) = found.map(|region| (address - region.user_address, region)) else {
                 return Err(format!("UPDATE names {address:#x}, which is in no memory region"));
             };
