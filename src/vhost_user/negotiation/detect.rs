@@ -31,7 +31,12 @@ impl Inner {
         if self.access_platform().policy != AccessPlatform::Iotlb || !self.now.connected {
             return None;
         }
-        if self.board.is_active(FindingCode::AccessPlatformWithoutIotlb) {
+        let access = self.access_platform();
+        // It may also be silent with addresses that are none of its own.
+        let silent = access.mode == TranslationMode::Translate
+            && access.evidence != Evidence::IotlbMessage
+            && self.board.is_active(FindingCode::IotlbMissUnanswered);
+        if silent || self.board.is_active(FindingCode::AccessPlatformWithoutIotlb) {
             return Some(
                 "accessPlatform is iotlb, and the VMM acknowledged VIRTIO_F_ACCESS_PLATFORM but sends no IOTLB \
                  messages: the guest is not served",
