@@ -195,6 +195,7 @@ impl Device {
             ring,
             held: None,
             told: false,
+            broken: false,
             kicked: true,
             due: true,
         });
