@@ -151,7 +151,13 @@ fn after_burst<T>(
         debug!(guest = %switchboard.name, queue = QUEUE_LABELS[queue], fault = fault.label(), count, "malformed chains");
     }
     let error = match result {
-        Ok(value) => return Some(value),
+        Ok(value) => {
+            if running.broken && running.held.is_none() {
+                running.broken = false;
+                reports.tell(DeviceEvent::RingMended { index: queue });
+            }
+            return Some(value);
+        }
         Err(error) => error,
     };
     running.held = Some(match error {
@@ -159,8 +165,14 @@ fn after_burst<T>(
         RingError::Memory { .. } if running.ring.is_translated() => Hold::Refused,
         _ => Hold::Broken,
     });
+    if running.held == Some(Hold::Translation) {
+        return None;
+    }
     // One that is refused is tried at each UPDATE: it is told once all the same.
-    if running.held != Some(Hold::Translation) && !running.told {
+    if !std::mem::replace(&mut running.broken, true) {
+        reports.tell(DeviceEvent::RingBroken { index: queue, error });
+    }
+    if !running.told {
         running.told = true;
         if let Some(counter) = metrics.errors.get(error.reason() as usize) {
             counter.inc();
@@ -169,7 +181,6 @@ fn after_burst<T>(
             guest = %switchboard.name, queue = QUEUE_LABELS[queue], %error,
             "the ring is broken and is not served until the guest restarts it"
         );
-        reports.tell(DeviceEvent::RingBroken { index: queue, error });
     }
     None
 }

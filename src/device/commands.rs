@@ -201,6 +201,7 @@ impl Device {
             ring,
             held: None,
             told: false,
+            broken: false,
             kicked: true,
             due: true,
         });

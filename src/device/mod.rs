@@ -196,8 +196,10 @@ struct RunningRing {
     ring: Ring,
     /// What keeps it from being served.
     held: Option<Hold>,
-    /// The session and the log have been told that it is broken.
+    /// The log has been told that it is broken.
     told: bool,
+    /// The session has been told so, and not that it is mended.
+    broken: bool,
     /// The guest has kicked since the last burst.
     kicked: bool,
     /// There may be entries for which no kick will come. (Of the tx ring; what goes to the guest is known here.)

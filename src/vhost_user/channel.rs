@@ -40,7 +40,7 @@ impl Channel {
         Channel::default()
     }
 
-    /// Uses this socket from now on. What was asked on another one is not answered any more.
+    /// Uses this socket from now on. What was asked on another one and not answered is asked again.
     pub fn open(&mut self, socket: OwnedFd, acknowledges: bool) {
         self.close();
         self.socket = Some(UnixStream::from(socket));
@@ -54,10 +54,12 @@ impl Channel {
 
     /// Asks the front-end for a translation.
     pub fn ask(&mut self, miss: Miss) {
-        // Beyond the bound the miss is lost, and the device tells that it is overdue.
-        if self.waiting.len() < MAX_QUEUED {
-            self.waiting.push_back(miss);
+        // The device asks again what it was made to forget; what it asked last is what it waits for now.
+        self.waiting.retain(|known| *known != miss);
+        if self.waiting.len() >= MAX_QUEUED {
+            self.waiting.pop_front();
         }
+        self.waiting.push_back(miss);
     }
 
     /// What to poll the socket for.
@@ -72,7 +74,19 @@ impl Channel {
     /// answer and whether it is a refusal. Answers whether the channel has ended meanwhile.
     pub fn turn(&mut self, mut sent: impl FnMut(Miss), mut answered: impl FnMut(Miss, bool)) -> bool {
         let Some(socket) = &self.socket else { return false };
-        while let Some(miss) = self.waiting.pop_front() {
+        // A miss is written once the one before is out: what a front-end does not read must not pile up behind the bound.
+        loop {
+            match self.writer.flush(socket) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(_) => {
+                    self.close();
+                    return true;
+                }
+            }
+            let Some(miss) = self.waiting.pop_front() else {
+                break;
+            };
             // A front-end that translates and never answers is not asked to, in the end: its UPDATEs do.
             let acknowledges = self.acknowledges && self.asked.len() < MAX_QUEUED;
             let perm = match miss.access {
@@ -86,10 +100,6 @@ impl Channel {
                 self.asked.push_back(miss);
             }
             sent(miss);
-        }
-        if self.writer.flush(socket).is_err() {
-            self.close();
-            return true;
         }
         for _ in 0..BUDGET {
             match self.reader.receive(socket) {
@@ -119,7 +129,11 @@ impl Channel {
         self.socket = None;
         self.reader = FrameReader::default();
         self.writer = FrameWriter::default();
-        self.asked.clear();
+        // The device asks once, and would wait for ever.
+        let later = std::mem::take(&mut self.waiting);
+        for miss in std::mem::take(&mut self.asked).into_iter().chain(later) {
+            self.ask(miss);
+        }
     }
 }
 

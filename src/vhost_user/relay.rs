@@ -165,7 +165,8 @@ impl Relay {
 
     /// What the device has to do now; [`Relay::carried_out`] says that it has.
     pub fn take_operation(&mut self) -> Option<IotlbOperation> {
-        let settled = self.gate.is_settled();
+        // One answer of ours at a time: a VMM that reads none must not make them pile up here.
+        let settled = self.gate.is_settled() && self.to_vmm.is_empty();
         let held = self.held.as_mut()?;
         match &mut held.stage {
             Stage::Barrier(operation) if settled && operation.is_some() => {
@@ -290,7 +291,7 @@ impl Relay {
     /// Whether a request of ours to answer keeps the VMM's next one waiting.
     fn is_held(&mut self, watch: &NegotiationWatch) -> bool {
         let refused = |held: &Held| matches!(held.stage, Stage::Barrier(None));
-        // One answer of ours at a time: a VMM that reads none must not make them pile up here.
+        // As for those that are carried out.
         if self.gate.is_settled()
             && self.to_vmm.is_empty()
             && let Some(held) = self.held.take_if(|held| refused(held))

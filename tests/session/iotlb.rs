@@ -252,6 +252,22 @@ fn a_silent_front_end_with_its_own_addresses_is_served_as_if_the_feature_were_no
     }
 }
 
+/// The addresses of a ring outlive its stop, so the proof that they are IOVAs may come between stop and start.
+#[test]
+fn a_ring_that_is_stopped_when_the_iommu_shows_itself_is_translated_when_it_starts_again() {
+    let rig = Rig::new(vsock_sidecar::vhost_user::Mode::Server);
+    let vmm = rig.connect();
+    let setup = vmm.realize();
+    let running = vmm.start_behind_iommu(&setup, DESC);
+    vmm.send_state(request::GET_VRING_BASE, 0, 0);
+    vmm.reply();
+    assert_eq!(vmm.update(DESC[0], PAGES[0]), 0);
+    vmm.send_fd(request::SET_VRING_KICK, 0, &running.kick[0]);
+    vmm.barrier();
+    rig.device
+        .with_ring(0, |ring| assert!(ring.translated, "served without the IOMMU"));
+}
+
 #[test]
 fn a_feature_that_was_not_offered_costs_the_session_or_the_request() {
     let rig = Rig::with_policy(AccessPlatform::Off);

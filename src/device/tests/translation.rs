@@ -360,6 +360,7 @@ fn a_ring_that_is_refused_is_told_as_broken_once_and_mended_by_translations() {
     assert_eq!(bench.held(), [Some("translation")]);
     bench.map(6);
     assert_eq!(bench.held(), [None]);
+    assert_eq!(bench.events_told(), [DeviceEvent::RingMended { index: TX }]);
 }
 
 /// A hundred dials and clients may be before it, each with a system call or two. The guest's vCPU stands still.

@@ -1,6 +1,6 @@
 //! What is wrong with a request, as far as can be told before the crate sees it.
 
-use super::{Gate, QUEUES, RingIovas};
+use super::{Gate, MAX_REGIONS, QUEUES, RingIovas};
 use crate::vhost_user::AccessPlatform;
 use crate::vhost_user::features::{
     Features, PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_CONFIG, PROTOCOL_F_CONFIGURE_MEM_SLOTS,
@@ -44,6 +44,10 @@ impl Gate {
             (request::SET_MEM_TABLE, Body::MemoryTable(regions)) if regions.len() != fds => {
                 Some(format!("{} regions and {fds} descriptors", regions.len()))
             }
+            // To look addresses up in some regions only would be to guess what they are.
+            (request::ADD_MEM_REG, _) if self.regions.len() >= MAX_REGIONS => {
+                Some(format!("there are {MAX_REGIONS} memory regions already"))
+            }
             (_, Body::VringState { index, .. } | Body::VringAddr { index, .. })
                 if index as usize >= QUEUES =>
             {
@@ -68,7 +72,7 @@ impl Gate {
                 Body::VringAddr {
                     desc, used, avail, ..
                 },
-            ) => ring_addresses_fault(self.regions.as_ref()?, RingIovas { desc, avail, used }),
+            ) => ring_addresses_fault(&self.regions, RingIovas { desc, avail, used }),
             (number, Body::Other) if has_fixed_body(number) => Some(format!(
                 "a body of {} bytes is not what it has",
                 message.body().len()

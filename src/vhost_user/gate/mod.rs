@@ -40,7 +40,7 @@ mod translation;
 /// The most requests that are remembered as not yet answered; older ones are forgotten. What the sockets between VMM and
 /// crate hold is a fraction of it.
 const MAX_OUTSTANDING: usize = 4096;
-/// The most memory regions that addresses are looked up in; a session with more is not translated for.
+/// The most memory regions that a session may have. VMMs are told of a few less (`MAX_MEM_SLOTS` in vhost-user-backend).
 const MAX_REGIONS: usize = 512;
 
 /// What to do with a request of the VMM: first pass some messages of ours on, then deal with the request.
@@ -154,8 +154,20 @@ pub struct Culprit {
 struct Outstanding {
     request: u32,
     fault: Option<String>,
+    /// Whether its sender waits for an acknowledgement.
+    needs_reply: bool,
     /// It is a barrier: the answer is for nobody.
     barrier: bool,
+}
+
+/// A SET_VRING_ADDR that the crate has been given.
+#[derive(Debug)]
+struct Addressed {
+    message: Message,
+    /// Whether its addresses were passed on as IOVAs.
+    translated: bool,
+    /// The ring has been stopped since. It may start again without another message.
+    stopped: bool,
 }
 
 /// The state of one session's gate.
@@ -173,11 +185,10 @@ pub struct Gate {
     /// Virtio features that were acknowledged last.
     features: u64,
     protocol_features: u64,
-    /// Regions of the memory table; `None` when there are too many to remember.
-    regions: Option<Vec<MemoryRegion>>,
-    /// The last SET_VRING_ADDR of each ring that has not been stopped since, to be said again when it turns out to have
-    /// meant something else.
-    addressed: [Option<Message>; QUEUES],
+    /// Regions of the memory table, at most [`MAX_REGIONS`].
+    regions: Vec<MemoryRegion>,
+    /// The last SET_VRING_ADDR of each ring, to be said again when it turns out to have meant something else.
+    addressed: [Option<Addressed>; QUEUES],
     translation: Translation,
     /// An IOTLB message has come in this session: there is no way back to identity.
     iotlb_seen: bool,
@@ -200,7 +211,7 @@ impl Gate {
             owned: false,
             features: 0,
             protocol_features: 0,
-            regions: Some(Vec::new()),
+            regions: Vec::new(),
             addressed: [const { None }; QUEUES],
             translation: Translation::default(),
             iotlb_seen: false,
@@ -224,7 +235,7 @@ impl Gate {
         }
         let mut findings = Vec::new();
         let then = match (message.request(), message.request_body()) {
-            (request::IOTLB_MSG, body) => self.iotlb(message, &body, &mut before, &mut findings),
+            (request::IOTLB_MSG, body) => self.iotlb(message, &body, &mut findings),
             (
                 request::SET_VRING_ADDR,
                 Body::VringAddr {
@@ -235,24 +246,20 @@ impl Gate {
                 },
             ) if (index as usize) < QUEUES => {
                 let iovas = RingIovas { desc, avail, used };
-                self.ring_addresses(message, index as usize, iovas, &mut before, &mut findings)
+                self.ring_addresses(message, index as usize, iovas, &mut findings)
             }
             _ => self.other(message, fds),
         };
+        let fault = match &then {
+            Then::Forward { .. } => self.fault(message, fds),
+            _ => None,
+        };
+        if matches!(then, Then::Forward { .. } | Then::Replace(_)) {
+            self.note(message);
+        }
+        self.address_again(&mut before);
         match &then {
-            Then::Forward { .. } | Then::Replace(_) => {
-                let fault = match &then {
-                    Then::Replace(_) => None,
-                    _ => self.fault(message, fds),
-                };
-                let was = self.translation.mode;
-                self.note(message);
-                // A ring that was set up before the feature was acknowledged must not stay as it is.
-                if was != TranslationMode::Translate && self.translation.mode == TranslationMode::Translate {
-                    self.say_addresses_again(&mut before);
-                }
-                self.await_answer(message, fault, false);
-            }
+            Then::Forward { .. } | Then::Replace(_) => self.await_answer(message, fault, false),
             Then::Carry { .. } | Then::Refuse(_) => {
                 if !self.outstanding.is_empty() || !before.is_empty() || self.swallow > 0 {
                     let barrier = Message::new(request::GET_FEATURES, VERSION, &[]);
@@ -373,6 +380,8 @@ impl Gate {
         match number {
             // The crate would end the session as well, and cannot say which option to change.
             request::SET_FEATURES if self.features_fault(message).is_some() => Then::End(fault),
+            // The crate would take it.
+            request::ADD_MEM_REG if self.regions.len() >= MAX_REGIONS => Then::End(fault),
             // Perhaps the crate knows better. If it does not, this is what is said about the end of the session.
             _ => forward,
         }
@@ -383,6 +392,7 @@ impl Gate {
         // Of requests that nobody answers, the last one of a kind says enough.
         if let Some(last) = self.outstanding.back_mut()
             && !last.barrier
+            && !last.needs_reply
             && last.fault.is_none()
             && last.request == request
             && !message.needs_reply()
@@ -397,6 +407,7 @@ impl Gate {
         self.outstanding.push_back(Outstanding {
             request,
             fault,
+            needs_reply: message.needs_reply(),
             barrier,
         });
     }
@@ -411,24 +422,20 @@ impl Gate {
                 self.features_changed();
             }
             (request::SET_PROTOCOL_FEATURES, Body::U64(bits)) => self.protocol_features = bits,
-            (request::SET_MEM_TABLE, Body::MemoryTable(regions)) => self.regions = Some(regions),
-            (request::ADD_MEM_REG, Body::MemoryRegion(region)) => {
-                if let Some(regions) = &mut self.regions {
-                    regions.push(region);
-                    if regions.len() > MAX_REGIONS {
-                        self.regions = None;
-                    }
-                }
-            }
+            (request::SET_MEM_TABLE, Body::MemoryTable(regions)) => self.regions = regions,
+            (request::ADD_MEM_REG, Body::MemoryRegion(region)) => self.regions.push(region),
             (request::REM_MEM_REG, Body::MemoryRegion(region)) => {
-                if let Some(regions) = &mut self.regions {
-                    regions.retain(|known| known.guest_address != region.guest_address);
+                self.regions
+                    .retain(|known| known.guest_address != region.guest_address);
+            }
+            (request::GET_VRING_BASE, Body::VringState { index, .. }) => {
+                if let Some(Some(addressed)) = self.addressed.get_mut(index as usize) {
+                    addressed.stopped = true;
                 }
             }
-            (request::GET_VRING_BASE, Body::VringState { index, .. }) => self.forget_addresses(Some(index)),
             (request::RESET_DEVICE, _) => {
                 self.features = 0;
-                self.forget_addresses(None);
+                self.addressed = [const { None }; QUEUES];
                 self.features_changed();
             }
             _ => {}
@@ -439,6 +446,11 @@ impl Gate {
 impl Passage {
     fn bare(message: Message) -> Passage {
         Passage { message, note: None }
+    }
+
+    /// Whether it names a ring's addresses as IOVAs.
+    fn is_translated(&self) -> bool {
+        self.note.is_some_and(|note| note.iovas.is_some())
     }
 }
 

@@ -1,7 +1,9 @@
 //! Verdicts, message by message.
 
 use super::*;
-use crate::vhost_user::features::{PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_REPLY_ACK, VIRTIO_F_VERSION_1};
+use crate::vhost_user::features::{
+    PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_CONFIGURE_MEM_SLOTS, PROTOCOL_F_REPLY_ACK, VIRTIO_F_VERSION_1,
+};
 use crate::vhost_user::message::REPLY;
 
 fn u64_request(number: u32, value: u64) -> Message {
@@ -693,4 +695,115 @@ fn an_iotlb_message_takes_effect_after_the_memory_table_before_it() {
     // The crate may answer the memory table first.
     assert_eq!(gate.reply(&ack(request::GET_FEATURES, 1)), ReplyVerdict::Swallow);
     assert!(gate.is_settled());
+}
+
+/// Of two requests of a kind, the answer to the first says nothing of the second, even if that one has no answer.
+#[test]
+fn an_iotlb_message_takes_effect_after_a_request_behind_an_answered_one_of_its_kind() {
+    let mut gate = platform(AccessPlatform::Auto);
+    gate.request(&insistent(&memory_table()), 2);
+    gate.request(&memory_table(), 2);
+    gate.reply(&ack(request::SET_MEM_TABLE, 0));
+    let verdict = gate.request(&iotlb(0x5000, 0x1000, BASE, 3, 2), 0);
+    assert!(!verdict.before.is_empty(), "the second table may not be in yet");
+    assert!(!gate.is_settled());
+}
+
+/// What the crate is told of each ring, last.
+fn told(gate: &mut Gate, messages: &[Message]) -> [Option<RingIovas>; QUEUES] {
+    let mut told = [None; QUEUES];
+    for message in messages {
+        let verdict = gate.request(message, 0);
+        let last = match verdict.then {
+            Then::Forward { note } => note,
+            Then::Replace(passage) => passage.note,
+            _ => None,
+        };
+        for note in verdict
+            .before
+            .iter()
+            .filter_map(|passage| passage.note)
+            .chain(last)
+        {
+            told[note.index] = note.iovas;
+        }
+    }
+    told
+}
+
+/// The driver of before did not know the feature, and its rings were not taken down.
+#[test]
+fn rings_that_run_when_the_feature_comes_in_are_translated_like_any_other() {
+    let rings = [ring_addresses(0, BASE), ring_addresses(1, BASE + 0x1000)];
+    let set_up = |policy| {
+        let mut gate = negotiated(policy);
+        gate.request(&u64_request(request::SET_FEATURES, VIRTIO_F_VERSION_1), 0);
+        gate.request(&memory_table(), 2);
+        assert_eq!(told(&mut gate, &rings), [None; QUEUES]);
+        gate
+    };
+    let acknowledged = u64_request(request::SET_FEATURES, PLATFORM);
+    let translated = [Some(iovas(BASE)), Some(iovas(BASE + 0x1000)), None];
+
+    // Translated or not used.
+    let mut gate = set_up(AccessPlatform::Iotlb);
+    assert_eq!(told(&mut gate, std::slice::from_ref(&acknowledged)), translated);
+
+    // The addresses are the evidence as they would be later, until an IOTLB message comes.
+    let mut gate = set_up(AccessPlatform::Auto);
+    assert_eq!(
+        told(&mut gate, std::slice::from_ref(&acknowledged)),
+        [None; QUEUES]
+    );
+    assert_eq!(
+        gate.translation(),
+        understood(TranslationMode::Identity, Evidence::RingAddressesInMemory)
+    );
+    assert_eq!(told(&mut gate, &[iotlb(0x5000, 0x1000, BASE, 3, 2)]), translated);
+    // And once only.
+    assert_eq!(
+        told(&mut gate, &[iotlb(0x5000, 0x1000, BASE, 3, 2)]),
+        [None; QUEUES]
+    );
+    assert_eq!(gate.translation().mode, TranslationMode::Translate);
+
+    // Rings of IOVAs stay such.
+    let mut gate = platform(AccessPlatform::Auto);
+    gate.request(&ring_addresses(0, 0xffff_f000), 0);
+    gate.request(&u64_request(request::SET_FEATURES, VIRTIO_F_VERSION_1), 0);
+    gate.request(&acknowledged, 0);
+    assert_eq!(
+        gate.translation(),
+        understood(TranslationMode::Translate, Evidence::RingAddressesOutsideMemory)
+    );
+}
+
+/// A VMM that shares more regions than it was told that there is room for. To look addresses up in some of them would be to
+/// guess what a ring's addresses are.
+#[test]
+fn more_memory_regions_than_are_looked_up_are_refused_and_leave_no_ring_untranslated() {
+    let mut gate = negotiated(AccessPlatform::Iotlb);
+    let agreed = PROTOCOL_F_REPLY_ACK | PROTOCOL_F_BACKEND_REQ | PROTOCOL_F_CONFIGURE_MEM_SLOTS;
+    gate.request(&u64_request(request::SET_PROTOCOL_FEATURES, agreed), 0);
+    gate.request(&u64_request(request::SET_FEATURES, PLATFORM), 0);
+    let region = |n: u64| {
+        let mut body = vec![0; 8];
+        for value in [n << 12, 0x1000, BASE + (n << 12), 0] {
+            body.extend_from_slice(&u64::to_ne_bytes(value));
+        }
+        Message::new(request::ADD_MEM_REG, VERSION, &body)
+    };
+    for n in 0..MAX_REGIONS as u64 {
+        assert!(is_passed_on(&gate.request(&region(n), 1)));
+    }
+    let one_more = region(MAX_REGIONS as u64);
+    assert!(matches!(
+        gate.request(&insistent(&one_more), 1).then,
+        Then::Refuse(_)
+    ));
+    assert_eq!(
+        told(&mut gate, &[ring_addresses(0, BASE)]),
+        [Some(iovas(BASE)), None, None]
+    );
+    assert!(matches!(gate.request(&one_more, 1).then, Then::End(_)));
 }

@@ -16,7 +16,7 @@
 
 use super::fault::ring_addresses_fault;
 use super::{
-    AddressNote, Gate, IotlbOperation, MAX_REGIONS, NOT_TRANSLATED, Observation, Passage, QUEUES, RingIovas,
+    AddressNote, Addressed, Gate, IotlbOperation, NOT_TRANSLATED, Observation, Passage, QUEUES, RingIovas,
     Then,
 };
 use crate::guest::{Mapping, Permission};
@@ -50,7 +50,7 @@ impl Gate {
             self.translation.mode,
             TranslationMode::None | TranslationMode::Undecided
         );
-        if decided && self.addressed.iter().any(Option::is_some) {
+        if decided && self.set_up().next().is_some() {
             return;
         }
         let (mode, evidence) = match self.policy {
@@ -59,18 +59,24 @@ impl Gate {
             AccessPlatform::Identity => (TranslationMode::Identity, Evidence::Configured),
             _ if self.iotlb_seen => (TranslationMode::Translate, Evidence::IotlbMessage),
             AccessPlatform::Iotlb => (TranslationMode::Translate, Evidence::Configured),
+            // Rings were set up before: those that were not IOVAs then the crate has found in memory.
+            AccessPlatform::Auto if self.set_up().any(|ring| ring.translated) => {
+                (TranslationMode::Translate, Evidence::RingAddressesOutsideMemory)
+            }
+            AccessPlatform::Auto if self.set_up().next().is_some() => {
+                (TranslationMode::Identity, Evidence::RingAddressesInMemory)
+            }
             AccessPlatform::Auto => (TranslationMode::Undecided, Evidence::NoneYet),
         };
         self.translation = Translation { mode, evidence };
     }
 
-    /// A ring has been stopped for good, or all of them: what they were told of addresses is void.
-    pub(super) fn forget_addresses(&mut self, index: Option<u32>) {
-        for (at, addressed) in self.addressed.iter_mut().enumerate() {
-            if index.is_none_or(|index| index as usize == at) {
-                *addressed = None;
-            }
-        }
+    /// The rings that are set up.
+    fn set_up(&self) -> impl Iterator<Item = &Addressed> {
+        self.addressed
+            .iter()
+            .flatten()
+            .filter(|addressed| !addressed.stopped)
     }
 
     /// SET_VRING_ADDR, well-formed, of a ring that exists.
@@ -79,10 +85,9 @@ impl Gate {
         message: &Message,
         index: usize,
         addresses: RingIovas,
-        before: &mut Vec<Passage>,
         findings: &mut Vec<Observation>,
     ) -> Then {
-        let known = self.regions.as_deref().unwrap_or_default();
+        let known = &self.regions;
         let has_memory = !known.is_empty();
         let in_memory = ring_addresses_fault(known, addresses).is_none();
         let undecided = self.translation.mode == TranslationMode::Undecided && has_memory;
@@ -92,7 +97,7 @@ impl Gate {
                 evidence: Evidence::RingAddressesInMemory,
             };
         } else if (undecided || self.translation.evidence == Evidence::RingAddressesInMemory) && !in_memory {
-            self.translate(Evidence::RingAddressesOutsideMemory, before);
+            self.translate(Evidence::RingAddressesOutsideMemory);
         }
         if self.policy == AccessPlatform::Iotlb
             && self.platform_acknowledged()
@@ -128,7 +133,11 @@ impl Gate {
             return Then::Refuse(fault);
         }
         if let Some(slot) = self.addressed.get_mut(index) {
-            *slot = Some(message.clone());
+            *slot = Some(Addressed {
+                message: message.clone(),
+                translated: passage.is_translated(),
+                stopped: false,
+            });
         }
         match passage.message == *message {
             true => Then::Forward { note: passage.note },
@@ -161,48 +170,50 @@ impl Gate {
             let address = region.user_address.checked_next_multiple_of(PLACEHOLDER_ALIGN)?;
             region.contains_user(address).then_some(address)
         };
-        self.regions.as_ref()?.iter().find_map(aligned)
+        self.regions.iter().find_map(aligned)
     }
 
-    /// Addresses are IOVAs from now on; rings that were set up otherwise are set up anew.
-    fn translate(&mut self, evidence: Evidence, before: &mut Vec<Passage>) {
-        let was = std::mem::replace(
-            &mut self.translation,
-            Translation {
-                mode: TranslationMode::Translate,
-                evidence,
-            },
-        );
-        if was.mode != TranslationMode::Translate {
-            self.say_addresses_again(before);
+    /// Addresses are IOVAs from now on.
+    fn translate(&mut self, evidence: Evidence) {
+        let mode = TranslationMode::Translate;
+        self.translation = Translation { mode, evidence };
+    }
+
+    /// Where addresses are IOVAs, rings that were set up otherwise are set up anew.
+    pub(super) fn address_again(&mut self, before: &mut Vec<Passage>) {
+        if self.translation.mode != TranslationMode::Translate {
+            return;
         }
-    }
-
-    /// Has rings whose addresses were taken for the VMM's set up anew with the same ones as IOVAs.
-    pub(super) fn say_addresses_again(&self, before: &mut Vec<Passage>) {
         for index in 0..QUEUES {
-            let Some(message) = self.addressed.get(index).cloned().flatten() else {
+            let Some(Some(addressed)) = self
+                .addressed
+                .get(index)
+                .filter(|addressed| addressed.as_ref().is_some_and(|addressed| !addressed.translated))
+            else {
                 continue;
             };
-            if let Body::VringAddr {
+            let Body::VringAddr {
                 desc, used, avail, ..
-            } = message.request_body()
-            {
-                // Nobody waits for the answer to a repetition.
-                let message = message.with_flags(VERSION);
-                before.push(self.passage_of(&message, index, RingIovas { desc, avail, used }));
+            } = addressed.message.request_body()
+            else {
+                continue;
+            };
+            // Nobody waits for the answer to a repetition.
+            let message = addressed.message.with_flags(VERSION);
+            let passage = self.passage_of(&message, index, RingIovas { desc, avail, used });
+            // All memory is gone, and with it the ring: it waits for some, as the crate would refuse a ring without.
+            if !passage.is_translated() {
+                continue;
             }
+            if let Some(Some(addressed)) = self.addressed.get_mut(index) {
+                addressed.translated = true;
+            }
+            before.push(passage);
         }
     }
 
     /// IOTLB_MSG.
-    pub(super) fn iotlb(
-        &mut self,
-        message: &Message,
-        body: &Body,
-        before: &mut Vec<Passage>,
-        findings: &mut Vec<Observation>,
-    ) -> Then {
+    pub(super) fn iotlb(&mut self, message: &Message, body: &Body, findings: &mut Vec<Observation>) -> Then {
         if message.flags() != VERSION && message.flags() != VERSION | NEED_REPLY {
             return Then::Refuse(format!(
                 "flags {:#x} are not those of a request of protocol version 1",
@@ -219,7 +230,7 @@ impl Gate {
         self.iotlb_seen = true;
         findings.push(Observation::Passed(FindingCode::AccessPlatformWithoutIotlb));
         if self.translation.evidence != Evidence::IotlbMessage {
-            self.translate(Evidence::IotlbMessage, before);
+            self.translate(Evidence::IotlbMessage);
         }
         let Body::Iotlb {
             iova,
@@ -263,17 +274,12 @@ impl Gate {
                 "UPDATE of {size:#x} bytes from {iova:#x} on at {uaddr:#x} wraps around"
             ));
         }
-        let Some(regions) = &self.regions else {
-            return Err(format!(
-                "more than {MAX_REGIONS} memory regions are not looked through"
-            ));
-        };
         let mut mappings = Vec::new();
         let mut done = 0;
         // Each round begins where a region has ended, so there are no more rounds than regions.
         while done < size {
             let address = uaddr + done;
-            let found = regions.iter().find(|region| region.contains_user(address));
+            let found = self.regions.iter().find(|region| region.contains_user(address));
             let Some((offset, region)) = found.map(|region| (address - region.user_address, region)) else {
                 return Err(format!("UPDATE names {address:#x}, which is in no memory region"));
             };

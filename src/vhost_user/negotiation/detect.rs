@@ -31,7 +31,12 @@ impl Inner {
         if self.access_platform().policy != AccessPlatform::Iotlb || !self.now.connected {
             return None;
         }
-        if self.board.is_active(FindingCode::AccessPlatformWithoutIotlb) {
+        let access = self.access_platform();
+        // It may also be silent with addresses that are none of its own.
+        let silent = access.mode == TranslationMode::Translate
+            && access.evidence != Evidence::IotlbMessage
+            && self.board.is_active(FindingCode::IotlbMissUnanswered);
+        if silent || self.board.is_active(FindingCode::AccessPlatformWithoutIotlb) {
             return Some(
                 "accessPlatform is iotlb, and the VMM acknowledged VIRTIO_F_ACCESS_PLATFORM but sends no IOTLB \
                  messages: the guest is not served",
@@ -195,6 +200,18 @@ impl Inner {
     /// A ring was started or stopped.
     pub(super) fn look_at_ring(&mut self, index: usize, started: bool) {
         // Whichever it is, what was wrong with the ring before is over.
+        self.ring_mended(index);
+        if started {
+            self.look_at_start();
+        } else if !self.any_ring_started() {
+            self.board.pass(FindingCode::FeaturesChangedWhileRunning);
+            // Its questions are forgotten with the translations.
+            self.board.pass(FindingCode::IotlbMissUnanswered);
+        }
+    }
+
+    /// What was wrong with a ring is over.
+    fn ring_mended(&mut self, index: usize) {
         for (flags, code) in [
             (&mut self.without_memory, FindingCode::MemoryNotShared),
             (&mut self.refused_rings, FindingCode::TranslationFaultStorm),
@@ -206,13 +223,6 @@ impl Inner {
             {
                 self.board.pass(code);
             }
-        }
-        if started {
-            self.look_at_start();
-        } else if !self.any_ring_started() {
-            self.board.pass(FindingCode::FeaturesChangedWhileRunning);
-            // Its questions are forgotten with the translations.
-            self.board.pass(FindingCode::IotlbMissUnanswered);
         }
     }
 
@@ -276,6 +286,7 @@ impl Inner {
                 self.raise(FindingCode::TranslationFaultStorm, seen);
             }
             DeviceEvent::RingBroken { index, error } => self.look_at_broken_ring(*index, error),
+            DeviceEvent::RingMended { index } => self.ring_mended(*index),
             DeviceEvent::RingEmpty { index } => {
                 let queue = QUEUE_NAMES.get(*index).copied().unwrap_or("unknown");
                 set(&mut self.without_memory, *index);

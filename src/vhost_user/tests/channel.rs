@@ -118,12 +118,33 @@ fn a_front_end_that_says_something_else_is_not_listened_to_and_one_that_leaves_i
 #[test]
 fn a_front_end_that_reads_nothing_costs_a_bounded_number_of_misses() {
     let (mut channel, front_end) = open(true);
+    let mut sent = 0;
     for page in 0..10_000 {
         channel.ask(miss(page, Access::Read));
-        assert!(!turn(&mut channel).2);
+        let (more, _, ended) = turn(&mut channel);
+        assert!(!ended);
+        sent += more.len();
     }
     assert!(channel.asked.len() <= MAX_QUEUED && channel.waiting.len() <= MAX_QUEUED);
-    drop(front_end);
+    // What waits in the socket is the front-end's; what waits for room in it is ours.
+    let in_socket = received(&front_end);
+    assert!(
+        sent - in_socket.len() <= 1,
+        "{sent} sent, {} of them out",
+        in_socket.len()
+    );
+    // Those that the device asked last are the ones it waits for.
+    let mut told = Vec::new();
+    loop {
+        assert!(!turn(&mut channel).2);
+        let read = received(&front_end);
+        if read.is_empty() {
+            break;
+        }
+        told.extend(read);
+    }
+    let last = Message::iotlb_miss(VERSION, 9_999 << 12, 1);
+    assert_eq!(told.last().unwrap().body(), last.body());
 }
 
 /// The descriptor that came need not be a socket.
@@ -133,4 +154,30 @@ fn a_channel_that_is_no_socket_ends() {
     channel.open(std::fs::File::open("/dev/null").unwrap().into(), true);
     channel.ask(miss(1, Access::Read));
     assert!(turn(&mut channel).2);
+}
+
+/// A front-end may give another channel at any time. The device asks once, so what the old one took with it is asked again.
+#[test]
+fn what_was_asked_on_a_channel_that_is_gone_is_asked_again_on_the_next() {
+    let (mut channel, front_end) = open(true);
+    let (first, second) = (miss(1, Access::Read), miss(2, Access::Write));
+    channel.ask(first);
+    channel.ask(second);
+    turn(&mut channel);
+    answer(&front_end, 0);
+    assert_eq!(turn(&mut channel).1, [(first, false)]);
+
+    let (replaced, ours) = UnixStream::pair().unwrap();
+    channel.open(ours.into(), true);
+    assert_eq!(turn(&mut channel).0, [second]);
+    assert_eq!(received(&replaced).len(), 1);
+
+    drop(replaced);
+    assert!(turn(&mut channel).2);
+    channel.ask(second);
+    let (again, ours) = UnixStream::pair().unwrap();
+    channel.open(ours.into(), true);
+    assert_eq!(turn(&mut channel).0, [second], "twice is a message too many");
+    answer(&again, 1);
+    assert_eq!(turn(&mut channel).1, [(second, true)]);
 }

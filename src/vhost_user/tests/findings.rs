@@ -60,6 +60,26 @@ fn access_platform_without_iotlb_is_an_error_under_iotlb_until_the_first_message
     assert_eq!(vmm.0.unready(), None);
 }
 
+/// It gives a channel and addresses that look like IOVAs, and then nothing: silent all the same.
+#[test]
+fn a_front_end_that_leaves_every_miss_unanswered_is_no_more_ready_than_one_with_its_own_addresses() {
+    let miss = Miss {
+        iova: 0xffff_f000,
+        access: Access::Read,
+    };
+    let vmm = android(AccessPlatform::Iotlb);
+    vmm.0.backend_channel(true);
+    vmm.translate(TranslationMode::Translate, Evidence::Configured);
+    vmm.start_ring(0, 0xffff_f000);
+    assert_eq!(vmm.0.unready(), None);
+    vmm.0.device_event(&DeviceEvent::MissOverdue(miss));
+    assert!(vmm.0.unready().unwrap().contains("sends no IOTLB messages"));
+    // One that translates and is slow about it is served, if slowly.
+    vmm.iotlb(2, 0xffff_e000, 0x1000);
+    vmm.translate(TranslationMode::Translate, Evidence::IotlbMessage);
+    assert_eq!(vmm.0.unready(), None);
+}
+
 #[test]
 fn nobody_connected_is_no_reason_to_be_unready() {
     let vmm = android(AccessPlatform::Iotlb);
@@ -208,7 +228,7 @@ fn a_storm_of_faults_fades_after_two_quiet_minutes() {
 }
 
 #[test]
-fn a_ring_whose_own_addresses_are_refused_is_told_until_it_is_stopped() {
+fn a_ring_whose_own_addresses_are_refused_is_told_until_it_is_stopped_or_served() {
     let vmm = Talk::with("qemu-system-x86_64", AUTO);
     vmm.translated_boot();
     let fault = MemoryFault::Refused { iova: 0xffff_e800 };
@@ -224,6 +244,12 @@ fn a_ring_whose_own_addresses_are_refused_is_told_until_it_is_stopped() {
     vmm.stop_ring(0);
     assert_eq!(vmm.active(), ["translation-fault-storm"]);
     vmm.stop_ring(1);
+    assert_eq!(vmm.active(), [""; 0]);
+    // The guest of a vIOMMU may map the pages later.
+    vmm.start_ring(1, 0xffff_e000);
+    vmm.0.device_event(&DeviceEvent::RingBroken { index: 1, error });
+    assert_eq!(vmm.active(), ["translation-fault-storm"]);
+    vmm.0.device_event(&DeviceEvent::RingMended { index: 1 });
     assert_eq!(vmm.active(), [""; 0]);
 }
 

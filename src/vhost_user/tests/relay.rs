@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::*;
-use crate::vhost_user::message::{MAX_BODY, MAX_FDS, Message, REPLY, VERSION, request};
+use crate::vhost_user::message::{MAX_BODY, MAX_FDS, Message, NEED_REPLY, REPLY, VERSION, request};
 use crate::vhost_user::testing;
 use crate::vhost_user::{AccessPlatform, Mode};
 
@@ -292,4 +292,56 @@ fn the_prelude_is_between_us_and_the_crate() {
     let heard = drain(&wire.vmm);
     assert_eq!(heard.len(), 1);
     assert_eq!(heard[0].0[0], request::GET_VRING_BASE as u8);
+}
+
+/// INVALIDATEs are carried out and answered by us. A VMM that sends them and reads no answer must be left waiting, as it is
+/// with requests that the crate answers.
+#[test]
+fn a_vmm_that_invalidates_and_reads_no_answer_does_not_make_answers_pile_up() {
+    let mut wire = Wire::new(Mode::Server);
+    let platform = 1u64 << 33;
+    let features = Message::new(request::SET_FEATURES, VERSION, &platform.to_ne_bytes());
+    let mut body = [0x1000u64, 0x1000, 0].map(u64::to_ne_bytes).concat();
+    body.extend_from_slice(&[0, 3, 0, 0, 0, 0, 0, 0]);
+    let invalidate = Message::new(request::IOTLB_MSG, VERSION | NEED_REPLY, &body);
+    wire.vmm.write_all(features.bytes()).unwrap();
+    wire.vmm.set_nonblocking(true).unwrap();
+    let mut answered = 0;
+    // Until neither it can write nor we do anything.
+    loop {
+        let wrote = wire.vmm.write(invalidate.bytes()).is_ok();
+        wire.settle().unwrap();
+        for (message, _) in drain(&wire.backend) {
+            if message[0] == request::GET_FEATURES as u8 {
+                let barrier = Message::new(request::GET_FEATURES, VERSION | REPLY, &[0; 8]);
+                wire.backend.write_all(barrier.bytes()).unwrap();
+                wire.settle().unwrap();
+            }
+        }
+        match wire.relay.take_operation() {
+            Some(_) => {
+                wire.relay.carried_out(&wire.watch);
+                answered += 1;
+            }
+            None if !wrote => break,
+            None => {}
+        }
+        assert!(answered < 20_000, "the relay takes everything");
+    }
+    // It goes on where it stood once the VMM reads.
+    let mut read = 0;
+    loop {
+        read += drain(&wire.vmm).len();
+        wire.settle().unwrap();
+        match wire.relay.take_operation() {
+            Some(_) => {
+                wire.relay.carried_out(&wire.watch);
+                answered += 1;
+                wire.settle().unwrap();
+            }
+            None if read == answered => break,
+            None => {}
+        }
+    }
+    assert_eq!(wire.relay.vmm_interest(), PollFlags::IN);
 }
