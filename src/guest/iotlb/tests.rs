@@ -380,6 +380,36 @@ fn an_answer_without_a_translation_is_not_a_reason_to_ask_again() {
     }
 }
 
+/// A VMM that grants what it is asked for and nothing more. A small ring has all three areas in one page.
+#[test]
+fn a_page_that_is_granted_for_reading_and_then_for_writing_has_both() {
+    let mut iotlb = Iotlb::new();
+    let mut asked = Vec::new();
+    for _ in 0..5 {
+        iotlb.begin_walk();
+        let _ = iotlb.translate(0x5000, 0x100, Access::Read);
+        let _ = iotlb.translate(0x5800, 0x100, Access::Write);
+        for question in sent(&mut iotlb) {
+            asked.push(question);
+            let permission = match question.access {
+                Access::Read => RO,
+                Access::Write => WO,
+            };
+            iotlb.insert(mapping(question.iova, PAGE, 0x7000, permission));
+            iotlb.answered(question, false);
+        }
+    }
+    assert_eq!(asked, [miss(0x5000, Access::Read), miss(0x5000, Access::Write)]);
+    assert_eq!(iotlb.translate(0x5000, 1, Access::Read), Ok((0x7000, 1)));
+    assert_eq!(iotlb.translate(0x5800, 1, Access::Write), Ok((0x7800, 1)));
+    // To say less of what was granted for both is to take something back; and another page is another page.
+    iotlb.insert(mapping(0x5000, PAGE, 0x7000, RO));
+    assert_eq!(iotlb.translate(0x5800, 1, Access::Write), missing(0x5800));
+    iotlb.insert(mapping(0x5000, PAGE, 0x9000, WO));
+    assert_eq!(iotlb.translate(0x5000, 1, Access::Read), missing(0x5000));
+    iotlb.map.check();
+}
+
 #[test]
 fn an_invalidation_leaves_the_question_whose_answer_is_to_come() {
     let mut iotlb = Iotlb::new();
@@ -593,6 +623,14 @@ proptest! {
                     let end = if page < WORLD / 2 { WORLD / 2 } else { WORLD };
                     let pages = pages.min(end - page);
                     iotlb.insert(mapping(addr(page), pages * PAGE, gpa * PAGE, permission));
+                    let other = match permission {
+                        RO => WO,
+                        WO => RO,
+                        RW => RW,
+                    };
+                    // What was granted for the one and is granted for the other is granted for both.
+                    let adds = (0..pages).all(|i| model.0.get(&(page + i)) == Some(&((gpa + i) * PAGE, other)));
+                    let permission = if adds { RW } else { permission };
                     for i in 0..pages {
                         model.0.insert(page + i, ((gpa + i) * PAGE, permission));
                     }
