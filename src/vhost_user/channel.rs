@@ -7,6 +7,7 @@
 //! with its global lock held) thus finds nobody waiting.
 
 use std::collections::VecDeque;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
@@ -72,26 +73,18 @@ impl Channel {
     /// Sends and receives what the socket takes and has, without blocking: `sent` hears of each miss, `answered` of each
     /// answer and whether it is a refusal. Answers whether the channel has ended meanwhile.
     pub fn turn(&mut self, mut sent: impl FnMut(Miss), mut answered: impl FnMut(Miss, bool)) -> bool {
-        let Some(socket) = &self.socket else { return false };
-        while let Some(miss) = self.waiting.pop_front() {
-            // A front-end that translates and never answers is not asked to, in the end: its UPDATEs do.
-            let acknowledges = self.acknowledges && self.asked.len() < MAX_QUEUED;
-            let perm = match miss.access {
-                Access::Read => 1,
-                Access::Write => 2,
-            };
-            let flags = VERSION | if acknowledges { NEED_REPLY } else { 0 };
-            self.writer
-                .push(Frame::bare(Message::iotlb_miss(flags, miss.iova, perm)));
-            if acknowledges {
-                self.asked.push_back(miss);
-            }
-            sent(miss);
+        if self.socket.is_none() {
+            return false;
         }
-        if self.writer.flush(socket).is_err() {
+        // Not before the front-end has read the last ones: those that wait are bounded, what is being sent is not.
+        if self.flush().is_ok_and(|all| all) {
+            self.write_waiting(&mut sent);
+        }
+        if self.flush().is_err() {
             self.close();
             return true;
         }
+        let Some(socket) = &self.socket else { return false };
         for _ in 0..BUDGET {
             match self.reader.receive(socket) {
                 Ok(Received::Frame(Frame { message, .. })) => {
@@ -113,6 +106,32 @@ impl Channel {
             }
         }
         false
+    }
+
+    /// Whether all is sent that was written.
+    fn flush(&mut self) -> io::Result<bool> {
+        match &self.socket {
+            Some(socket) => self.writer.flush(socket),
+            None => Ok(false),
+        }
+    }
+
+    fn write_waiting(&mut self, sent: &mut impl FnMut(Miss)) {
+        while let Some(miss) = self.waiting.pop_front() {
+            // A front-end that translates and never answers is not asked to, in the end: its UPDATEs do.
+            let acknowledges = self.acknowledges && self.asked.len() < MAX_QUEUED;
+            let perm = match miss.access {
+                Access::Read => 1,
+                Access::Write => 2,
+            };
+            let flags = VERSION | if acknowledges { NEED_REPLY } else { 0 };
+            self.writer
+                .push(Frame::bare(Message::iotlb_miss(flags, miss.iova, perm)));
+            if acknowledges {
+                self.asked.push_back(miss);
+            }
+            sent(miss);
+        }
     }
 
     fn close(&mut self) {

@@ -123,6 +123,11 @@ fn a_front_end_that_reads_nothing_costs_a_bounded_number_of_misses() {
         assert!(!turn(&mut channel).2);
     }
     assert!(channel.asked.len() <= MAX_QUEUED && channel.waiting.len() <= MAX_QUEUED);
+    assert!(
+        channel.writer.len() <= MAX_QUEUED,
+        "{} messages wait",
+        channel.writer.len()
+    );
     drop(front_end);
 }
 
