@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tracing::{debug, warn};
 
-use crate::guest::{Finished, RingError, RingFault, RxBurst, TxBurst, View};
+use crate::guest::{Finished, RingError, RingFault, RingPosition, RxBurst, TxBurst, View};
 use crate::metrics::{Direction, QUEUE_LABELS};
 use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::readv;
@@ -151,7 +151,14 @@ fn after_burst<T>(
         debug!(guest = %switchboard.name, queue = QUEUE_LABELS[queue], fault = fault.label(), count, "malformed chains");
     }
     let error = match result {
-        Ok(value) => return Some(value),
+        Ok(value) => {
+            let is_used = running.ring.position() != RingPosition::default();
+            let was_empty = is_used && std::mem::take(&mut running.told_empty);
+            if std::mem::take(&mut running.told_broken) || was_empty {
+                reports.tell(DeviceEvent::RingMended { index: queue });
+            }
+            return Some(value);
+        }
         Err(error) => error,
     };
     running.held = Some(match error {
@@ -160,8 +167,14 @@ fn after_burst<T>(
         _ => Hold::Broken,
     });
     // One that is refused is tried at each UPDATE: it is told once all the same.
-    if running.held != Some(Hold::Translation) && !running.told {
-        running.told = true;
+    if running.held == Some(Hold::Translation) {
+        return None;
+    }
+    if !std::mem::replace(&mut running.told_broken, true) {
+        reports.tell(DeviceEvent::RingBroken { index: queue, error });
+    }
+    // The guest may have its ring broken and mended as often as it likes.
+    if !std::mem::replace(&mut running.told, true) {
         if let Some(counter) = metrics.errors.get(error.reason() as usize) {
             counter.inc();
         }
@@ -169,7 +182,6 @@ fn after_burst<T>(
             guest = %switchboard.name, queue = QUEUE_LABELS[queue], %error,
             "the ring is broken and is not served until the guest restarts it"
         );
-        reports.tell(DeviceEvent::RingBroken { index: queue, error });
     }
     None
 }

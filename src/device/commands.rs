@@ -195,6 +195,8 @@ impl Device {
             ring,
             held: None,
             told: false,
+            told_broken: false,
+            told_empty: false,
             kicked: true,
             due: true,
         });

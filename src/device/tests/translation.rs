@@ -393,6 +393,11 @@ fn a_ring_that_is_refused_is_told_as_broken_once_and_mended_by_translations() {
     assert_eq!(bench.held(), [Some("translation")]);
     bench.map(6);
     assert_eq!(bench.held(), [None]);
+    assert_eq!(
+        bench.events_told(),
+        [DeviceEvent::RingMended { index: TX }],
+        "what is told as broken and runs is no finding"
+    );
 }
 
 /// A hundred dials and clients may be before it, each with a system call or two. The guest's vCPU stands still.
@@ -482,6 +487,29 @@ fn an_rx_ring_whose_buffers_come_late_is_not_told() {
     bench.crank();
     assert_eq!(bench.events_told(), []);
     assert_eq!(bench.device.time_to_sleep(), None);
+}
+
+/// A driver that was slow, and whose memory is shared: once a packet has gone through its buffers nobody may say that it is not.
+#[test]
+fn an_rx_ring_that_was_told_as_empty_and_is_used_after_all_is_told_as_mended() {
+    let mut bench = Bench::new(Addresses::Iova);
+    for page in 0..8 {
+        bench.map(page);
+    }
+    bench.start(RX);
+    bench.ahead += EMPTY_PATIENCE;
+    bench.crank();
+    assert_eq!(bench.events_told(), [DeviceEvent::RingEmpty { index: RX }]);
+    bench.map(BUFFERS);
+    bench.map(BUFFERS + 100);
+    bench.post(BUFFERS);
+    bench.kick(RX);
+    bench.start(TX);
+    assert_eq!(bench.events_told(), [], "a look is not enough");
+    // To no connection: it is answered by RST.
+    bench.send(Op::Shutdown, &[]);
+    assert_eq!(bench.received(), [(Op::Rst as u16, 0)]);
+    assert_eq!(bench.events_told(), [DeviceEvent::RingMended { index: RX }]);
 }
 
 /// QEMU takes a ring's pages back while it runs, when the guest is reset; then it stops it.

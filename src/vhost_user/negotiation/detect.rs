@@ -195,6 +195,17 @@ impl Inner {
     /// A ring was started or stopped.
     pub(super) fn look_at_ring(&mut self, index: usize, started: bool) {
         // Whichever it is, what was wrong with the ring before is over.
+        self.ring_is_fine(index);
+        if started {
+            self.look_at_start();
+        } else if !self.any_ring_started() {
+            self.board.pass(FindingCode::FeaturesChangedWhileRunning);
+            // Its questions are forgotten with the translations.
+            self.board.pass(FindingCode::IotlbMissUnanswered);
+        }
+    }
+
+    fn ring_is_fine(&mut self, index: usize) {
         for (flags, code) in [
             (&mut self.without_memory, FindingCode::MemoryNotShared),
             (&mut self.refused_rings, FindingCode::TranslationFaultStorm),
@@ -206,13 +217,6 @@ impl Inner {
             {
                 self.board.pass(code);
             }
-        }
-        if started {
-            self.look_at_start();
-        } else if !self.any_ring_started() {
-            self.board.pass(FindingCode::FeaturesChangedWhileRunning);
-            // Its questions are forgotten with the translations.
-            self.board.pass(FindingCode::IotlbMissUnanswered);
         }
     }
 
@@ -276,6 +280,7 @@ impl Inner {
                 self.raise(FindingCode::TranslationFaultStorm, seen);
             }
             DeviceEvent::RingBroken { index, error } => self.look_at_broken_ring(*index, error),
+            DeviceEvent::RingMended { index } => self.ring_is_fine(*index),
             DeviceEvent::RingEmpty { index } => {
                 let queue = QUEUE_NAMES.get(*index).copied().unwrap_or("unknown");
                 set(&mut self.without_memory, *index);
