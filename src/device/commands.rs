@@ -129,7 +129,7 @@ impl Device {
                     self.take_queue(now, index);
                     self.forget_connections(now, index);
                 }
-                self.flush_translations();
+                self.translation.end_session(&self.switchboard.metrics.iotlb);
                 self.reports.forget();
                 self.switchboard.session_ended(now);
                 self.ram = None;

@@ -115,6 +115,12 @@ impl Translation {
         self.asked.clear();
     }
 
+    /// The VMM is gone.
+    pub(super) fn end_session(&mut self, metrics: &IotlbMetrics) {
+        self.flush(metrics);
+        self.iotlb.end_session();
+    }
+
     /// Brings the metrics up to date.
     pub(super) fn show(&mut self, metrics: &IotlbMetrics) {
         if !std::mem::take(&mut self.touched) {

@@ -163,6 +163,21 @@ impl Bench {
         stream
     }
 
+    /// The VMM is gone, and another one with the same guest is there. Its rings do not run yet.
+    pub fn next_session(&mut self) {
+        self.ask(|done| Command::EndSession { done });
+        let (tell, told) = mpsc::channel();
+        self.told = told;
+        self.ask(|done| Command::SetListener {
+            listener: Some(Box::new(move |event| {
+                let _ = tell.send(event);
+            })),
+            done,
+        });
+        let ram = Some(GuestRam::new(Arc::clone(&self.memory)));
+        self.ask(|done| Command::SetMemory { ram, done });
+    }
+
     pub fn now(&self) -> Instant {
         Instant::now() + self.ahead
     }

@@ -459,6 +459,26 @@ fn the_end_of_a_session_forgets_translations_and_listener() {
     assert_eq!(bench.device.time_to_sleep(), None);
 }
 
+/// Linux begins with the same addresses in every VM, and a VMM that is gone answers nothing any more.
+#[test]
+fn the_next_vmm_is_not_asked_twice_for_what_the_last_one_left_unanswered() {
+    let mut bench = Bench::new(Addresses::Iova);
+    bench.start(TX);
+    assert_eq!(bench.misses(), [(4, READ), (5, READ), (6, WRITE)]);
+    bench.next_session();
+    bench.start(TX);
+    assert_eq!(bench.misses(), [(4, READ), (5, READ), (6, WRITE)]);
+    for (page, access) in [(4, READ), (5, READ), (6, WRITE)] {
+        bench.answer(page, access, true);
+    }
+    assert_eq!(bench.held(), [Some("broken")], "it was answered");
+    let told = bench.events_told();
+    assert!(
+        matches!(told[..], [DeviceEvent::RingBroken { index: TX, .. }]),
+        "{told:?}"
+    );
+}
+
 #[test]
 fn an_rx_ring_that_stays_all_zero_is_told_once() {
     for addresses in [Addresses::GuestPhysical, Addresses::Iova] {

@@ -227,6 +227,13 @@ impl Iotlb {
         self.questions.get_mut().clear();
     }
 
+    /// The VMM is gone. Forgets, beside what [`Iotlb::flush`] does, how it translates and that its answers may come yet.
+    pub fn end_session(&mut self) {
+        self.flush();
+        self.questions.get_mut().expect_no_answers();
+        self.granule = None;
+    }
+
     /// The VMM has answered a miss: with an UPDATE before, or by a refusal. Rings that wait may go on, if only to find that
     /// something was refused, or that there is room for their questions now.
     ///

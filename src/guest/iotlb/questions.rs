@@ -352,6 +352,11 @@ impl Questions {
         self.strayed = 0;
     }
 
+    /// Whoever was asked before the last flush is gone.
+    pub(super) fn expect_no_answers(&mut self) {
+        self.stale.clear();
+    }
+
     pub(super) fn oldest(&self) -> Option<(Miss, Instant)> {
         self.asked().min_by_key(|(_, since)| *since)
     }
