@@ -66,13 +66,15 @@ impl Device {
         let result = take_burst(running, switchboard, view, now);
         let taken = after_burst(running, switchboard, reports, TX, now, result);
         running.due = taken != Some(Taken::All);
+        let mut more = taken == Some(Taken::SomeLeft);
         if taken == Some(Taken::Parked) {
             running.held = Some(Hold::Translation);
+            more = translation.want_kick(running, ram);
         }
         if running.ring.is_translated() {
             translation.ask(reports);
         }
-        taken == Some(Taken::SomeLeft)
+        more
     }
 
     /// Gives the guest a burst of packets; whether there are more and buffers for them.
@@ -119,15 +121,17 @@ impl Device {
             Some(Given::Parked) | None => Ok(false),
         };
         let buffers_came = after_burst(running, switchboard, reports, RX, now, notified).unwrap_or(false);
+        let mut more = given == Some(Given::SomeLeft) || buffers_came;
         if given == Some(Given::Parked) {
             running.held = Some(Hold::Translation);
+            more |= translation.want_kick(running, ram);
         }
         if running.ring.is_translated() {
             translation.ask(reports);
         }
         // Packets of the guest that waited for room among our replies can be taken now; no kick will come for them.
         let input_opened = !accepted_input && switchboard.muxer.accepts_input();
-        given == Some(Given::SomeLeft) || buffers_came || input_opened
+        more || input_opened
     }
 }
 

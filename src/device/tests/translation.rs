@@ -168,6 +168,36 @@ fn a_front_end_that_answers_the_last_miss_first_costs_the_refused_packet_only() 
     }
 }
 
+/// The guest's next kick is what lets it be asked for again; so the guest has to be asked for that.
+#[test]
+fn a_ring_that_waits_for_a_translation_that_nobody_sends_asks_for_kicks() {
+    let mut bench = Bench::new(Addresses::Iova);
+    let mut service = bench.connected();
+    let page = BUFFERS + 110;
+    bench.put(iova(page), b"late");
+    bench.send(Op::Rw, &[(iova(page), 4)]);
+    assert_eq!(bench.misses(), [(page, READ)]);
+    bench.answer(page, READ, false);
+    assert_eq!(bench.held(), [None, Some("translation")]);
+    bench.queue(BUFFERS + 100, Op::CreditUpdate, &[]);
+    bench.kick_if_wanted(TX);
+    assert_eq!(bench.misses(), [(page, READ)]);
+    bench.map(page);
+    assert_eq!(read(&mut bench, &mut service, 4), b"late");
+    // And rx: the buffers that are left from the connection are filled first.
+    write(&mut service, &pattern(0, 7 * (PAGE as usize - 44)));
+    bench.until(|bench| bench.received().len() == 7);
+    bench.post(BUFFERS + 8);
+    bench.kick(RX);
+    write(&mut service, b"late");
+    bench.until(|bench| bench.held() == [Some("translation"), None]);
+    bench.answer(BUFFERS + 8, WRITE, false);
+    bench.events_told();
+    bench.post(BUFFERS + 9);
+    bench.kick_if_wanted(RX);
+    assert!(bench.misses().contains(&(BUFFERS + 8, WRITE)));
+}
+
 /// A guest may have its driver fault as often as it likes.
 #[test]
 fn a_storm_of_refusals_is_told_once() {

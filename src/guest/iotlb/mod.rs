@@ -264,6 +264,11 @@ impl Iotlb {
         self.questions.borrow().oldest()
     }
 
+    /// Whether there are questions to which an answer is to come. What waits for another translation waits for a kick.
+    pub fn expects_answers(&self) -> bool {
+        self.questions.borrow().expects_answers()
+    }
+
     /// What it holds and has seen.
     pub fn stats(&self) -> IotlbStats {
         IotlbStats {

@@ -352,6 +352,10 @@ impl Questions {
         self.strayed = 0;
     }
 
+    pub(super) fn expects_answers(&self) -> bool {
+        !self.noted.is_empty() || self.oldest_due() != u64::MAX
+    }
+
     /// Whoever was asked before the last flush is gone.
     pub(super) fn expect_no_answers(&mut self) {
         self.stale.clear();
