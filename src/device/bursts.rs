@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tracing::{debug, warn};
 
-use crate::guest::{Finished, RingError, RingFault, RxBurst, TxBurst, View};
+use crate::guest::{Finished, RingError, RingFault, RingPosition, RxBurst, TxBurst, View};
 use crate::metrics::{Direction, QUEUE_LABELS};
 use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::readv;
@@ -66,13 +66,15 @@ impl Device {
         let result = take_burst(running, switchboard, view, now);
         let taken = after_burst(running, switchboard, reports, TX, now, result);
         running.due = taken != Some(Taken::All);
+        let mut more = taken == Some(Taken::SomeLeft);
         if taken == Some(Taken::Parked) {
             running.held = Some(Hold::Translation);
+            more = translation.want_kick(running, ram);
         }
         if running.ring.is_translated() {
             translation.ask(reports);
         }
-        taken == Some(Taken::SomeLeft)
+        more
     }
 
     /// Gives the guest a burst of packets; whether there are more and buffers for them.
@@ -119,15 +121,17 @@ impl Device {
             Some(Given::Parked) | None => Ok(false),
         };
         let buffers_came = after_burst(running, switchboard, reports, RX, now, notified).unwrap_or(false);
+        let mut more = given == Some(Given::SomeLeft) || buffers_came;
         if given == Some(Given::Parked) {
             running.held = Some(Hold::Translation);
+            more |= translation.want_kick(running, ram);
         }
         if running.ring.is_translated() {
             translation.ask(reports);
         }
         // Packets of the guest that waited for room among our replies can be taken now; no kick will come for them.
         let input_opened = !accepted_input && switchboard.muxer.accepts_input();
-        given == Some(Given::SomeLeft) || buffers_came || input_opened
+        more || input_opened
     }
 }
 
@@ -152,8 +156,11 @@ fn after_burst<T>(
     }
     let error = match result {
         Ok(value) => {
-            if running.broken && running.held.is_none() {
-                running.broken = false;
+            let is_used = running.ring.position() != RingPosition::default();
+            let was_empty = is_used && std::mem::take(&mut running.told_empty);
+            // This may be the second result of a burst whose first was an error.
+            let was_broken = running.held.is_none() && std::mem::take(&mut running.told_broken);
+            if was_broken || was_empty {
                 reports.tell(DeviceEvent::RingMended { index: queue });
             }
             return Some(value);
@@ -165,15 +172,15 @@ fn after_burst<T>(
         RingError::Memory { .. } if running.ring.is_translated() => Hold::Refused,
         _ => Hold::Broken,
     });
+    // One that is refused is tried at each UPDATE: it is told once all the same.
     if running.held == Some(Hold::Translation) {
         return None;
     }
-    // One that is refused is tried at each UPDATE: it is told once all the same.
-    if !std::mem::replace(&mut running.broken, true) {
+    if !std::mem::replace(&mut running.told_broken, true) {
         reports.tell(DeviceEvent::RingBroken { index: queue, error });
     }
-    if !running.told {
-        running.told = true;
+    // The guest may have its ring broken and mended as often as it likes.
+    if !std::mem::replace(&mut running.told, true) {
         if let Some(counter) = metrics.errors.get(error.reason() as usize) {
             counter.inc();
         }

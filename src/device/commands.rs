@@ -135,7 +135,7 @@ impl Device {
                     self.take_queue(now, index);
                     self.forget_connections(now, index);
                 }
-                self.flush_translations();
+                self.translation.end_session(&self.switchboard.metrics.iotlb);
                 self.reports.forget();
                 self.switchboard.session_ended(now);
                 self.ram = None;
@@ -201,7 +201,8 @@ impl Device {
             ring,
             held: None,
             told: false,
-            broken: false,
+            told_broken: false,
+            told_empty: false,
             kicked: true,
             due: true,
         });

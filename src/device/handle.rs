@@ -127,14 +127,15 @@ pub enum DeviceEvent {
     MissesAnswered,
     /// Translations for buffers were refused [`STORM`] times within a minute.
     FaultStorm,
-    /// A ring cannot be served until it is started anew, or what the VMM says of translations mends it.
+    /// A ring cannot be served until it is started anew, or mended.
     RingBroken {
         /// 0 rx, 1 tx, 2 event.
         index: usize,
         /// Why.
         error: RingError,
     },
-    /// A ring that was told as broken is served again.
+    /// A ring that was told as broken or empty is served without having been started anew: translations have mended it, or the
+    /// driver was late.
     RingMended {
         /// 0 rx, 1 tx, 2 event.
         index: usize,

@@ -198,8 +198,10 @@ struct RunningRing {
     held: Option<Hold>,
     /// The log has been told that it is broken.
     told: bool,
-    /// The session has been told so, and not that it is mended.
-    broken: bool,
+    /// The session has been told so, and not of its being mended.
+    told_broken: bool,
+    /// The session has been told that it is all zero, and not that it is in use after all.
+    told_empty: bool,
     /// The guest has kicked since the last burst.
     kicked: bool,
     /// There may be entries for which no kick will come. (Of the tx ring; what goes to the guest is known here.)
@@ -355,7 +357,11 @@ impl Device {
         let view = self.translation.view(&running.ring, ram).without_asking();
         // A ring that has been used is not all zero, and one that waits for translations is told of as that.
         let unused = running.held.is_none() && running.ring.position() == RingPosition::default();
-        if unused && running.ring.is_blank(view) == Ok(true) {
+        if unused
+            && running.ring.is_blank(view) == Ok(true)
+            && let Some(running) = &mut self.rings[RX]
+        {
+            running.told_empty = true;
             self.reports.tell(DeviceEvent::RingEmpty { index: RX });
         }
     }

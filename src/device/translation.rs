@@ -6,6 +6,7 @@ use crate::guest::iotlb::CAPACITY;
 use crate::guest::{GuestRam, Iotlb, IotlbStats, Mapping, Miss, Ring, View};
 use crate::metrics::IotlbMetrics;
 
+use super::RunningRing;
 use super::handle::DeviceEvent;
 use super::reports::Reports;
 use super::snapshot::IotlbSnapshot;
@@ -54,6 +55,24 @@ impl Translation {
             return None;
         }
         self.iotlb.oldest_unanswered()
+    }
+
+    /// A ring is parked, and what it waits for was asked. If all answers have come, and brought nothing, the guest's next kick
+    /// is what makes it ask again: so the guest has to be asked for that. `true` if it has added something meanwhile, for which
+    /// no kick will come.
+    pub(super) fn want_kick(&mut self, running: &mut RunningRing, ram: &GuestRam) -> bool {
+        if !running.ring.is_translated() || self.iotlb.expects_answers() {
+            return false;
+        }
+        let view = ram.view_through(&self.iotlb);
+        // Where the ring's own pages are what is missing it cannot be told to the guest; that a miss is overdue is told.
+        let came = running.ring.enable_notifications_parked(view) == Ok(true);
+        if came {
+            running.held = None;
+            running.due = true;
+            self.kicked();
+        }
+        came
     }
 
     /// Tells what has to be asked. To be called whenever a translated ring was looked at; if nobody listens, it waits.
@@ -113,6 +132,12 @@ impl Translation {
         self.touched = true;
         self.iotlb.flush();
         self.asked.clear();
+    }
+
+    /// The VMM is gone.
+    pub(super) fn end_session(&mut self, metrics: &IotlbMetrics) {
+        self.flush(metrics);
+        self.iotlb.end_session();
     }
 
     /// Brings the metrics up to date.

@@ -164,8 +164,25 @@ impl Ring {
     pub fn enable_notifications<'m>(&mut self, ram: impl Into<View<'m>>) -> Result<bool, RingError> {
         let mut areas = self.areas(ram.into())?;
         self.read_used_idx(&areas)?;
+        let available = self.enable_kicks(&areas, self.next_avail)?;
+        self.put_back(&mut areas);
+        Ok(available)
+    }
+
+    /// As [`Ring::enable_notifications`] of a ring that is parked, for the next entry behind all that there are.
+    pub fn enable_notifications_parked<'m>(&mut self, ram: impl Into<View<'m>>) -> Result<bool, RingError> {
+        let mut areas = self.areas(ram.into())?;
+        self.read_used_idx(&areas)?;
+        let seen = self.seen_avail_idx(&areas)?;
+        let more = self.enable_kicks(&areas, seen)?;
+        self.put_back(&mut areas);
+        Ok(more)
+    }
+
+    /// Asks for a kick when the available index passes `position`; whether it has already.
+    fn enable_kicks(&mut self, areas: &Areas<'_>, position: u16) -> Result<bool, RingError> {
         if self.event_idx {
-            areas.set_avail_event(self.next_avail)?;
+            areas.set_avail_event(position)?;
         } else if self.kicks_wanted != Some(true) {
             areas.set_kicks_wanted(true)?;
             self.kicks_wanted = Some(true);
@@ -174,9 +191,7 @@ impl Ring {
         // then read the available index again. Each must see the other's store, or an entry waits for ever
         // (virtio 1.2, 2.7.10).
         fence(Ordering::SeqCst);
-        let available = self.seen_avail_idx(&areas)? != self.next_avail;
-        self.put_back(&mut areas);
-        Ok(available)
+        Ok(self.seen_avail_idx(areas)? != position)
     }
 
     /// The faults that were found since this was last called.

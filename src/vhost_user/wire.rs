@@ -195,7 +195,8 @@ pub struct FrameWriter {
 }
 
 impl FrameWriter {
-    /// Adds a message. The relay adds only to an empty queue, which bounds it: one message, or the few of a prelude.
+    /// Adds a message. Who adds does so only to an empty queue, which bounds it: the relay one message, or the few of a prelude, the
+    /// back-end's channel those that wait.
     pub fn push(&mut self, frame: Frame) {
         self.queue.push_back(frame);
     }
@@ -203,6 +204,12 @@ impl FrameWriter {
     /// Whether everything has been sent.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// How many messages have not been sent.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.queue.len()
     }
 
     /// Sends what the socket takes, without blocking. True when nothing is left.

@@ -163,6 +163,21 @@ impl Bench {
         stream
     }
 
+    /// The VMM is gone, and another one with the same guest is there. Its rings do not run yet.
+    pub fn next_session(&mut self) {
+        self.ask(|done| Command::EndSession { done });
+        let (tell, told) = mpsc::channel();
+        self.told = told;
+        self.ask(|done| Command::SetListener {
+            listener: Some(Box::new(move |event| {
+                let _ = tell.send(event);
+            })),
+            done,
+        });
+        let ram = Some(GuestRam::new(Arc::clone(&self.memory)));
+        self.ask(|done| Command::SetMemory { ram, done });
+    }
+
     pub fn now(&self) -> Instant {
         Instant::now() + self.ahead
     }
@@ -352,6 +367,12 @@ impl Bench {
 
     /// As [`Bench::send`], with the header in another page.
     pub fn send_from(&mut self, header_page: u64, op: Op, payload: &[Buf]) {
+        self.queue(header_page, op, payload);
+        self.kick(TX);
+    }
+
+    /// As [`Bench::send_from`], without a kick.
+    pub fn queue(&mut self, header_page: u64, op: Op, payload: &[Buf]) {
         let header = Header {
             src_cid: Cid(3),
             dst_cid: Cid::HOST,
@@ -370,7 +391,15 @@ impl Bench {
         let mut bufs = vec![(at, HEADER_LEN as u32)];
         bufs.extend_from_slice(payload);
         self.tx.offer(&self.memory, &bufs, 0);
-        self.kick(TX);
+    }
+
+    /// Kicks as a driver with VIRTIO_F_EVENT_IDX does that has made one more chain available: if it was asked to.
+    pub fn kick_if_wanted(&mut self, index: usize) {
+        let ring = if index == RX { &self.rx } else { &self.tx };
+        let event = self.bytes(iova(ring.page + 2) + 4 + 8 * u64::from(SIZE), 2);
+        if ring.avail_idx.wrapping_sub(1) == u16::from_le_bytes([event[0], event[1]]) {
+            self.kick(index);
+        }
     }
 
     pub fn kick(&mut self, index: usize) {

@@ -72,7 +72,7 @@ impl Map {
         }
     }
 
-    /// Takes a mapping in that ends at `last`. Whether something that was known before is known no longer, or differs.
+    /// Takes a mapping in that ends at `last`. One for reading and one for writing of the same memory are one for both. Whether something that was known before is known no longer, or differs.
     ///
     /// A neighbour that it continues, in both kinds of addresses and with the same permission, becomes one range with it. A
     /// VMM maps page by page what the guest has in one piece: a packet of 64 KiB is one slice again, and one lookup.
@@ -90,6 +90,14 @@ impl Map {
             self.take(first);
             self.put(first, Span { age, ..known });
             return false;
+        }
+        if let Some((_, known)) = self.meaning(mapping, last)
+            && known.permission != Permission::ReadWrite
+            && span.permission != Permission::ReadWrite
+        {
+            // Granted for reading, and now for writing, as it was asked for both. Would the second take the place of the first,
+            // a ring whose areas share a page would ask for them in turn for ever.
+            span.permission = Permission::ReadWrite;
         }
         let displaced = self.cut(mapping.iova, last);
         let mut first = mapping.iova;
@@ -160,10 +168,15 @@ impl Map {
 
     /// The range that says already what `mapping` says, if there is one.
     fn same(&self, mapping: Mapping, last: u64) -> Option<(u64, Span)> {
+        self.meaning(mapping, last)
+            .filter(|(_, span)| span.permission == mapping.permission)
+    }
+
+    /// The range in which all of `mapping` lies and means the same memory, if there is one.
+    fn meaning(&self, mapping: Mapping, last: u64) -> Option<(u64, Span)> {
         let (first, span) = self.spans.range(..=mapping.iova).next_back()?;
-        let same = last <= span.last
-            && span.permission == mapping.permission
-            && span.gpa + (mapping.iova - first) == mapping.gpa;
+        // What is behind the range has been compared before anything is added.
+        let same = last <= span.last && span.gpa + (mapping.iova - first) == mapping.gpa;
         same.then_some((*first, *span))
     }
 

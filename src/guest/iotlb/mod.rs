@@ -227,6 +227,13 @@ impl Iotlb {
         self.questions.get_mut().clear();
     }
 
+    /// The VMM is gone. Forgets, beside what [`Iotlb::flush`] does, how it translates and that its answers may come yet.
+    pub fn end_session(&mut self) {
+        self.flush();
+        self.questions.get_mut().expect_no_answers();
+        self.granule = None;
+    }
+
     /// The VMM has answered a miss: with an UPDATE before, or by a refusal. Rings that wait may go on, if only to find that
     /// something was refused, or that there is room for their questions now.
     ///
@@ -255,6 +262,11 @@ impl Iotlb {
     /// The miss that has waited longest for its answer, or for a translation behind it, and since when.
     pub fn oldest_unanswered(&self) -> Option<(Miss, Instant)> {
         self.questions.borrow().oldest()
+    }
+
+    /// Whether there are questions to which an answer is to come. What waits for another translation waits for a kick.
+    pub fn expects_answers(&self) -> bool {
+        self.questions.borrow().expects_answers()
     }
 
     /// What it holds and has seen.

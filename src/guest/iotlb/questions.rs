@@ -9,6 +9,12 @@
 //!
 //! *Bounds.* At most [`MAX_OPEN`] are noted, asked or silent together. [`MAX_REFUSED`] refusals are remembered.
 //!
+//! *Answers name nothing.* Whose answer one is can only be told by its place, and not every VMM answers in the order in which it
+//! was asked: QEMU 6.1 to 7.2 serve the next miss while they wait for our acknowledgement of an UPDATE, and so answer the last
+//! one first (`vhost_user_read` and `slave_read`, hw/virtio/vhost-user.c). But each says whether there was an UPDATE, which does
+//! name what it is about. So a refusal of what is translated is another one's: of the question that was answered without a
+//! refusal and without a translation. And until all that was asked before a refusal came is answered, it is not believed.
+//!
 //! *One page, one question.* A question is about the page of the address that was missing: all descriptors that point into one
 //! page need one answer. It remembers the address too. A VMM may map part of a page only (the end of a memory region); then
 //! the answer is there, and if the address still is not, asking again would go on for ever.
@@ -51,6 +57,8 @@ enum State {
     Refused {
         /// For the oldest to go first.
         number: u64,
+        /// How many questions had been asked by then; see [`Questions::oldest_due`].
+        asks: u64,
         /// Whether this walk has come across it.
         seen: bool,
     },
@@ -61,6 +69,8 @@ struct Record {
     /// The address that was missing, in the page.
     wanted: u64,
     state: State,
+    /// How many questions had been asked before it, if it is asked.
+    asked: u64,
 }
 
 /// What a look at a range that is not translated from its first byte on comes to.
@@ -93,6 +103,10 @@ pub(super) struct Questions {
     /// How many records are `Noted`, `Asked` or `Silent`.
     open: usize,
     refusals: u64,
+    /// Questions asked so far.
+    asks: u64,
+    /// Refusals of what was translated, as long as there are questions that they may belong to.
+    strayed: usize,
 }
 
 impl Questions {
@@ -118,6 +132,7 @@ impl Questions {
         let at = page(first);
         let mut known = false;
         let mut refused = false;
+        let due = self.oldest_due();
         for ((page, of), record) in self
             .records
             .range_mut((at, Access::Read)..=(page(last), Access::Write))
@@ -129,6 +144,7 @@ impl Questions {
             match &mut record.state {
                 State::Noted | State::Asked(_) => walk.awaits = true,
                 State::Silent(_) => {}
+                State::Refused { asks, .. } if due < *asks => walk.awaits = true,
                 State::Refused { seen, .. } => {
                     *seen = true;
                     refused = true;
@@ -172,6 +188,7 @@ impl Questions {
         let record = Record {
             wanted,
             state: State::Noted,
+            asked: 0,
         };
         self.records.insert((page(wanted), access), record);
         self.open += 1;
@@ -194,6 +211,8 @@ impl Questions {
         noted.retain(|miss| match self.records.get_mut(&(miss.iova, miss.access)) {
             Some(record) if record.state == State::Noted => {
                 record.state = State::Asked(now);
+                record.asked = self.asks;
+                self.asks += 1;
                 true
             }
             _ => false,
@@ -222,33 +241,85 @@ impl Questions {
                     access: key.1,
                 });
             }
+            self.settle_strayed();
             return false;
         }
-        let Some(record) = record else {
-            return false;
-        };
-        let (State::Asked(since) | State::Silent(since)) = record.state else {
-            return false;
-        };
-        if !refused {
-            record.state = State::Silent(since);
-            return false;
+        match record {
+            Some(record) => {
+                let (State::Asked(since) | State::Silent(since)) = record.state else {
+                    return false;
+                };
+                if refused {
+                    self.refuse(key);
+                } else {
+                    record.state = State::Silent(since);
+                }
+            }
+            // An answer to nothing that is asked belongs to nobody.
+            None if self.open == 0 => return false,
+            None => self.strayed += usize::from(refused),
         }
-        record.state = State::Refused {
-            number: self.refusals,
-            seen: false,
-        };
-        self.refusals += 1;
-        self.open -= 1;
-        self.bound_refused();
-        true
+        self.settle_strayed();
+        refused
+    }
+
+    fn refuse(&mut self, key: (u64, Access)) {
+        if let Some(record) = self.records.get_mut(&key) {
+            record.state = State::Refused {
+                number: self.refusals,
+                asks: self.asks,
+                seen: false,
+            };
+            self.refusals += 1;
+            self.open -= 1;
+            self.bound_refused();
+        }
+    }
+
+    /// Gives refusals of what was translated to questions that were answered with nothing.
+    fn settle_strayed(&mut self) {
+        while self.strayed > 0 {
+            let silent = self
+                .records
+                .iter()
+                .filter_map(|(key, record)| match record.state {
+                    State::Silent(_) => Some((record.asked, *key)),
+                    _ => None,
+                });
+            let Some((_, key)) = silent.min() else { break };
+            self.strayed -= 1;
+            self.refuse(key);
+        }
+        if self.oldest_due() == u64::MAX {
+            self.strayed = 0;
+        }
+    }
+
+    /// How many questions had been asked before the oldest one whose answer is due.
+    fn oldest_due(&self) -> u64 {
+        let asked = self.records.values().filter_map(|record| match record.state {
+            State::Asked(_) => Some(record.asked),
+            _ => None,
+        });
+        asked.min().unwrap_or(u64::MAX)
     }
 
     /// `first..=last` is translated now, with `permission`.
     pub(super) fn covered(&mut self, first: u64, last: u64, permission: Permission) {
+        let due = self.oldest_due();
+        let mut strayed = 0;
         self.forget(first, last, |(_, access), record| {
-            permission.allows(access) && first <= record.wanted && record.wanted <= last
+            let covered = permission.allows(access) && first <= record.wanted && record.wanted <= last;
+            if let State::Refused { asks, .. } = record.state
+                && covered
+                && due < asks
+            {
+                strayed += 1;
+            }
+            covered
         });
+        self.strayed += strayed;
+        self.settle_strayed();
     }
 
     /// What was said of `first..=last` holds no longer. Questions that are asked stay: their answers are to come.
@@ -278,6 +349,16 @@ impl Questions {
         self.records.clear();
         self.noted.clear();
         self.open = 0;
+        self.strayed = 0;
+    }
+
+    pub(super) fn expects_answers(&self) -> bool {
+        !self.noted.is_empty() || self.oldest_due() != u64::MAX
+    }
+
+    /// Whoever was asked before the last flush is gone.
+    pub(super) fn expect_no_answers(&mut self) {
+        self.stale.clear();
     }
 
     pub(super) fn oldest(&self) -> Option<(Miss, Instant)> {
@@ -298,7 +379,7 @@ impl Questions {
     }
 
     /// Forgets the records of pages from `first` to `last` for which `which` holds.
-    fn forget(&mut self, first: u64, last: u64, which: impl Fn((u64, Access), &Record) -> bool) {
+    fn forget(&mut self, first: u64, last: u64, mut which: impl FnMut((u64, Access), &Record) -> bool) {
         if self.records.is_empty() {
             return;
         }
@@ -306,7 +387,7 @@ impl Questions {
         self.retain(|key, record| !(pages.contains(&key.0) && which(key, record)));
     }
 
-    fn retain(&mut self, keep: impl Fn((u64, Access), &Record) -> bool) {
+    fn retain(&mut self, mut keep: impl FnMut((u64, Access), &Record) -> bool) {
         let open = &mut self.open;
         self.records.retain(|key, record| {
             let kept = keep(*key, record);
@@ -343,6 +424,7 @@ impl Questions {
         assert_eq!(self.records.values().filter(open).count(), self.open);
         assert!(self.open <= MAX_OPEN && self.records.len() <= MAX_OPEN + MAX_REFUSED);
         assert!(self.noted.len() <= MAX_OPEN && self.stale.len() <= MAX_OPEN);
+        assert!(self.strayed == 0 || self.oldest_due() != u64::MAX);
         let noted = |record: &&Record| record.state == State::Noted;
         assert_eq!(self.records.values().filter(noted).count(), self.noted.len());
         assert!(

@@ -200,7 +200,7 @@ impl Inner {
     /// A ring was started or stopped.
     pub(super) fn look_at_ring(&mut self, index: usize, started: bool) {
         // Whichever it is, what was wrong with the ring before is over.
-        self.ring_mended(index);
+        self.ring_is_fine(index);
         if started {
             self.look_at_start();
         } else if !self.any_ring_started() {
@@ -210,8 +210,7 @@ impl Inner {
         }
     }
 
-    /// What was wrong with a ring is over.
-    fn ring_mended(&mut self, index: usize) {
+    fn ring_is_fine(&mut self, index: usize) {
         for (flags, code) in [
             (&mut self.without_memory, FindingCode::MemoryNotShared),
             (&mut self.refused_rings, FindingCode::TranslationFaultStorm),
@@ -286,7 +285,7 @@ impl Inner {
                 self.raise(FindingCode::TranslationFaultStorm, seen);
             }
             DeviceEvent::RingBroken { index, error } => self.look_at_broken_ring(*index, error),
-            DeviceEvent::RingMended { index } => self.ring_mended(*index),
+            DeviceEvent::RingMended { index } => self.ring_is_fine(*index),
             DeviceEvent::RingEmpty { index } => {
                 let queue = QUEUE_NAMES.get(*index).copied().unwrap_or("unknown");
                 set(&mut self.without_memory, *index);

@@ -253,6 +253,28 @@ fn a_ring_whose_own_addresses_are_refused_is_told_until_it_is_stopped_or_served(
     assert_eq!(vmm.active(), [""; 0]);
 }
 
+/// Translations came late, and nobody started the ring anew.
+#[test]
+fn a_ring_that_is_mended_is_no_finding_any_more() {
+    let vmm = Talk::with("qemu-system-x86_64", AUTO);
+    vmm.translated_boot();
+    let area = RingArea::Available;
+    for fault in [
+        MemoryFault::Refused { iova: 0xffff_e800 },
+        MemoryFault::Unmapped { addr: 0, len: 1 },
+    ] {
+        let error = RingError::Memory { area, fault };
+        for index in [0, 1] {
+            vmm.0.device_event(&DeviceEvent::RingBroken { index, error });
+        }
+        assert_eq!(vmm.active().len(), 1);
+        vmm.0.device_event(&DeviceEvent::RingMended { index: 1 });
+        assert_eq!(vmm.active().len(), 1, "the other one");
+        vmm.0.device_event(&DeviceEvent::RingMended { index: 0 });
+        assert_eq!(vmm.active(), [""; 0]);
+    }
+}
+
 #[test]
 fn memory_that_is_missing_or_blank_is_told_until_every_such_ring_has_stopped() {
     let vmm = Talk::with("cloud-hypervisor", AUTO);
