@@ -122,13 +122,7 @@ impl Device {
             Command::MissAnswered { miss, refused } => {
                 self.translation
                     .answered(miss, refused, &self.switchboard.metrics.iotlb);
-                if refused {
-                    self.resume(&[Hold::Translation]);
-                } else {
-                    // What a translation changes, its UPDATE has changed. An answer to a question of before a flush may have to
-                    // be asked for once more.
-                    self.translation.ask(&self.reports);
-                }
+                self.resume(&[Hold::Translation]);
             }
             Command::EndSession { done } => {
                 for index in 0..QUEUES {

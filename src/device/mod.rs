@@ -35,7 +35,7 @@
 //! ring is *parked*, and what is missing is told to the session, which asks the VMM. Nobody waits for that:
 //!
 //! ```text
-//!            +--- burst or start: Missing --> parked (Hold::Translation) --- UPDATE, refusal, kick, flush --+
+//!            +--- burst or start: Missing --> parked (Hold::Translation) --- UPDATE, answer, kick, flush ---+
 //!   served --+                                                                                             +--> served
 //!            +--- its own memory: Refused --> broken (Hold::Refused) ------- UPDATE, INVALIDATE, flush -----+
 //! ```
