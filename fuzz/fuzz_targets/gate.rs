@@ -1,4 +1,4 @@
-//! The gate alone, against a model of its surroundings: hundreds of thousands of sessions a second.
+//! The gate alone, against a model of its surroundings: some thousand cases a second.
 #![no_main]
 
 #[path = "../../tests/fuzz/gate.rs"]

@@ -1,4 +1,4 @@
-//! A whole session: real threads, sockets, memory and rings. Some hundred sessions a second, each followed by one that
+//! A whole session: real threads, sockets, memory and rings. About a hundred cases a second, each followed by one that
 //! must work.
 #![no_main]
 
