@@ -201,12 +201,11 @@ impl Gate {
             // Nobody waits for the answer to a repetition.
             let message = addressed.message.with_flags(VERSION);
             let passage = self.passage_of(&message, index, RingIovas { desc, avail, used });
-            // All memory is gone, and with it the ring: it waits for some, as the crate would refuse a ring without.
-            if !passage.is_translated() {
-                continue;
-            }
+            // Without memory there is no placeholder: then the crate ends the session, which is better than a ring that stays as
+            // it is.
+            let translated = passage.is_translated();
             if let Some(Some(addressed)) = self.addressed.get_mut(index) {
-                addressed.translated = true;
+                addressed.translated = translated;
             }
             before.push(passage);
         }
