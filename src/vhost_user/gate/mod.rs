@@ -254,10 +254,17 @@ impl Gate {
             Then::Forward { .. } => self.fault(message, fds),
             _ => None,
         };
-        if matches!(then, Then::Forward { .. } | Then::Replace(_)) {
+        let passes = matches!(then, Then::Forward { .. } | Then::Replace(_));
+        // What is said again goes first, so it must not rest on memory that the crate gets with this message; but it is this
+        // message that may make it necessary.
+        let decides = message.request() == request::SET_FEATURES;
+        if passes && decides {
             self.note(message);
         }
         self.address_again(&mut before);
+        if passes && !decides {
+            self.note(message);
+        }
         match &then {
             Then::Forward { .. } | Then::Replace(_) => self.await_answer(message, fault, false),
             Then::Carry { .. } | Then::Refuse(_) => {
