@@ -69,6 +69,19 @@ pub fn parse(bytes: &[u8]) -> File {
     file
 }
 
+/// Length of the whole blocks that a file begins with, of which more may come.
+pub fn whole_blocks(bytes: &[u8]) -> usize {
+    let mut end = 0;
+    while bytes.len() >= end + 8 {
+        let len = u32_at(bytes, end + 4) as usize;
+        if len == 0 || bytes.len() < end + len {
+            break;
+        }
+        end += len;
+    }
+    end
+}
+
 /// Types and bodies of blocks; nothing may be left over.
 #[track_caller]
 fn blocks(mut bytes: &[u8]) -> Vec<(u32, &[u8])> {
