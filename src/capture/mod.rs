@@ -35,7 +35,7 @@ use tokio::time::Sleep;
 
 mod pcapng;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod vsockmon;
 
 use crate::metrics::Direction;

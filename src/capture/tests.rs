@@ -7,7 +7,7 @@ use crate::vsock::header::{Cid, Op, Port};
 
 #[path = "../../tests/e2e/support/pcapng.rs"]
 #[allow(dead_code)]
-mod reader;
+pub mod reader;
 
 const GUEST_PORT: u32 = 1234;
 const SERVICE: u32 = 5432;

@@ -86,7 +86,7 @@ impl Capture {
 
     /// Reads until the end, which must come by itself.
     #[track_caller]
-    fn to_end(&mut self) -> File {
+    fn read_to_end(&mut self) -> File {
         while !self.ended {
             self.read();
         }
@@ -195,7 +195,7 @@ fn a_capture_goes_on_when_the_vmm_leaves_and_ends_whole_when_the_sidecar_does() 
         sidecar.until_metric("vsock_session_active", &[], 0.0);
     }
     sidecar.terminate();
-    let file = capture.to_end();
+    let file = capture.read_to_end();
     assert_eq!(count(&file.packets, true, Op::Request), 2);
     assert_eq!(count(&file.packets, false, Op::Response), 2);
     let packets = file.packets.len() as u64;
@@ -206,7 +206,7 @@ fn a_capture_goes_on_when_the_vmm_leaves_and_ends_whole_when_the_sidecar_does() 
 #[test]
 fn a_capture_ends_by_itself_when_its_time_is_up() {
     let sidecar = echoing();
-    let file = Capture::begin(&sidecar, "guest=web&seconds=1").to_end();
+    let file = Capture::begin(&sidecar, "guest=web&seconds=1").read_to_end();
     assert!(file.packets.is_empty());
     assert_eq!(file.statistics.last(), Some(&(0, 0)));
 }

@@ -4,12 +4,9 @@ use std::future::poll_fn;
 
 use super::bench::*;
 use super::*;
+use crate::capture::tests::reader;
 use crate::capture::{Options, Recording, capture};
 use crate::vsock::Op;
-
-#[path = "../../../tests/e2e/support/pcapng.rs"]
-#[allow(dead_code)]
-mod reader;
 
 /// A capture of a bench's device, read on the test's thread.
 struct Watcher {
