@@ -12,7 +12,7 @@ TOOLS := $(CURDIR)/target/tools
 
 all: check
 
-## setup: install what the tests need besides Rust (QEMU, guest kernels, promtool, Chromium); does nothing if it is there
+## setup: install what the tests need besides Rust (QEMU, guest kernels, promtool, tshark, Chromium); does nothing if it is there
 setup:
 	sh tests/setup.sh
 

@@ -14,7 +14,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("logging", &["config", "metrics"]),
     ("guest", &["sys", "vsock::header"]),
     ("host", &["config", "sys"]),
-    ("device", &["config", "guest", "host", "metrics", "sys", "vsock"]),
+    ("capture", &["metrics", "vsock::header"]),
+    (
+        "device",
+        &["capture", "config", "guest", "host", "metrics", "sys", "vsock"],
+    ),
     ("vhost_user", &["device", "guest", "sys"]),
     ("admin", &["config", "drain", "metrics", "sys"]),
     ("embedded_guest", &["sys", "vsock::header"]),
@@ -22,6 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "app",
         &[
             "admin",
+            "capture",
             "config",
             "device",
             "drain",

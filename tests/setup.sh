@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the tests use besides Rust: QEMU and tools to make a guest, guest kernels, promtool and Prometheus, Chromium.
+# Installs what the tests use besides Rust: QEMU and tools to make a guest, guest kernels, promtool and Prometheus, tshark, Chromium.
 # For Debian and Ubuntu. Does nothing if everything is there. Run again at will.
 set -eu
 
@@ -10,6 +10,7 @@ need cpio cpio
 need depmod kmod
 need xz xz-utils
 need promtool prometheus
+need tshark tshark
 # Any of its names will do.
 command -v chromium-browser >/dev/null 2>&1 || command -v google-chrome >/dev/null 2>&1 || need chromium chromium
 
@@ -28,8 +29,9 @@ if [ -n "$missing" ]; then
     fi
     echo "setup: installing$missing"
     $sudo apt-get update -qq
+    # Packages that ask (tshark does) must not wait for an answer. (sudo lets no variable through.)
     # shellcheck disable=SC2086 # a list of words
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing >/dev/null
+    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
 fi
 
 sh "$(dirname "$0")/vm/fetch-kernels.sh"

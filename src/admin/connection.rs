@@ -4,6 +4,8 @@
 //! client does not take. So a connection is in a phase, which shows in its reads, writes and flushes, and each
 //! phase has its deadline:
 //!
+//! A stream (a capture) is in a phase of its own until it has been made: `Answering -> Streaming -> Writing`.
+//!
 //! ```text
 //!          first byte            head complete                              response taken
 //!   Idle --------------> Head ---------------------> Answering -> Writing ------------------> Idle
@@ -15,16 +17,19 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
-use http_body_util::Full;
 use hyper::Request;
-use hyper::body::{Bytes, Incoming};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
+use super::body::ReplyBody;
+use super::capture::Peer;
+use super::routes::Reply;
 use super::{Admin, Limits, routes};
 
 /// Most bytes of a request head.
@@ -36,6 +41,8 @@ const MAX_FIELDS: usize = 64;
 pub(super) struct Serve {
     pub(super) admin: Admin,
     pub(super) limits: Limits,
+    /// Who asks.
+    pub(super) peer: Peer,
     /// Whether there may be more than one request.
     pub(super) keep_alive: bool,
     /// A new one; whoever has to choose a connection to end looks at it.
@@ -49,15 +56,24 @@ impl Serve {
         let Serve {
             admin,
             limits,
+            peer,
             keep_alive,
             clock,
         } = self;
         let service = service_fn(|request: Request<Incoming>| {
             clock.requested();
-            let admin = &admin;
+            let (admin, clock) = (&admin, &clock);
             async move {
-                let response = routes::respond(admin, &request, limits.answer).await;
-                Ok::<_, Infallible>(response.map(|body| Full::new(Bytes::from(body))))
+                Ok::<_, Infallible>(
+                    match routes::respond(admin, &request, peer, limits.answer).await {
+                        Reply::Whole(response) => response.map(ReplyBody::whole),
+                        Reply::Streamed(response, lasts) => {
+                            clock.streams(lasts);
+                            let clock = clock.clone();
+                            response.map(|chunks| ReplyBody::stream(chunks, move || clock.streamed()))
+                        }
+                    },
+                )
             }
         });
         let io = TokioIo::new(Watched {
@@ -111,6 +127,8 @@ enum Phase {
     Answering,
     /// The response is being written.
     Writing,
+    /// A response is being made and written for so long. Flushes mean nothing: there is one after each piece.
+    Streaming(Duration),
 }
 
 /// The phase of a connection and when it began; a response is one phase for its deadline.
@@ -152,11 +170,24 @@ impl Clock {
     }
 
     /// hyper flushes the socket when it has nothing left to write, also while an answer is still being made. A
-    /// response is one buffer, so that the first flush after a write means that all of it is out.
+    /// response is one buffer (or the end of a stream is), so that the first flush after a write means that all of it is out.
     fn flushed(&self) {
         let mut phase = self.lock();
         if phase.0 == Phase::Writing {
             *phase = (Phase::Idle, Instant::now());
+        }
+    }
+
+    /// The response will be made for so long. Its time for being taken begins then.
+    fn streams(&self, lasts: Duration) {
+        *self.lock() = (Phase::Streaming(lasts), Instant::now());
+    }
+
+    /// The stream has ended; what was written of it last may not be out.
+    fn streamed(&self) {
+        let mut phase = self.lock();
+        if matches!(phase.0, Phase::Streaming(_)) {
+            *phase = (Phase::Writing, Instant::now());
         }
     }
 
@@ -173,6 +204,7 @@ impl Clock {
                 Phase::Idle => self.limits.idle,
                 Phase::Head => self.limits.head,
                 Phase::Answering | Phase::Writing => self.limits.response,
+                Phase::Streaming(lasts) => lasts + self.limits.response,
             }
     }
 

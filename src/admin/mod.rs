@@ -10,14 +10,17 @@
 //! | a request head | [`Limits::head`] from its first byte, 16 KiB, 64 fields | closed; 431 |
 //! | an idle connection | [`Limits::idle`] | closed |
 //! | a response, until the client has taken it | [`Limits::response`] | closed |
+//! | a capture, until the client has taken it | its time and [`Limits::response`] | closed |
 //! | a question to the device threads | [`Limits::answer`] | 503 that says so |
 //!
 //! Request bodies are never read. There is no TLS and no authentication: what is served here is for those who
-//! can reach the pod's network or the socket file.
+//! can reach the pod's network or the socket file, and captures are for those who are on this machine.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+mod body;
+mod capture;
 mod connection;
 mod listen;
 mod page;
@@ -25,6 +28,7 @@ pub mod readiness;
 mod routes;
 mod server;
 
+pub use capture::{CaptureRefused, CaptureRequest, Chunks};
 pub use listen::{AdminError, AdminServer};
 pub use readiness::{Latch, Readiness};
 pub use routes::ROUTES;
@@ -54,6 +58,11 @@ pub trait Source: Send + Sync + 'static {
     /// configuration demands, now. It may come and go.
     fn ready(&self) -> Vec<Check> {
         Vec::new()
+    }
+
+    /// Begins a capture of a guest's packets: a pcapng file in pieces. Dropping it ends the capture.
+    fn capture(&self, _: CaptureRequest) -> Answer<'_, Result<Box<dyn Chunks>, CaptureRefused>> {
+        capture::no_guests()
     }
 }
 

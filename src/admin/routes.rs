@@ -9,17 +9,22 @@ use hyper::header::{
 };
 use hyper::{Method, Request, Response, StatusCode};
 
+use super::capture::{self, Peer};
 use super::page::page;
-use super::{Admin, Answer, Check};
+use super::{Admin, Answer, Check, Chunks};
 
 /// Every path that is served, with what it is.
-pub const ROUTES: [(&str, &str); 6] = [
+pub const ROUTES: [(&str, &str); 7] = [
     ("/", "the status page for browsers, this list for others"),
     ("/metrics", "metrics in Prometheus text format"),
     ("/livez", "liveness: every device thread answers"),
     ("/readyz", "readiness: started, nothing missing, not draining"),
     ("/startupz", "startup: configuration valid and every socket bound"),
     ("/state", "sessions, negotiation and connections as JSON"),
+    (
+        capture::PATH,
+        "?guest=NAME&seconds=N: packets as pcapng, from this machine only",
+    ),
 ];
 
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -28,8 +33,24 @@ const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
 
+/// A response, by how its body is made.
+pub(super) enum Reply {
+    /// All of it is there.
+    Whole(Response<String>),
+    /// It is made while it is sent, which lasts so long.
+    Streamed(Response<Box<dyn Chunks>>, Duration),
+}
+
 /// Answers one request. `patience` bounds the questions to other threads.
-pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, patience: Duration) -> Response<String> {
+pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, peer: Peer, patience: Duration) -> Reply {
+    let reads = [Method::GET, Method::HEAD].contains(request.method());
+    if request.uri().path() == capture::PATH && reads {
+        return capture::respond(admin, request, peer, patience).await;
+    }
+    Reply::Whole(answer(admin, request, patience).await)
+}
+
+async fn answer<B>(admin: &Admin, request: &Request<B>, patience: Duration) -> Response<String> {
     let (method, path) = (request.method(), request.uri().path());
     if !ROUTES.iter().any(|(route, _)| *route == path) {
         return text(
@@ -160,15 +181,15 @@ async fn within<T>(patience: Duration, answer: Answer<'_, T>) -> Option<T> {
     tokio::time::timeout(patience, answer).await.ok()
 }
 
-fn no_answer(patience: Duration) -> String {
+pub(super) fn no_answer(patience: Duration) -> String {
     format!("no answer within {} ms", patience.as_millis())
 }
 
-fn text(status: StatusCode, body: String) -> Response<String> {
+pub(super) fn text(status: StatusCode, body: String) -> Response<String> {
     response(status, TEXT, body)
 }
 
-fn response(status: StatusCode, content_type: &'static str, body: String) -> Response<String> {
+pub(super) fn response<T>(status: StatusCode, content_type: &'static str, body: T) -> Response<T> {
     let mut response = Response::new(body);
     *response.status_mut() = status;
     let headers = response.headers_mut();

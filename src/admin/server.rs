@@ -14,6 +14,7 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use crate::sys::unix_socket::SocketGuard;
 
+use super::capture::Peer;
 use super::connection::{Clock, Serve};
 use super::listen::{AdminError, Bound};
 use super::{Admin, Limits};
@@ -143,6 +144,7 @@ async fn accept_loop(
             Serve {
                 admin: admin.clone(),
                 limits,
+                peer: stream.peer(),
                 keep_alive,
                 clock: clock.clone(),
             },
@@ -303,6 +305,13 @@ impl Listener {
 }
 
 impl Stream {
+    fn peer(&self) -> Peer {
+        match self {
+            Stream::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
+            Stream::Unix(_) => Peer::Unix,
+        }
+    }
+
     /// Says why and closes, without waiting for the client.
     fn refuse(self) {
         let _ = match &self {

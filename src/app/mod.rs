@@ -21,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
 
+mod capture;
 mod source;
 
 use crate::admin::{Admin, AdminError, AdminHandle, AdminServer, Readiness};
@@ -280,6 +281,7 @@ impl Sidecar {
 
         let source = AdminSource {
             registry,
+            captures: capture::Places::in_all(),
             guests: views,
             drain: sidecar.drain.watch(),
             started,
@@ -365,6 +367,7 @@ impl Sidecar {
             device: handle,
             session: watch,
             metrics,
+            captures: capture::Places::of_a_guest(),
         })
     }
 

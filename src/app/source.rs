@@ -5,7 +5,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::admin::{Answer, Check, Source};
+use super::capture::{self, Places};
+use crate::admin::{Answer, CaptureRefused, CaptureRequest, Check, Chunks, Source};
 use crate::config::{InboundProtocol, ListenAddress, Target};
 use crate::device::{Command, DeviceGauges, DeviceHandle};
 use crate::drain;
@@ -16,21 +17,22 @@ use crate::metrics::{
 use crate::vhost_user::{self, NegotiationWatch};
 
 /// How long a device thread may take to describe itself. Its turns are milliseconds.
-const DEVICE_PATIENCE: Duration = Duration::from_millis(600);
+pub(super) const DEVICE_PATIENCE: Duration = Duration::from_millis(600);
 
 /// One guest, as readers see it.
-#[derive(Clone)]
 pub(super) struct GuestView {
     pub(super) config: Arc<crate::config::Guest>,
     pub(super) device: DeviceHandle,
     pub(super) session: Arc<NegotiationWatch>,
     pub(super) metrics: Arc<GuestMetrics>,
+    pub(super) captures: Places,
 }
 
 /// What the admin server reads.
 pub(super) struct AdminSource {
     pub(super) registry: Arc<Registry>,
     pub(super) guests: Vec<GuestView>,
+    pub(super) captures: Places,
     pub(super) drain: drain::Watch,
     pub(super) started: SystemTime,
 }
@@ -96,6 +98,10 @@ impl Source for AdminSource {
             }
         };
         self.guests.iter().map(check).collect()
+    }
+
+    fn capture(&self, request: CaptureRequest) -> Answer<'_, Result<Box<dyn Chunks>, CaptureRefused>> {
+        Box::pin(capture::begin(self, request))
     }
 }
 

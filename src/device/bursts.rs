@@ -1,5 +1,6 @@
 //! Rings against the switchboard: a burst of packets from the guest, a burst of packets to it.
 
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::readv;
 use crate::vsock::{Disposition, HEADER_LEN, Header, Op, Outgoing, SocketType};
 
+use super::captures::Captures;
 use super::handle::DeviceEvent;
 use super::reports::Reports;
 use super::switchboard::{Gather, ReadOutcome, Switchboard};
@@ -51,6 +53,7 @@ impl Device {
             ram,
             translation,
             reports,
+            captures,
             ..
         } = self;
         let (Some(running), Some(ram)) = (&mut rings[TX], ram.as_ref()) else {
@@ -63,7 +66,7 @@ impl Device {
             return false;
         }
         let view = translation.view(&running.ring, ram);
-        let result = take_burst(running, switchboard, view, now);
+        let result = take_burst(running, switchboard, captures, view, now);
         let taken = after_burst(running, switchboard, reports, TX, now, result);
         running.due = taken != Some(Taken::All);
         let mut more = taken == Some(Taken::SomeLeft);
@@ -85,6 +88,7 @@ impl Device {
             ram,
             translation,
             reports,
+            captures,
             unsent,
             rx_starved_since,
             ..
@@ -99,7 +103,7 @@ impl Device {
         }
         let accepted_input = switchboard.muxer.accepts_input();
         let view = translation.view(&running.ring, ram);
-        let result = give_burst(running, switchboard, view, unsent, now);
+        let result = give_burst(running, switchboard, captures, view, unsent, now);
         let given = after_burst(running, switchboard, reports, RX, now, result);
         switchboard.handle_events(now);
 
@@ -210,6 +214,7 @@ fn interrupt(running: &RunningRing, switchboard: &Switchboard, queue: usize, fin
 fn take_burst(
     running: &mut RunningRing,
     switchboard: &mut Switchboard,
+    captures: &mut Captures,
     ram: View<'_>,
     now: Instant,
 ) -> Result<Taken, RingError> {
@@ -233,6 +238,9 @@ fn take_burst(
         switchboard
             .metrics
             .packet(Direction::GuestToHost, header.op, header.socket_type);
+        if captures.is_on() {
+            captures.record_from_guest(&header, &packet);
+        }
         let continues = gather.id.is_some_and(|id| switchboard.is_data_of(id, &header));
         if !continues {
             // The muxer must know of all that was taken before it hears what comes next.
@@ -287,6 +295,7 @@ fn take_burst(
 fn give_burst(
     running: &mut RunningRing,
     switchboard: &mut Switchboard,
+    captures: &mut Captures,
     ram: View<'_>,
     unsent: &mut Option<Header>,
     now: Instant,
@@ -315,10 +324,14 @@ fn give_burst(
             Some(Outgoing::Control(header)) => {
                 // Kept until it is sent, whatever becomes of the ring: the muxer has forgotten it.
                 *unsent = Some(header);
-                if !burst.control(&header.encode())? {
+                let bytes = header.encode();
+                if !burst.control(&bytes)? {
                     break Given::NoBuffers;
                 }
                 *unsent = None;
+                if captures.is_on() {
+                    captures.record(Direction::HostToGuest, &bytes, 0, |_| 0);
+                }
                 switchboard
                     .metrics
                     .packet(Direction::HostToGuest, header.op, header.socket_type);
@@ -336,7 +349,7 @@ fn give_burst(
                     }
                     Ok(room) => room,
                 };
-                packets += give_data(&mut burst, switchboard, now, id, most.min(room))?;
+                packets += give_data(&mut burst, switchboard, captures, now, id, most.min(room))?;
             }
         }
     };
@@ -357,6 +370,7 @@ fn give_burst(
 fn give_data(
     burst: &mut RxBurst<'_, '_>,
     switchboard: &mut Switchboard,
+    captures: &mut Captures,
     now: Instant,
     id: crate::vsock::ConnectionId,
     most: usize,
@@ -372,8 +386,22 @@ fn give_data(
             .map_or([0; HEADER_LEN], |header| header.encode())
     };
     if let Some(preface) = switchboard.preface(id) {
-        let n = burst.fill(preface.get(..most.min(preface.len())).unwrap_or_default());
-        let packets = burst.commit(0, |len| header(switchboard, len))?;
+        let bytes = preface.get(..most.min(preface.len())).unwrap_or_default();
+        let n = burst.fill(bytes);
+        // Where it is will be gone when it is asked for.
+        let kept = captures.is_on().then(|| bytes.to_vec());
+        let mut at = 0;
+        let packets = burst.commit(0, |len| {
+            let header = header(switchboard, len);
+            if let Some(kept) = &kept {
+                let rest = kept.get(at..).unwrap_or_default();
+                captures.record(Direction::HostToGuest, &header, len, |mut into| {
+                    into.write(rest).unwrap_or_default()
+                });
+            }
+            at += len as usize;
+            header
+        })?;
         switchboard.preface_sent(now, id, n as u32);
         return Ok(packets);
     }
@@ -381,7 +409,19 @@ fn give_data(
     let asked = burst.push_payload(&mut list, most);
     let outcome = switchboard.read(now, id, asked, |stream| readv(stream.as_fd(), &list));
     match outcome {
-        ReadOutcome::Bytes(n) => burst.commit(n as usize, |len| header(switchboard, len)),
+        ReadOutcome::Bytes(n) => {
+            let mut at = 0;
+            burst.commit(n as usize, |len| {
+                let header = header(switchboard, len);
+                if captures.is_on() {
+                    captures.record(Direction::HostToGuest, &header, len, |into| {
+                        list.copy_to(at, into)
+                    });
+                }
+                at += len as usize;
+                header
+            })
+        }
         ReadOutcome::Nothing => {
             burst.give_back();
             Ok(0)

@@ -139,6 +139,10 @@ impl Device {
             Command::Dialed { token, result, took } => {
                 self.switchboard.handle_dialed(now, token, result, took)
             }
+            Command::Capture { tap, done } => {
+                self.captures.add(tap);
+                let _ = done.send(());
+            }
             Command::Snapshot(reply) => {
                 let _ = reply.send(self.snapshot(now));
             }
@@ -280,6 +284,7 @@ fn is_of_session(command: &Command) -> bool {
         | Command::EndSession { .. } => true,
         Command::Incoming(_)
         | Command::Dialed { .. }
+        | Command::Capture { .. }
         | Command::Snapshot(_)
         | Command::Ping(_)
         | Command::Drain

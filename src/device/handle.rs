@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
+use crate::capture::Tap;
 use crate::guest::{GuestRam, Mapping, Miss, RingError, RingParts, RingPosition};
 use crate::host::dial::DialResult;
 use crate::host::listen::Incoming;
@@ -102,6 +103,13 @@ pub enum Command {
         result: DialResult,
         /// How long it took.
         took: Duration,
+    },
+    /// Record packets for somebody, until its recording has ended.
+    Capture {
+        /// Where they go.
+        tap: Tap,
+        /// Answered when the next packet will be recorded.
+        done: Reply<()>,
     },
     /// Describe yourself.
     Snapshot(Reply<DeviceSnapshot>),

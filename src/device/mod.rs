@@ -43,6 +43,11 @@
 //! A parked ring costs no wake-ups: the other one is served, timers fire, packets for the guest stay with the muxer and
 //! their bytes in the sockets. A buffer that is refused costs its chain only.
 //!
+//! # Captures
+//!
+//! Somebody may look at the packets (`captures`): each is recorded when it has been taken or is about to be given, in that
+//! order, and what was recorded in a turn is passed on at its end. A reader that is too slow costs records, never time.
+//!
 //! # Invariants
 //!
 //! 1. Nothing here blocks but the poll. Sockets are non-blocking; dials and names are the control runtime's.
@@ -77,6 +82,7 @@ use crate::vsock::{Cid, Header, Muxer, MuxerConfig};
 
 mod budget;
 mod bursts;
+mod captures;
 mod commands;
 mod flow;
 pub mod handle;
@@ -93,6 +99,7 @@ pub use handle::{Command, DeviceEvent, DeviceGone, DeviceHandle};
 pub use router::Router;
 pub use snapshot::DeviceSnapshot;
 
+use captures::Captures;
 use commands::Inbox;
 use reports::Reports;
 use snapshot::RingSnapshot;
@@ -240,6 +247,7 @@ struct Device {
     ram: Option<GuestRam>,
     translation: Translation,
     reports: Reports,
+    captures: Captures,
     /// A packet that the muxer has handed out and that no buffer could take: those that were posted were malformed, or
     /// not translated.
     unsent: Option<Header>,
@@ -263,6 +271,7 @@ impl Device {
             guest_timeout: config.limits.guest_timeout,
             idle_timeout: config.limits.idle_timeout,
         });
+        let captures = Captures::new(Arc::clone(&config.metrics));
         let switchboard = Switchboard::new(SwitchboardParts {
             name: config.name.as_str().into(),
             cid: config.cid,
@@ -284,6 +293,7 @@ impl Device {
             ram: None,
             translation: Translation::new(),
             reports: Reports::default(),
+            captures,
             waiting: VecDeque::new(),
             unsent: None,
             rx_starved_since: None,
@@ -329,6 +339,7 @@ impl Device {
         let commands = self.handle_commands(now);
         // Also after Stop: what the guest is told of the end leaves with this turn.
         let more = self.turn(now);
+        self.captures.flush();
         self.show();
         commands.map_continue(|left| left | more)
     }

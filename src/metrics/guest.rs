@@ -103,6 +103,7 @@ pub(super) struct GuestFamilies {
     kicks_suppressed: IntCounterVec,
     interrupts: IntCounterVec,
     interrupts_suppressed: IntCounterVec,
+    capture_dropped_packets: IntCounterVec,
     rules: IntGaugeVec,
     iotlb: IotlbFamilies,
 }
@@ -251,6 +252,11 @@ impl GuestFamilies {
                 "Bursts after which the guest wanted no interrupt.",
                 &["guest", "queue"],
             )?,
+            capture_dropped_packets: counters(
+                "vsock_capture_dropped_packets_total",
+                "Packets that are missing in captures because their reader was too slow.",
+                &["guest"],
+            )?,
             rules: gauges(
                 "vsock_rules",
                 "Rules of the configuration.",
@@ -330,6 +336,8 @@ pub struct GuestMetrics {
     pub buffered_bytes: [IntGauge; 2],
     /// Per virtqueue: rx, tx, event.
     pub queues: [QueueMetrics; 3],
+    /// Packets that are missing in captures.
+    pub capture_dropped_packets: IntCounter,
     /// Translations of I/O virtual addresses.
     pub iotlb: IotlbMetrics,
 }
@@ -441,6 +449,7 @@ impl GuestMetrics {
             backpressure_pauses: by_direction(&f.backpressure_pauses),
             buffered_bytes: Direction::LABELS.map(|d| f.buffered_bytes.with_label_values(&[guest, d])),
             queues: QUEUE_LABELS.map(queue),
+            capture_dropped_packets: f.capture_dropped_packets.with_label_values(&[guest]),
             iotlb: f.iotlb.resolve(guest),
         }
     }

@@ -4,6 +4,7 @@
 mod support;
 
 mod bad_start;
+mod capture;
 mod edges;
 mod hostile_guest;
 mod iommu;

@@ -1,4 +1,5 @@
 mod bench;
+mod capture;
 mod invalidate;
 mod translation;
 

@@ -2,6 +2,7 @@
 
 mod bytes;
 mod host;
+pub mod pcapng;
 mod process;
 
 use std::path::Path;
