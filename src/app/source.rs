@@ -119,6 +119,7 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
                     Target::Tcp { host, port } => format!("tcp://{host}:{port}"),
                     Target::Unix { path } => format!("unix://{path}"),
                 },
+                "proxyProtocol": rule.proxy_protocol,
             })
         })
         .collect();

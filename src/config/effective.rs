@@ -71,6 +71,7 @@ impl From<&OutboundRule> for schema::Outbound {
             port,
             ports,
             to: Given::new(rule.target.clone()),
+            proxy_protocol: rule.proxy_protocol.map_or(Given::Absent, Given::new),
         }
     }
 }

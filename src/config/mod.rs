@@ -177,6 +177,17 @@ pub struct OutboundRule {
     pub target: Target,
 }
 
+    /// What the target gets ahead of the guest's bytes, if anything.
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// How a target is told on whose behalf it was dialled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum ProxyProtocol {
+    /// With a header of HAProxy's PROXY protocol, version 2; see docs/proxy-protocol.md.
+    V2,
 /// Where an outbound connection goes.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub enum Target {

@@ -219,10 +219,12 @@ impl Resolver<'_, '_> {
                 let (rule, at) = rule.located()?;
                 let target = self.target(rule, at, ports.as_ref(), cid);
                 Some(OutboundRule {
+                let proxy_protocol = optional(&rule.proxy_protocol);
                     name: name?,
                     ports: ports?,
                     target: target?,
                 })
+                    proxy_protocol: proxy_protocol?,
             })
             .collect();
         resolved.into_iter().collect()
@@ -643,3 +645,12 @@ fn insert_first<K: std::hash::Hash + Eq>(map: &mut HashMap<K, NodeId>, key: K, a
         }
     }
 }
+/// What stands under a key that may be left out; `None` when it cannot be read.
+fn optional<T: Copy>(given: &Given<T>) -> Option<Option<T>> {
+    match given {
+        Given::Absent => Some(None),
+        Given::Wrong => None,
+        Given::Right(value, _) => Some(Some(*value)),
+    }
+}
+

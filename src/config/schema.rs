@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::given::Given;
 use super::values::{ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange, SocketPath};
-use super::{AccessPlatform, ListenAddress, LogFormat, Target, VhostUserMode};
+use super::{AccessPlatform, ListenAddress, LogFormat, ProxyProtocol, Target, VhostUserMode};
 
 /// How many guests one file may have: each has a thread.
 pub(super) const MAX_GUESTS: usize = 256;
@@ -143,6 +143,11 @@ pub struct Outbound {
 }
 
 /// A rule for connections to the guest: `listen`, and either `port` or `protocol`.
+    /// `v2`: the target gets a header of the PROXY protocol ahead of the guest's bytes, which names the guest, its CID and
+    /// both ports; the target must expect it. See docs/proxy-protocol.md. Left out: the target gets the guest's bytes alone.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"v2")]
+    pub proxy_protocol: Given<ProxyProtocol>,
 #[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(extend("oneOf" = [{"required": ["port"]}, {"required": ["protocol"]}]))]

@@ -32,7 +32,7 @@ labelled! {
         DialTimeout => "dial_timeout",
         /// The target's name was not found or could not be resolved.
         Dns => "dns",
-        /// No route to the target, or another error of connect().
+        /// No route to the target, another error of connect(), or the target closed before it took the PROXY header.
         Unreachable => "unreachable",
         /// The guest answered REQUEST with RST: nobody listens there.
         GuestRst => "guest_rst",

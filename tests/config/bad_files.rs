@@ -66,6 +66,9 @@ const BAD: &[Bad] = bad![
     "an unknown word": "guests: [{name: web, cid: 3, vhostUser: {mode: sever, socket: DIR/web.sock}}]"
         => "1:48" "guests[0].vhostUser.mode" "`sever` is not known" "did you mean `server`?" "sever";
 
+    "a PROXY protocol that nobody speaks any more": "GUEST  outbound: [{port: 1, to: tcp://a:1, proxyProtocol: v1}]"
+        => "5:54" "guests[0].outbound[0].proxyProtocol" "`v1` is not known" "`v2`" "v1";
+
     // Names.
     "an upper-case name": "guests: [{name: Web, cid: 3, vhostUser: {socket: DIR/web.sock}}]"
         => "1:17" "guests[0].name" "`Web` is no name" "lower-case letters" "Web";

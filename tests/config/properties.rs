@@ -49,6 +49,7 @@ fn strange_values() -> impl Strategy<Value = Value> {
         json!("unix:///}"),
         json!("unix:///a/."),
         json!("connect"),
+        json!("v2"),
         json!("server"),
         json!("text"),
         json!("info"),
@@ -97,7 +98,8 @@ fn configurations() -> impl Strategy<Value = config::Config> {
             path: path + "{port}.{cid}"
         }),
     ];
-    let outbound = prop::collection::vec((name, 0..400u32, target), 0..4);
+    let proxied = prop_oneof![Just(None), Just(Some(ProxyProtocol::V2))];
+    let outbound = prop::collection::vec((name, 0..400u32, target, proxied), 0..4);
     let inbound = prop::collection::vec((name, prop::option::of(1..=0xffff_fffeu32)), 0..4);
     let limits = (
         1..=1_000_000usize,
@@ -132,13 +134,14 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                         outbound: outbound
                             .into_iter()
                             .zip(0..)
-                            .map(|((name, more, target), rule)| {
+                            .map(|((name, more, target, proxy_protocol), rule)| {
                                 let ports = next + 1..=next + 1 + more;
                                 next = *ports.end();
                                 OutboundRule {
                                     name: format!("{name}-{rule}"),
                                     ports,
                                     target,
+                                    proxy_protocol,
                                 }
                             })
                             .collect(),

@@ -10,6 +10,7 @@ mod iommu;
 mod iommu_hostile;
 mod limits;
 mod observability;
+mod proxy_header;
 mod reconnect;
 mod shutdown;
 mod stream;
