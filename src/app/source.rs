@@ -143,6 +143,9 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
                     InboundProtocol::Plain { .. } => "plain",
                     InboundProtocol::Connect => "connect",
                 },
+                // Empty: everyone.
+                "allow": rule.allow.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "waitForGuest": rule.wait_for_guest,
             })
         })
         .collect();

@@ -14,3 +14,4 @@ mod proxy_header;
 mod reconnect;
 mod shutdown;
 mod stream;
+mod waiting;
