@@ -30,7 +30,7 @@ use crate::device::{self, Command, DeviceConfig, DeviceHandle, Router, RunningDe
 use crate::drain::{self, Drain, Report};
 use crate::guest::RingFault;
 use crate::host::dial::Dialer;
-use crate::host::listen::{InboundSpec, Incoming, ListenError, Listener, Rejected};
+use crate::host::listen::{InboundSpec, Incoming, ListenError, Listener, Rejected, Rejection};
 use crate::metrics::{GuestMetrics, LabelSets, Registry, RuleNames};
 use crate::vhost_user::{self, Endpoint, NegotiationWatch, Session, SessionConfig, SessionHandle};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
@@ -217,11 +217,12 @@ impl BoundGuest {
         })?;
         let mut listeners = Vec::with_capacity(config.inbound.len());
         for rule in &config.inbound {
-            listeners.push(Listener::bind(&rule.listen).map_err(|source| Error::Listen {
+            let listener = Listener::bind(&rule.listen).map_err(|source| Error::Listen {
                 guest: config.name.clone(),
                 rule: rule.name.clone(),
                 source,
-            })?);
+            })?;
+            listeners.push(listener.only_from(rule.allow.clone()));
         }
         Ok(BoundGuest {
             config: Arc::new(config.clone()),
@@ -345,6 +346,7 @@ impl Sidecar {
                 rule: index,
                 protocol: rule.protocol,
                 handshake_timeout: config.limits.guest_timeout,
+                wait_for_guest: rule.wait_for_guest,
             };
             self.control.handle.spawn(serve_inbound(
                 listener,
@@ -440,7 +442,10 @@ impl InboundSink {
                 let _ = self.device.send(Command::Incoming(incoming));
             }
             Err(rejected) => {
-                let reason = RefuseReason::BadHandshake;
+                let reason = match rejected.why {
+                    Rejection::NotAllowed => RefuseReason::Acl,
+                    _ => RefuseReason::BadHandshake,
+                };
                 let Some(rule) = self.metrics.inbound.get(rejected.rule) else {
                     return;
                 };

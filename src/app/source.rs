@@ -125,6 +125,7 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
                     Target::Tcp { host, port } => format!("tcp://{host}:{port}"),
                     Target::Unix { path } => format!("unix://{path}"),
                 },
+                "proxyProtocol": rule.proxy_protocol,
             })
         })
         .collect();
@@ -148,6 +149,9 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
                     InboundProtocol::Plain { .. } => "plain",
                     InboundProtocol::Connect => "connect",
                 },
+                // Empty: everyone.
+                "allow": rule.allow.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "waitForGuest": rule.wait_for_guest,
             })
         })
         .collect();

@@ -71,6 +71,7 @@ impl From<&OutboundRule> for schema::Outbound {
             port,
             ports,
             to: Given::new(rule.target.clone()),
+            proxy_protocol: rule.proxy_protocol.map_or(Given::Absent, Given::new),
         }
     }
 }
@@ -84,8 +85,13 @@ impl From<&InboundRule> for schema::Inbound {
         schema::Inbound {
             name: Given::new(Name(rule.name.clone())),
             listen: Given::new(rule.listen.clone()),
+            allow: match rule.allow.is_empty() {
+                true => Given::Absent,
+                false => Given::new(rule.allow.iter().copied().map(Given::new).collect()),
+            },
             port,
             protocol,
+            wait_for_guest: Given::new(rule.wait_for_guest),
         }
     }
 }

@@ -291,6 +291,13 @@ impl<'de> Deserializer<'de> for Reader<'_, '_, '_> {
         }
     }
 
+    fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
+        match self.value() {
+            Value::Bool(value) => visitor.visit_bool(*value),
+            _ => Err(self.wrong(&"`true` or `false`, without quotes")),
+        }
+    }
+
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Mistake> {
         match self.value() {
             Value::List(items) => visitor.visit_seq(ListAccess {
@@ -387,7 +394,7 @@ impl<'de> Deserializer<'de> for Reader<'_, '_, '_> {
     }
 
     serde::forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u128 f32 f64 char str string bytes byte_buf unit unit_struct newtype_struct
+        i8 i16 i32 i64 i128 u8 u16 u32 u128 f32 f64 char str string bytes byte_buf unit unit_struct newtype_struct
         tuple tuple_struct map identifier ignored_any
     }
 }

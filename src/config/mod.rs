@@ -5,7 +5,7 @@
 //!
 //! 1. `source` reads the file: at most 1 MiB of UTF-8.
 //! 2. `document` makes a tree of nodes of the YAML, within a budget, so that aliases cannot multiply it.
-//! 3. `given` reads the types of `schema` from the tree; `values` and `address` hold what a scalar may say. Unknown
+//! 3. `given` reads the types of `schema` from the tree; `values`, `address` and `cidr` hold what a scalar may say. Unknown
 //!    keys, repeated keys and wrong types are gathered here.
 //! 4. `resolve` (with `listeners`) holds the values against each other and fills in what follows from them; `files`
 //!    asks the file system whether the directories of the sockets are there.
@@ -13,6 +13,7 @@
 //! What was gathered is a [`ConfigError`]; what is odd but runs is a [`Warning`].
 
 mod address;
+mod cidr;
 mod diagnostic;
 mod document;
 mod effective;
@@ -24,6 +25,7 @@ mod schema;
 mod source;
 mod values;
 
+pub use cidr::Cidr;
 pub use diagnostic::{ConfigError, Diagnostic, Excerpt, Warning};
 
 use std::net::SocketAddr;
@@ -175,6 +177,17 @@ pub struct OutboundRule {
     pub ports: RangeInclusive<u32>,
     /// Where connections go.
     pub target: Target,
+    /// What the target gets ahead of the guest's bytes, if anything.
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// How a target is told on whose behalf it was dialled.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum ProxyProtocol {
+    /// With a header of HAProxy's PROXY protocol, version 2; see docs/proxy-protocol.md.
+    V2,
 }
 
 /// Where an outbound connection goes.
@@ -202,8 +215,12 @@ pub struct InboundRule {
     pub name: String,
     /// Where clients connect.
     pub listen: ListenAddress,
+    /// Who may connect; empty means everyone. Never set for a unix listener.
+    pub allow: Vec<Cidr>,
     /// How the guest port is found.
     pub protocol: InboundProtocol,
+    /// Clients wait for a guest that does not listen yet, until [`Limits::guest_timeout`].
+    pub wait_for_guest: bool,
 }
 
 /// How an inbound connection finds its guest port.

@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
+use std::net::Ipv6Addr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,8 +15,8 @@ use super::given::Given;
 use super::listeners::TcpListeners;
 use super::values::{ByteSize, Period};
 use super::{
-    Config, Guest, InboundProtocol, InboundRule, Limits, ListenAddress, Log, LogFormat, OutboundRule, Target,
-    VhostUser, schema,
+    Cidr, Config, Guest, InboundProtocol, InboundRule, Limits, ListenAddress, Log, LogFormat, OutboundRule,
+    Target, VhostUser, schema,
 };
 
 /// The bounds of durations and sizes, which JSON Schema cannot express over text.
@@ -218,10 +219,12 @@ impl Resolver<'_, '_> {
             .map(|((rule, ports), name)| {
                 let (rule, at) = rule.located()?;
                 let target = self.target(rule, at, ports.as_ref(), cid);
+                let proxy_protocol = optional(&rule.proxy_protocol);
                 Some(OutboundRule {
                     name: name?,
                     ports: ports?,
                     target: target?,
+                    proxy_protocol: proxy_protocol?,
                 })
             })
             .collect();
@@ -381,14 +384,64 @@ impl Resolver<'_, '_> {
                     }
                     listen => self.listen(listen),
                 };
+                let allow = self.allowed(rule);
+                let wait_for_guest = rule.wait_for_guest.value().copied();
                 Some(InboundRule {
                     name: name?,
                     listen: listen?,
+                    allow: allow?,
                     protocol: protocol?,
+                    wait_for_guest: wait_for_guest?,
                 })
             })
             .collect();
         resolved.into_iter().collect()
+    }
+
+    /// Who may connect to the listener of a rule.
+    fn allowed(&mut self, rule: &schema::Inbound) -> Option<Vec<Cidr>> {
+        let Some((list, at)) = rule.allow.located() else {
+            return rule.allow.is_absent().then(Vec::new);
+        };
+        if list.is_empty() {
+            let help =
+                "name who may connect, such as `allow: [10.0.0.0/8]`, or remove the key to let everyone in";
+            self.error(at, "with nobody allowed the listener has no use", help);
+        }
+        if list.len() > schema::MAX_ALLOWED {
+            let message = format!("{} ranges are more than {}", list.len(), schema::MAX_ALLOWED);
+            self.error(at, message, "join ranges to larger ones");
+        }
+        let ranges: Option<Vec<Cidr>> = list.iter().map(|range| range.value().copied()).collect();
+        match (rule.listen.value(), &ranges) {
+            (Some(ListenAddress::Unix(_)), _) => {
+                let help = "remove `allow`: who may connect is a matter of the permissions of the socket (owner and group, \
+                            0660) and of its directory";
+                self.error(at, "clients of a unix socket have no IP addresses to allow", help);
+            }
+            // `[::]` is left alone: whether it takes IPv4 clients is not the file's to say.
+            (Some(ListenAddress::Tcp(listen)), Some(ranges))
+                if !ranges.is_empty() && listen.ip() != Ipv6Addr::UNSPECIFIED =>
+            {
+                let is_ipv4 = listen.ip().to_canonical().is_ipv4();
+                if ranges.iter().all(|range| range.is_ipv4() != is_ipv4) {
+                    let (own, other) = if is_ipv4 {
+                        ("IPv4", "IPv6")
+                    } else {
+                        ("IPv6", "IPv4")
+                    };
+                    let message =
+                        format!("only {other} addresses are allowed, and tcp://{listen} takes {own} clients");
+                    self.error(
+                        at,
+                        message,
+                        format!("add ranges of {own} addresses, or listen on an {other} address"),
+                    );
+                }
+            }
+            _ => {}
+        }
+        ranges
     }
 
     fn inbound_protocol(&mut self, rule: &schema::Inbound, at: NodeId) -> Option<InboundProtocol> {
@@ -610,6 +663,15 @@ impl Resolver<'_, '_> {
 
     fn error(&mut self, at: NodeId, message: impl Into<String>, help: impl Into<String>) {
         self.report.error(self.document, at, message, help);
+    }
+}
+
+/// What stands under a key that may be left out; `None` when it cannot be read.
+fn optional<T: Copy>(given: &Given<T>) -> Option<Option<T>> {
+    match given {
+        Given::Absent => Some(None),
+        Given::Wrong => None,
+        Given::Right(value, _) => Some(Some(*value)),
     }
 }
 

@@ -6,13 +6,16 @@ use serde::{Deserialize, Serialize};
 
 use super::given::Given;
 use super::values::{ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange, SocketPath};
-use super::{AccessPlatform, ListenAddress, LogFormat, Target, VhostUserMode};
+use super::{AccessPlatform, Cidr, ListenAddress, LogFormat, ProxyProtocol, Target, VhostUserMode};
 
 /// How many guests one file may have: each has a thread.
 pub(super) const MAX_GUESTS: usize = 256;
 
 /// How many rules a guest may have in each direction.
 pub(super) const MAX_RULES: usize = 1024;
+
+/// How many ranges of addresses an inbound rule may allow: each client is held against them one by one.
+pub(super) const MAX_ALLOWED: usize = 256;
 
 /// The configuration of vsock-sidecar. Keys that are not named here are errors.
 #[derive(Serialize, Deserialize, JsonSchema)]
@@ -140,6 +143,11 @@ pub struct Outbound {
     /// that the guest connects to and by its CID.
     #[schemars(example = &"unix:///run/vm/web.sock_{port}")]
     pub to: Given<Target>,
+    /// `v2`: the target gets a header of the PROXY protocol ahead of the guest's bytes, which names the guest, its CID and
+    /// both ports; the target must expect it. See docs/proxy-protocol.md. Left out: the target gets the guest's bytes alone.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"v2")]
+    pub proxy_protocol: Given<ProxyProtocol>,
 }
 
 /// A rule for connections to the guest: `listen`, and either `port` or `protocol`.
@@ -154,6 +162,11 @@ pub struct Inbound {
     /// Where clients connect: `tcp://ADDRESS:PORT` with an IP address, or `unix:///PATH`.
     #[schemars(example = &"tcp://0.0.0.0:2222")]
     pub listen: Given<ListenAddress>,
+    /// Who may connect to a TCP listener, by IP address: ranges such as `10.0.0.0/8` and `fd00::/8`, and single addresses.
+    /// Others are closed at once and counted (`acl`). Left out: everyone.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(length(min = 1, max = 256), example = ["10.0.0.0/8", "192.0.2.7"])]
+    pub allow: Given<Vec<Given<Cidr>>>,
     /// The port in the guest that every client of this listener reaches.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = 22)]
@@ -163,6 +176,11 @@ pub struct Inbound {
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = &"connect")]
     pub protocol: Given<Protocol>,
+    /// Whether clients wait while the guest does not listen on the port, or does not run: the request is repeated until it
+    /// accepts, at most for `limits.guestTimeout`. `false`: a guest that refuses ends the client at once.
+    #[serde(default = "Given::<bool>::default_value")]
+    #[schemars(example = true)]
+    pub wait_for_guest: Given<bool>,
 }
 
 /// How a client of an inbound rule names the guest's port.

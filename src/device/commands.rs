@@ -149,7 +149,7 @@ impl Device {
             Command::Ping(reply) => {
                 let _ = reply.send(());
             }
-            Command::Drain => self.switchboard.draining = true,
+            Command::Drain => self.switchboard.drain(now),
             // Taken by handle_commands.
             Command::Stop => {}
         }

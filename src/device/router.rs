@@ -41,6 +41,7 @@ mod tests {
                 host: "h".into(),
                 port,
             },
+            proxy_protocol: None,
         };
         let router = Router::new(vec![rule(10..=10, 1), rule(5..=20, 100)]);
         let route = |cid, port| router.route(cid, port).map(|(i, _)| i);

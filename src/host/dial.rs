@@ -5,14 +5,18 @@
 //! several addresses) is a task on the control runtime.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::SendFlags;
 use socket2::Socket;
+use tokio::io::Interest;
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -21,6 +25,7 @@ use super::HostStream;
 use super::connect::{self, Started};
 use super::resolve::{Lookup, Names, SystemResolver};
 use crate::config::Target;
+use crate::sys::readiness::PolledFd;
 
 /// First and longest pause between attempts at a unix socket whose backlog is full.
 const UNIX_RETRY: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(50));
@@ -84,7 +89,9 @@ pub struct DialRequest<'a> {
     pub guest_port: u32,
     /// The guest.
     pub cid: u32,
-    /// For all of it, name resolution included.
+    /// Bytes that the target gets ahead of all others; a dial has not succeeded before its socket has taken them. Mostly none.
+    pub greeting: &'a [u8],
+    /// For all of it, name resolution and greeting included.
     pub timeout: Duration,
 }
 
@@ -120,7 +127,12 @@ impl Dialer {
         done: impl FnOnce(DialResult, Duration) + Send + 'static,
     ) -> DialTask {
         let begun = Instant::now();
-        let waiting = match Waiting::begin(request) {
+        let mut greeting = Greeting::new(request.greeting);
+        let begun_with = match Waiting::begin(request) {
+            Err(Ok(stream)) => greeting.begin(stream, request.timeout),
+            other => other,
+        };
+        let waiting = match begun_with {
             Ok(waiting) => waiting,
             Err(outcome) => {
                 done(outcome, begun.elapsed());
@@ -130,7 +142,11 @@ impl Dialer {
         let names = Arc::clone(&self.names);
         let timeout = request.timeout;
         let task = self.runtime.spawn(async move {
-            let outcome = waiting.end(&names, timeout).await;
+            let deadline = Instant::now() + timeout;
+            let outcome = match waiting.end(&names, deadline, timeout).await {
+                Ok(stream) => greeting.end(stream, deadline, timeout).await,
+                failed => failed,
+            };
             done(outcome, begun.elapsed());
         });
         DialTask {
@@ -171,6 +187,8 @@ enum Waiting {
     Answer { socket: Socket, address: SocketAddr },
     /// Room in a unix socket's backlog.
     Backlog { path: PathBuf },
+    /// Room in the connected socket for the rest of the greeting.
+    Room { stream: HostStream },
 }
 
 impl Waiting {
@@ -196,9 +214,9 @@ impl Waiting {
         }
     }
 
-    async fn end(self, names: &Arc<Names>, timeout: Duration) -> DialResult {
-        let deadline = Instant::now() + timeout;
+    async fn end(self, names: &Arc<Names>, deadline: Instant, timeout: Duration) -> DialResult {
         match self {
+            Waiting::Room { stream } => Ok(stream),
             Waiting::Backlog { path } => retry_unix(&path, deadline, timeout).await,
             Waiting::Answer { socket, address } => {
                 let label = |_| tcp_label(&address);
@@ -225,6 +243,72 @@ impl Waiting {
                 race(None, &addresses, label, deadline, timeout).await
             }
         }
+    }
+}
+
+/// What a target gets first, and how much of it its socket has taken.
+///
+/// A fresh socket takes a hundred bytes at once, so that nothing but the one call is ever needed, except when the system is
+/// short of memory for sockets (tcp_mem). Then the rest must neither be lost nor come behind the guest's bytes: the dial
+/// goes on until it is written.
+#[derive(Debug)]
+struct Greeting {
+    bytes: Vec<u8>,
+    sent: usize,
+}
+
+impl Greeting {
+    fn new(bytes: &[u8]) -> Greeting {
+        Greeting {
+            bytes: bytes.to_vec(),
+            sent: 0,
+        }
+    }
+
+    /// Writes what the socket takes now. As [`Waiting::begin`]: `Err` is the outcome of the dial.
+    fn begin(&mut self, stream: HostStream, timeout: Duration) -> Result<Waiting, DialResult> {
+        match self.write_to(stream.as_fd()) {
+            Ok(()) => Err(Ok(stream)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Waiting::Room { stream }),
+            Err(error) => Err(Err(failure(stream_label(&stream), error, timeout))),
+        }
+    }
+
+    /// Writes the rest, until `deadline`.
+    async fn end(mut self, stream: HostStream, deadline: Instant, timeout: Duration) -> DialResult {
+        if self.is_sent() {
+            return Ok(stream);
+        }
+        let target = stream_label(&stream);
+        let (socket, tcp, peer) = stream.into_parts();
+        let written = async {
+            let socket = PolledFd::new(socket.into(), Interest::WRITABLE)?;
+            poll_fn(|cx| socket.poll_when_writable(cx, |fd| self.write_to(fd))).await?;
+            Ok(socket.into_inner())
+        };
+        match timeout_at(deadline, written).await {
+            Ok(Ok(socket)) => Ok(HostStream::configured(socket.into(), tcp, peer)),
+            Ok(Err(error)) => Err(failure(target, error, timeout)),
+            Err(_) => Err(DialError::TimedOut {
+                target,
+                after: timeout,
+            }),
+        }
+    }
+
+    fn is_sent(&self) -> bool {
+        self.sent >= self.bytes.len()
+    }
+
+    /// Writes until all is taken.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] when there is no room for the rest: call again. Any other is the socket's failure.
+    fn write_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        while let Some(rest) = self.bytes.get(self.sent..).filter(|rest| !rest.is_empty()) {
+            self.sent += retry_on_intr(|| rustix::net::send(socket, rest, SendFlags::NOSIGNAL))?;
+        }
+        Ok(())
     }
 }
 
@@ -328,6 +412,13 @@ fn told_before(error: &DialError) -> u8 {
 
 fn tcp_label(target: &impl fmt::Display) -> String {
     format!("tcp://{target}")
+}
+
+fn stream_label(stream: &HostStream) -> String {
+    match stream.is_tcp() {
+        true => tcp_label(&stream.peer()),
+        false => unix_label(Path::new(stream.peer())),
+    }
 }
 
 fn unix_label(path: &Path) -> String {

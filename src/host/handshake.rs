@@ -20,6 +20,9 @@ const CHUNK: usize = 1024;
 /// Why a client of an inbound listener was closed before the guest heard of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Rejection {
+    /// Its address is in none of the ranges that the rule allows.
+    #[error("the address is not one that the rule allows")]
+    NotAllowed,
     /// No newline within [`MAX_LINE`] bytes: it speaks something else.
     #[error("the first line is longer than {MAX_LINE} bytes, expected \"CONNECT <port>\"")]
     TooLong,

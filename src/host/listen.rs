@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use super::HostStream;
 use super::handshake::{ConnectLine, Wanted};
 use super::stream::set_tcp_options;
-use crate::config::{InboundProtocol, ListenAddress};
+use crate::config::{Cidr, InboundProtocol, ListenAddress};
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::{self, BindError, SocketGuard};
 
@@ -51,6 +51,8 @@ pub struct Incoming {
     pub preface: Vec<u8>,
     /// Whether the client waits for `OK <port>\n`.
     pub wants_ok: bool,
+    /// Whether it waits for a guest that does not listen yet.
+    pub wait_for_guest: bool,
     /// The client, for the log: an address, or a unix path.
     pub peer: String,
 }
@@ -75,6 +77,8 @@ pub struct InboundSpec {
     pub protocol: InboundProtocol,
     /// Time for the CONNECT line, from accept to newline.
     pub handshake_timeout: Duration,
+    /// Whether clients wait for a guest that does not listen yet.
+    pub wait_for_guest: bool,
 }
 
 /// Why a listener could not be bound. Every message names the address and what to do.
@@ -128,6 +132,8 @@ pub enum ListenError {
 pub struct Listener {
     socket: OwnedFd,
     address: ListenAddress,
+    /// Peers that are let in; empty means all. For TCP only.
+    allow: Vec<Cidr>,
     /// Removes the file of a unix socket.
     file: Option<SocketGuard>,
 }
@@ -142,6 +148,7 @@ impl Listener {
                 Ok(Listener {
                     socket: socket.into(),
                     address: ListenAddress::Tcp(address),
+                    allow: Vec::new(),
                     file: None,
                 })
             }
@@ -150,10 +157,16 @@ impl Listener {
                 Ok(Listener {
                     socket: socket.into(),
                     address: address.clone(),
+                    allow: Vec::new(),
                     file: Some(file),
                 })
             }
         }
+    }
+
+    /// Lets in only peers of these ranges; all if there are none. A peer without an IP address is in no range.
+    pub fn only_from(self, allow: Vec<Cidr>) -> Listener {
+        Listener { allow, ..self }
     }
 
     /// Where it listens; a TCP port 0 has become the port that the kernel chose.
@@ -177,6 +190,7 @@ impl Listener {
         let Listener {
             socket,
             address,
+            allow,
             file,
         } = self;
         let socket = PolledFd::new(socket, Interest::READABLE)?;
@@ -201,6 +215,10 @@ impl Listener {
                 }
                 accepted = socket.when_readable(|fd| accept(fd, &address)), if pause.until.is_none() => {
                     match accepted {
+                        Ok(client) if !client.is_allowed(&allow) => {
+                            pause.end(&address);
+                            tell(Err(client.refuse(spec)));
+                        }
                         Ok(client) => {
                             pause.end(&address);
                             match spec.protocol {
@@ -263,18 +281,43 @@ fn bind_tcp(address: SocketAddr) -> Result<(Socket, SocketAddr), ListenError> {
 struct Client {
     socket: OwnedFd,
     tcp: bool,
+    /// Where it comes from, if that has an IP address.
+    ip: Option<IpAddr>,
     peer: String,
 }
 
 impl Client {
+    fn is_allowed(&self, allow: &[Cidr]) -> bool {
+        allow.is_empty()
+            || self
+                .ip
+                .is_some_and(|ip| allow.iter().any(|range| range.contains(ip)))
+    }
+
+    /// Closes it at once. By reset: an orderly end would leave a socket in FIN_WAIT or TIME_WAIT for each stranger who knocks.
+    fn refuse(self, spec: InboundSpec) -> Rejected {
+        let Client {
+            socket, tcp, peer, ..
+        } = self;
+        HostStream::configured(socket.into(), tcp, String::new()).abort();
+        Rejected {
+            rule: spec.rule,
+            peer,
+            why: Rejection::NotAllowed,
+        }
+    }
+
     fn incoming(self, spec: InboundSpec, wanted: Wanted) -> Incoming {
-        let Client { socket, tcp, peer } = self;
+        let Client {
+            socket, tcp, peer, ..
+        } = self;
         Incoming {
             rule: spec.rule,
             port: wanted.port,
             stream: HostStream::configured(socket.into(), tcp, peer.clone()),
             preface: wanted.preface,
             wants_ok: spec.protocol == InboundProtocol::Connect,
+            wait_for_guest: spec.wait_for_guest,
             peer,
         }
     }
@@ -286,11 +329,11 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Clien
         ListenAddress::Tcp(_) => {
             let (socket, peer) = rustix::net::acceptfrom_with(listener, flags)?;
             let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
-            let peer = peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.to_string());
             Ok(Client {
                 socket,
                 tcp: true,
-                peer,
+                ip: peer.map(|peer| peer.ip()),
+                peer: peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.to_string()),
             })
         }
         // Clients of unix sockets have no names; which listener they came by is all there is to say.
@@ -299,6 +342,7 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Clien
             Ok(Client {
                 socket,
                 tcp: false,
+                ip: None,
                 peer: path.display().to_string(),
             })
         }
@@ -393,7 +437,12 @@ impl Handshakes {
 /// Waits for the rest of a line.
 async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> Result<Incoming, Rejected> {
     let deadline = Instant::now() + spec.handshake_timeout;
-    let Client { socket, tcp, peer } = client;
+    let Client {
+        socket,
+        tcp,
+        ip,
+        peer,
+    } = client;
     let rejected = |why| Rejected {
         rule: spec.rule,
         peer: peer.clone(),
@@ -408,7 +457,13 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
         Ok(Ok(Ok(wanted))) => Ok(wanted),
     }?;
     let socket = socket.into_inner();
-    Ok(Client { socket, tcp, peer }.incoming(spec, wanted))
+    Ok(Client {
+        socket,
+        tcp,
+        ip,
+        peer,
+    }
+    .incoming(spec, wanted))
 }
 
 /// How a listener waits while the process can open no more descriptors. The clients wait in the kernel's queue.

@@ -41,6 +41,8 @@
 //! 7. No byte that a client sent after its CONNECT line is lost: it is in the preface or still in the socket, in this order.
 //! 8. An accept loop ends when it is told to stop, never by an error of accept.
 //! 9. A live unix socket is never taken from its owner, and what is no socket is never deleted (`sys::unix_socket`).
+//! 10. A dial whose rule has a greeting (the PROXY header) ends when the socket has taken all of it: no byte of the guest can
+//!     come before or into it, because the guest is told of its connection after that.
 //!
 //! # What a stranger can grow, and what bounds it
 //!
@@ -62,6 +64,7 @@ mod connect;
 pub mod dial;
 mod handshake;
 pub mod listen;
+pub mod proxy_protocol;
 pub mod resolve;
 mod spill;
 mod stream;

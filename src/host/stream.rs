@@ -128,6 +128,11 @@ impl HostStream {
         self.tcp
     }
 
+    /// The descriptor and what is needed to put it together again.
+    pub(super) fn into_parts(self) -> (Socket, bool, String) {
+        (self.socket, self.tcp, self.peer.into_string())
+    }
+
     fn shutdown(&self, how: std::net::Shutdown) -> io::Result<()> {
         match self.socket.shutdown(how) {
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),

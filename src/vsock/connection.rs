@@ -100,6 +100,40 @@ impl Owed {
     }
 }
 
+/// How the request of a connection is repeated for a guest that does not listen yet; in [`State::Requested`] only.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Retry {
+    /// When the client has waited long enough.
+    pub(super) give_up: Instant,
+    /// How long to wait after the next RST.
+    pub(super) pause: Duration,
+    /// When REQUEST is owed again. None: it is owed, or on its way.
+    pub(super) due: Option<Instant>,
+}
+
+impl Retry {
+    /// The first pause: a guest's service that is just about to listen costs its first clients this much.
+    pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(50);
+    /// The longest: what a guest that never listens costs is two packets each way in a second for each client.
+    pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+    pub(super) fn new(give_up: Instant) -> Retry {
+        Retry {
+            give_up,
+            pause: Retry::FIRST_PAUSE,
+            due: None,
+        }
+    }
+
+    /// The guest has refused: when to ask again, or to give up.
+    pub(super) fn back_off(&mut self, now: Instant) -> Instant {
+        let due = (now + self.pause).min(self.give_up);
+        self.due = Some(due);
+        self.pause = (self.pause * 2).min(Retry::LONGEST_PAUSE);
+        due
+    }
+}
+
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
@@ -121,7 +155,9 @@ pub struct Connection {
     pub(super) readable: bool,
     /// Packets owed to the guest.
     pub(super) owed: Owed,
-    /// REQUEST was put into a ring: the guest may know of this connection.
+    /// Whether and how REQUEST is repeated when the guest refuses.
+    pub(super) retry: Option<Retry>,
+    /// REQUEST was put into a ring and not refused: the guest may know of this connection.
     pub(super) introduced: bool,
     /// The guest has reset it: no packet may be sent for it any more.
     pub(super) silent: bool,
@@ -180,6 +216,7 @@ impl Connection {
             host_write_failed: false,
             readable: false,
             owed: Owed::default(),
+            retry: None,
             introduced: origin == Origin::Guest,
             silent: false,
             stalled_since: None,
@@ -190,6 +227,13 @@ impl Connection {
             last_activity: now,
             close_reason: CloseReason::GuestShutdown,
         }
+    }
+
+    /// The guest has forgotten the REQUEST, or never kept it: the next one begins as if there had been none.
+    pub(super) fn forget_request(&mut self) {
+        self.introduced = false;
+        self.owed = Owed::default();
+        self.send = SendCredit::new();
     }
 
     pub(super) fn owe(&mut self, kind: Owed) {

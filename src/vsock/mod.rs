@@ -34,6 +34,11 @@
 //! connection is Draining and counts against the limit. If the guest loses patience and sends RST, its bytes are
 //! delivered all the same.
 //!
+//! A client may wait for its guest ([`Muxer::connect_waiting`]): the guest's RST then means "not yet", and REQUEST is owed
+//! again after a pause. The connection keeps its name and its ports, which the guest has forgotten with its RST, and stays
+//! Requested all the while, so nothing is read from the client. A reset of the rings begins the request anew. The end is
+//! that of any request, or `guest_timeout`, which the pauses do not move.
+//!
 //! # Credit
 //!
 //! `buf_alloc` is a promise: a guest may have so many bytes under way, and so the buffer behind a host socket that
@@ -47,6 +52,7 @@
 //! |---|---|---|---|
 //! | Dialing | REQUEST | `connect_timeout` | refused, RST |
 //! | Requested | connect() | `guest_timeout` | refused, RST if REQUEST went out |
+//! | Requested, waiting | the guest's RST | 50 ms, doubling to 500 ms | REQUEST again |
 //! | Established | any byte | `idle_timeout`, if not zero | RST |
 //! | Draining | any byte taken | 30 s | host end aborted |
 //! | Closing | SHUTDOWN(both) | 8 s | RST |
@@ -64,6 +70,7 @@
 //! 8. Every connection that caused [`Event::Dial`] or came from [`Muxer::connect`] ends with exactly one
 //!    [`Event::Refused`] or [`Event::Closed`].
 //! 9. A name ([`ConnectionId`]) is never reused; its slot may be, once its connection is gone.
+//! 10. A request that waits is sent again at most once for each RST that answers it, and not before its pause is over.
 //!
 //! SEQPACKET will need: message boundaries in [`Disposition`] and [`Outgoing`], credit for whole messages, and the
 //! socket type in [`Event::Dial`]. Connections carry their type already.

@@ -24,6 +24,8 @@ labelled! {
     RefuseReason {
         /// No rule of the configuration matches the port.
         NoRule => "no_rule",
+        /// The client of an inbound rule has an address that the rule's `allow` does not name.
+        Acl => "acl",
         /// A limit of the configuration or of the process is reached.
         Limit => "limit",
         /// The target refused (ECONNREFUSED, or a unix socket that nobody serves).
@@ -32,9 +34,9 @@ labelled! {
         DialTimeout => "dial_timeout",
         /// The target's name was not found or could not be resolved.
         Dns => "dns",
-        /// No route to the target, or another error of connect().
+        /// No route to the target, another error of connect(), or the target closed before it took the PROXY header.
         Unreachable => "unreachable",
-        /// The guest answered REQUEST with RST: nobody listens there.
+        /// The guest answered REQUEST with RST: nobody listens there, or did until the client had waited long enough.
         GuestRst => "guest_rst",
         /// The guest did not answer REQUEST within `guestTimeout`.
         GuestTimeout => "guest_timeout",

@@ -35,8 +35,8 @@ const BAD: &[Bad] = bad![
         => "1:30" "guests[0].vhost_user" "unknown key" "did you mean `vhostUser`?" "vhost_user";
     "a key like no other": "GUEST  turbo: true\n"
         => "5:3" "guests[0].turbo" "unknown key `turbo`" "keys here are `name`, `cid`, `vhostUser`" "turbo";
-    "a key of a later version": "GUEST  inbound: [{listen: tcp://127.0.0.1:22, port: 22, allow: [10.0.0.0/8]}]\n"
-        => "5:52" "guests[0].inbound[0].allow" "unknown key `allow`" "keys here are `name`, `listen`" "allow";
+    "a key of a later version": "GUEST  inbound: [{listen: unix:///tmp/a.sock, port: 22, socketType: seqpacket}]\n"
+        => "5:52" "guests[0].inbound[0].socketType" "unknown key `socketType`" "keys here are `name`, `listen`" "socketType";
     "a key twice": "GUEST  cid: 4\n"
         => "5:3" "guests[0].cid" "`cid` is given a second time, after line 3" "keep one" "cid";
     "a key that is no text": "7: x\nguests: []"
@@ -65,6 +65,9 @@ const BAD: &[Bad] = bad![
         => "5:3" "guests[0].inbound" "nothing is given" "`[]` is an empty one" "inbound";
     "an unknown word": "guests: [{name: web, cid: 3, vhostUser: {mode: sever, socket: DIR/web.sock}}]"
         => "1:48" "guests[0].vhostUser.mode" "`sever` is not known" "did you mean `server`?" "sever";
+
+    "a PROXY protocol that nobody speaks any more": "GUEST  outbound: [{port: 1, to: tcp://a:1, proxyProtocol: v1}]"
+        => "5:54" "guests[0].outbound[0].proxyProtocol" "`v1` is not known" "`v2`" "v1";
 
     // Names.
     "an upper-case name": "guests: [{name: Web, cid: 3, vhostUser: {socket: DIR/web.sock}}]"
@@ -143,6 +146,24 @@ const BAD: &[Bad] = bad![
         => "5:31" "guests[0].inbound[0].listen" "is a name; a listener needs an IP address" "tcp://0.0.0.0:1" "tcp://web.example:1";
     "listening on localhost": "GUEST  inbound: [{port: 1, listen: tcp://localhost:1}]"
         => "5:31" "guests[0].inbound[0].listen" "`localhost` can mean two addresses" "write tcp://127.0.0.1:1 or tcp://[::1]:1" "tcp://localhost:1";
+
+    // Who may connect.
+    "a range with host bits": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, allow: [10.0.0.0/8, 10.1.2.3/8]}]"
+        => "5:70" "guests[0].inbound[0].allow[1]" "`10.1.2.3/8` has bits set behind its prefix" "write 10.0.0.0/8 for the range, or 10.1.2.3 for the one address" "10.1.2.3/8";
+    "a prefix that is too long": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, allow: [10.0.0.0/33]}]"
+        => "5:58" "guests[0].inbound[0].allow[0]" "an IPv4 address has no prefix of 33 bits" "from 0 to 32" "10.0.0.0/33";
+    "a name in a list of ranges": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, allow: [localhost]}]"
+        => "5:58" "guests[0].inbound[0].allow[0]" "`localhost` is no range of IP addresses" "10.0.0.0/8" "localhost";
+    "one range that is no list": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, allow: 10.0.0.0/8}]"
+        => "5:57" "guests[0].inbound[0].allow" "`10.0.0.0/8` is of the wrong type (text)" "give a list" "10.0.0.0/8";
+    "nobody allowed": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, allow: []}]"
+        => "5:57" "guests[0].inbound[0].allow" "the listener has no use" "remove the key to let everyone in" "[";
+    "ranges for a unix listener": "GUEST  inbound: [{port: 1, allow: [10.0.0.0/8], listen: 'unix://DIR/a.sock'}]"
+        => "5:30" "guests[0].inbound[0].allow" "clients of a unix socket have no IP addresses" "permissions of the socket" "[";
+    "ranges of the other family": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, allow: ['fd00::/8']}]"
+        => "5:57" "guests[0].inbound[0].allow" "only IPv6 addresses are allowed, and tcp://127.0.0.1:1 takes IPv4 clients" "add ranges of IPv4 addresses" "[";
+    "a wait of some length": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, waitForGuest: 5s}]"
+        => "5:64" "guests[0].inbound[0].waitForGuest" "`5s` is of the wrong type (text)" "`true` or `false`" "5s";
 
     // Sockets.
     "two guests with one socket": "GUEST- name: b\n  cid: 4\n  vhostUser: {socket: DIR/./web.sock}\n"

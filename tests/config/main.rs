@@ -77,10 +77,10 @@ guests:
     outbound:
       - {name: db,   port: 5432, to: tcp://postgres.shop.svc:5432}
       - {name: apps, ports: 8000-8099, to: tcp://127.0.0.1:8000}
-      - {name: logs, port: 514, to: unix:///run/log.sock}
+      - {name: logs, port: 514, to: unix:///run/log.sock, proxyProtocol: v2}
       - {name: fc,   ports: 50000-59999, to: "unix:///run/vm/web.sock_{port}"}
     inbound:
-      - {name: ssh,  listen: tcp://0.0.0.0:2222, port: 22}
+      - {name: ssh,  listen: tcp://0.0.0.0:2222, port: 22, allow: [10.0.0.0/8], waitForGuest: true}
       - {name: mux,  listen: unix://DIR/web.mux, protocol: connect}
     limits: {connections: 4096, buffer: 256KiB, connectTimeout: 1500ms, guestTimeout: 5s, idleTimeout: 0s}
 "#;

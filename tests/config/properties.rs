@@ -49,6 +49,10 @@ fn strange_values() -> impl Strategy<Value = Value> {
         json!("unix:///}"),
         json!("unix:///a/."),
         json!("connect"),
+        json!("v2"),
+        json!("10.0.0.0/8"),
+        json!("::1"),
+        json!(["10.0.0.0/8", "::ffff:10.0.0.0/104"]),
         json!("server"),
         json!("text"),
         json!("info"),
@@ -97,8 +101,18 @@ fn configurations() -> impl Strategy<Value = config::Config> {
             path: path + "{port}.{cid}"
         }),
     ];
-    let outbound = prop::collection::vec((name, 0..400u32, target), 0..4);
-    let inbound = prop::collection::vec((name, prop::option::of(1..=0xffff_fffeu32)), 0..4);
+    let proxied = prop_oneof![Just(None), Just(Some(ProxyProtocol::V2))];
+    let outbound = prop::collection::vec((name, 0..400u32, target, proxied), 0..4);
+    let range = (any::<std::net::Ipv4Addr>(), 0..=32u8).prop_map(|(ip, prefix)| {
+        let network = u64::from(ip.to_bits()) >> (32 - prefix) << (32 - prefix);
+        let network = std::net::Ipv4Addr::from_bits(network as u32);
+        Cidr::new(network.into(), prefix).expect("no bits behind the prefix")
+    });
+    let listen = prop_oneof![Just(None), prop::collection::vec(range, 0..4).prop_map(Some)];
+    let inbound = prop::collection::vec(
+        (name, prop::option::of(1..=0xffff_fffeu32), listen, any::<bool>()),
+        0..4,
+    );
     let limits = (
         1..=1_000_000usize,
         4096..=(16u32 << 20),
@@ -132,22 +146,28 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                         outbound: outbound
                             .into_iter()
                             .zip(0..)
-                            .map(|((name, more, target), rule)| {
+                            .map(|((name, more, target, proxy_protocol), rule)| {
                                 let ports = next + 1..=next + 1 + more;
                                 next = *ports.end();
                                 OutboundRule {
                                     name: format!("{name}-{rule}"),
                                     ports,
                                     target,
+                                    proxy_protocol,
                                 }
                             })
                             .collect(),
                         inbound: inbound
                             .into_iter()
                             .zip(0..)
-                            .map(|((name, port), rule)| InboundRule {
+                            .map(|((name, port, ranges, wait_for_guest), rule)| InboundRule {
                                 name: format!("{name}-{rule}"),
-                                listen: unix(format!("{n}.{rule}")),
+                                listen: match ranges {
+                                    None => unix(format!("{n}.{rule}")),
+                                    Some(_) => ListenAddress::Tcp(([127, 0, 0, n as u8], 1000 + rule).into()),
+                                },
+                                allow: ranges.unwrap_or_default(),
+                                wait_for_guest,
                                 protocol: port
                                     .map_or(InboundProtocol::Connect, |port| InboundProtocol::Plain { port }),
                             })

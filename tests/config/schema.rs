@@ -75,8 +75,14 @@ fn schema_and_parser_agree_on_the_shape() {
         guest(", outbound: [{port: 4294967294, to: 'tcp://[::1]:65535'}]"),
         guest(", outbound: [{ports: 1-4294967294, to: 'unix:///run/{cid}/{port}'}]"),
         guest(", outbound: [{port: 1, to: 'tcp://my_db.example.:1'}]"),
+        guest(", outbound: [{port: 1, to: 'unix:///a', proxyProtocol: v2}]"),
         guest(", inbound: [{listen: 'tcp://[2001:db8::1]:443', port: 1}]"),
         guest(", inbound: [{listen: 'unix:///a', protocol: connect}]"),
+        guest(", inbound: [{listen: 'unix:///a', port: 1, waitForGuest: true}]"),
+        guest(
+            ", inbound: [{listen: 'tcp://[::]:1', port: 1, allow: [10.0.0.0/8, 'FD00::/8', '::1', 192.0.2.7, '::ffff:0:0/96']}]",
+        ),
+        guest(", inbound: [{listen: 'tcp://127.0.0.1:1', port: 1, allow: ['::/0', 0.0.0.0/0]}]"),
         guest(", limits: {buffer: 65536, idleTimeout: 12h}"),
         format!(
             "log: {{format: text, level: 'warn,vsock_sidecar::host=trace'}}\n{}",
@@ -111,8 +117,17 @@ fn schema_and_parser_agree_on_the_shape() {
         guest(", outbound: [{port: 1, to: 'unix://a'}]"),
         guest(", outbound: [{port: 1, to: 'unix:///a{b}'}]"),
         guest(", outbound: [{port: 1, to: 'guest://a'}]"),
+        guest(", outbound: [{port: 1, to: 'tcp://a:1', proxyProtocol: v1}]"),
+        guest(", outbound: [{port: 1, to: 'tcp://a:1', proxyProtocol: 2}]"),
+        guest(", outbound: [{port: 1, to: 'tcp://a:1', proxyProtocol: true}]"),
         guest(", inbound: [{listen: 'tcp://localhost:1', port: 1}]"),
         guest(", inbound: [{listen: 'tcp://127.0.0.1:1'}]"),
+        guest(", inbound: [{listen: 'tcp://127.0.0.1:1', port: 1, allow: []}]"),
+        guest(", inbound: [{listen: 'tcp://127.0.0.1:1', port: 1, allow: 10.0.0.0/8}]"),
+        guest(", inbound: [{listen: 'tcp://127.0.0.1:1', port: 1, allow: [10.0.0.0/33]}]"),
+        guest(", inbound: [{listen: 'tcp://127.0.0.1:1', port: 1, allow: [localhost]}]"),
+        guest(", inbound: [{listen: 'tcp://127.0.0.1:1', port: 1, waitForGuest: 5s}]"),
+        guest(", inbound: [{listen: 'tcp://127.0.0.1:1', port: 1, waitForGuest: 'true'}]"),
         guest(", inbound: [{listen: 'tcp://127.0.0.1:1', port: 1, protocol: connect}]"),
         guest(", inbound: [{listen: 'tcp://127.0.0.1:1', protocol: plain}]"),
         guest("").replace("web,", "Web,"),
@@ -242,9 +257,14 @@ fn kind(property: &Value) -> String {
     }
     match property["type"].as_str() {
         Some("integer") => format!("number, {} to {}", property["minimum"], property["maximum"]),
+        Some("boolean") => "`true` or `false`".to_owned(),
         Some("array") => {
-            let of = reference(&property["items"])
-                .map_or("addresses".to_owned(), |name| format!("`{name}` mappings"));
+            let is_range = property["items"]["pattern"]
+                .as_str()
+                .is_some_and(|pattern| pattern.contains("3[0-2]"));
+            let scalar = if is_range { "address ranges" } else { "addresses" };
+            let of =
+                reference(&property["items"]).map_or(scalar.to_owned(), |name| format!("`{name}` mappings"));
             match (property.get("minItems"), property.get("maxItems")) {
                 (Some(min), Some(max)) => format!("list of {of}, {min} to {max}"),
                 (_, Some(max)) => format!("list of {of}, at most {max}"),

@@ -11,6 +11,8 @@ mod iommu;
 mod iommu_hostile;
 mod limits;
 mod observability;
+mod proxy_header;
 mod reconnect;
 mod shutdown;
 mod stream;
+mod waiting;

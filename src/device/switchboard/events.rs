@@ -7,10 +7,12 @@ use std::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::Switchboard;
+use crate::config::ProxyProtocol;
 use crate::device::flow::{Flow, HostEnd, RuleRef};
 use crate::device::handle::Command;
 use crate::host::dial::DialRequest;
 use crate::host::listen::Incoming;
+use crate::host::proxy_protocol;
 use crate::metrics::Direction;
 use crate::vsock::{CloseReason, ConnectionId, ConnectionKey, Misbehavior, RefuseReason, ShutdownFlags};
 
@@ -35,6 +37,15 @@ impl Switchboard {
         if let Some(dials) = &rule.metrics(&self.metrics).dials {
             dials.inc();
         }
+        let greeting = match outbound.proxy_protocol {
+            None => Vec::new(),
+            Some(ProxyProtocol::V2) => proxy_protocol::header(proxy_protocol::Origin {
+                name: &self.name,
+                cid: self.cid,
+                guest_port: key.guest_port.0,
+                destination_port: port,
+            }),
+        };
         let handle = self.handle.clone();
         let token = id.token();
         let request = DialRequest {
@@ -42,6 +53,7 @@ impl Switchboard {
             first_port: *outbound.ports.start(),
             guest_port: port,
             cid: self.cid,
+            greeting: &greeting,
             timeout: self.dial_timeout,
         };
         let task = self.dialer.dial(request, move |result, took| {

@@ -63,7 +63,7 @@ pub(super) struct Switchboard {
     handle: DeviceHandle,
     logbook: Logbook,
     /// New inbound connections are refused.
-    pub(super) draining: bool,
+    draining: bool,
 }
 
 /// What a switchboard is made from.
@@ -157,7 +157,12 @@ impl Switchboard {
             self.refuse_incoming(rule, incoming, RefuseReason::Draining);
             return;
         }
-        let Ok(id) = self.muxer.connect(now, Port(incoming.port)) else {
+        let port = Port(incoming.port);
+        let connection = match incoming.wait_for_guest {
+            true => self.muxer.connect_waiting(now, port),
+            false => self.muxer.connect(now, port),
+        };
+        let Ok(id) = connection else {
             self.refuse_incoming(rule, incoming, RefuseReason::Limit);
             return;
         };
@@ -470,6 +475,14 @@ impl Switchboard {
     /// The guest has lost its connections: so do their host ends.
     pub(super) fn reset(&mut self, now: Instant) {
         self.muxer.reset();
+        self.handle_events(now);
+    }
+
+    /// What is open may go on, what is new is refused, and so is a client that still waits for its guest: it has nothing to
+    /// lose, and might hold the drain up to its end.
+    pub(super) fn drain(&mut self, now: Instant) {
+        self.draining = true;
+        self.muxer.stop_waiting(RefuseReason::Draining);
         self.handle_events(now);
     }
 

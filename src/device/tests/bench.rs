@@ -93,6 +93,7 @@ impl Bench {
             target: Target::Unix {
                 path: path.to_str().unwrap().into(),
             },
+            proxy_protocol: None,
         };
         let rules = RuleNames {
             outbound: vec!["service".into()],

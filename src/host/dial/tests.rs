@@ -49,6 +49,7 @@ impl Dials {
             first_port: 100,
             guest_port: 100,
             cid: 3,
+            greeting: &[],
             timeout,
         };
         let task = self.dialer.dial(request, move |result, took| {
@@ -187,6 +188,7 @@ fn a_range_keeps_its_offset_and_placeholders_are_filled_in() {
             first_port,
             guest_port,
             cid: 7,
+            greeting: &[],
             timeout: LONG,
         };
         Destination::new(request)
@@ -517,4 +519,100 @@ fn a_stream_from_a_dial_carries_bytes() {
     let mut got = String::new();
     theirs.read_to_string(&mut got).unwrap();
     assert_eq!(got, "hello");
+}
+
+const GREETING: &[u8] = b"\r\n\r\n\0\r\nQUIT\n and more";
+
+/// Whatever the way a target is reached: on the spot, by name, or when there was room in its backlog.
+#[test]
+fn a_greeting_comes_first() {
+    let dials = Dials::new();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("service.sock");
+    let unix_service = UnixListener::bind(&path).unwrap();
+    let (tcp_service, address) = listener("127.0.0.1:0");
+    for target in [
+        unix(&path),
+        tcp("127.0.0.1", address.port()),
+        tcp("localhost", address.port()),
+    ] {
+        let (tell, told) = mpsc::channel();
+        let request = DialRequest {
+            target: &target,
+            first_port: 100,
+            guest_port: 100,
+            cid: 3,
+            greeting: GREETING,
+            timeout: LONG,
+        };
+        let _task = dials
+            .dialer
+            .dial(request, move |result, _| drop(tell.send(result)));
+        let stream = told.recv_timeout(LONG).unwrap().unwrap();
+        stream.write(&[io::IoSlice::new(b"payload")]).unwrap();
+        drop(stream);
+        let mut got = Vec::new();
+        match &target {
+            Target::Unix { .. } => unix_service.accept().unwrap().0.read_to_end(&mut got).unwrap(),
+            Target::Tcp { .. } => tcp_service.accept().unwrap().0.read_to_end(&mut got).unwrap(),
+        };
+        assert_eq!(got, [GREETING, b"payload"].concat(), "{target}");
+    }
+}
+
+/// A connected socket that takes nothing more, and its other end.
+fn full() -> (HostStream, UnixStream, usize) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let ours = HostStream::configured(
+        Socket::from(std::os::fd::OwnedFd::from(ours)),
+        false,
+        "full".to_owned(),
+    );
+    let mut filled = 0;
+    for size in [4096, 1] {
+        while let Ok(n) = ours.write(&[io::IoSlice::new(&vec![0; size])]) {
+            filled += n;
+        }
+    }
+    (ours, theirs, filled)
+}
+
+/// The system was short of memory for sockets, say: the rest is written when there is room, and nothing comes before it.
+#[tokio::test]
+async fn a_greeting_that_does_not_fit_at_once_is_not_lost() {
+    let (ours, mut theirs, filled) = full();
+    let mut greeting = Greeting::new(GREETING);
+    let Ok(Waiting::Room { stream }) = greeting.begin(ours, LONG) else {
+        panic!("there was room");
+    };
+    let reader = std::thread::spawn(move || {
+        let mut got = Vec::new();
+        theirs.read_to_end(&mut got).map(|_| got)
+    });
+    let stream = greeting.end(stream, Instant::now() + LONG, LONG).await.unwrap();
+    assert_eq!(stream.peer(), "full");
+    drop(stream);
+    let got = reader.join().unwrap().unwrap();
+    assert_eq!(&got[filled..], GREETING);
+}
+
+#[tokio::test]
+async fn a_greeting_that_is_never_taken_is_a_dial_that_timed_out() {
+    let (ours, _theirs, _) = full();
+    let failed = Greeting::new(GREETING)
+        .end(ours, Instant::now() + SHORT, SHORT)
+        .await
+        .unwrap_err();
+    assert!(matches!(failed, DialError::TimedOut { .. }), "{failed}");
+}
+
+#[test]
+fn a_target_that_leaves_before_its_greeting_was_not_reached() {
+    let (ours, theirs, _) = full();
+    drop(theirs);
+    let Err(Err(failed)) = Greeting::new(GREETING).begin(ours, LONG) else {
+        panic!("it went to nobody");
+    };
+    assert!(matches!(failed, DialError::Unreachable { .. }), "{failed}");
 }

@@ -35,6 +35,7 @@ impl Served {
             rule: 7,
             protocol,
             handshake_timeout: Duration::from_secs(5),
+            wait_for_guest: false,
         };
         let stopped = async {
             let _ = stopped.await;
@@ -216,6 +217,7 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
         rule: 0,
         protocol: InboundProtocol::Connect,
         handshake_timeout: LONG,
+        wait_for_guest: false,
     };
     let mut handshakes = Handshakes::new(2);
     let mut clients = Vec::new();
@@ -225,6 +227,7 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
         let client = Client {
             socket: ours.into(),
             tcp: false,
+            ip: None,
             peer: name.to_owned(),
         };
         clients.push((theirs, handshakes.begin(spec, client)));
@@ -487,4 +490,83 @@ fn cpu_time(stat: &std::fs::File) -> Duration {
             .unwrap()
     };
     Duration::from_millis((ticks(14) + ticks(15)) * 10)
+}
+
+fn allowing(ranges: &[(&str, u8)]) -> Vec<Cidr> {
+    let range = |(ip, prefix): &(&str, u8)| Cidr::new(ip.parse().unwrap(), *prefix).unwrap();
+    ranges.iter().map(range).collect()
+}
+
+/// Closed before a byte of it was read, and so before anybody could make it say something.
+#[tokio::test]
+async fn a_client_that_is_not_allowed_is_closed_at_once() {
+    for protocol in [PLAIN, InboundProtocol::Connect] {
+        let listener = Listener::bind(&loopback()).unwrap();
+        let mut served = Served::new(
+            listener.only_from(allowing(&[("127.0.0.2", 32), ("::", 0)])),
+            protocol,
+        );
+        let mut stranger = served.connect();
+        let _ = stranger.write_all(b"CONNECT 22\n");
+        let rejected = served.next().await.unwrap_err();
+        assert_eq!(
+            rejected,
+            Rejected {
+                rule: 7,
+                peer: stranger.local_addr().unwrap().to_string(),
+                why: Rejection::NotAllowed
+            }
+        );
+        assert_closed(&mut stranger);
+
+        // Loopback has 2^24 addresses, so a client can come from the one that is allowed.
+        let ListenAddress::Tcp(address) = served.address else {
+            panic!("not a TCP listener")
+        };
+        let friend = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        friend
+            .bind(&"127.0.0.2:0".parse::<SocketAddr>().unwrap().into())
+            .unwrap();
+        friend.connect(&address.into()).unwrap();
+        friend.send(b"CONNECT 22\n").unwrap();
+        let incoming = served.next().await.unwrap();
+        assert!(incoming.peer.starts_with("127.0.0.2:"), "{}", incoming.peer);
+        served.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn an_ipv6_client_is_held_against_the_ipv6_ranges() {
+    let address = ListenAddress::Tcp("[::1]:0".parse().unwrap());
+    for (ranges, is_allowed) in [
+        (allowing(&[("10.0.0.0", 8), ("::1", 128)]), true),
+        (allowing(&[("0.0.0.0", 0), ("fd00::", 8)]), false),
+    ] {
+        let mut served = Served::new(Listener::bind(&address).unwrap().only_from(ranges), PLAIN);
+        let _client = served.connect();
+        assert_eq!(served.next().await.is_ok(), is_allowed);
+        served.stop().await;
+    }
+}
+
+/// A socket of both families shows an IPv4 peer so; ours are none, today.
+#[test]
+fn an_ipv4_client_in_ipv6_clothes_is_an_ipv4_client() {
+    let client = |ip: Option<&str>| {
+        let (socket, _) = UnixStream::pair().unwrap();
+        Client {
+            socket: socket.into(),
+            tcp: true,
+            ip: ip.map(|ip| ip.parse().unwrap()),
+            peer: String::new(),
+        }
+    };
+    let allow = allowing(&[("10.0.0.0", 8)]);
+    assert!(client(Some("::ffff:10.1.2.3")).is_allowed(&allow));
+    assert!(!client(Some("::ffff:11.1.2.3")).is_allowed(&allow));
+    assert!(
+        !client(None).is_allowed(&allow),
+        "nobody knows where it comes from"
+    );
+    assert!(client(None).is_allowed(&[]));
 }

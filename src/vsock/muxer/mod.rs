@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use slab::Slab;
 
 use crate::vsock::backlog::Backlog;
-use crate::vsock::connection::{Connection, ConnectionKey, Origin, Owed, State};
+use crate::vsock::connection::{Connection, ConnectionKey, Origin, Owed, Retry, State};
 use crate::vsock::header::{Cid, Header, Port, ShutdownFlags, SocketType};
 use crate::vsock::misbehavior::Misbehavior;
 use crate::vsock::reason::{CloseReason, RefuseReason};
@@ -241,7 +241,33 @@ impl Muxer {
         Ok(id)
     }
 
-    /// The guest lost its memory of all connections (its rings were stopped): all of them end, without a packet.
+    /// As [`Muxer::connect`], for a client that waits for the guest: an RST is followed by another REQUEST after a pause
+    /// that grows from 50 ms to 500 ms, and the guest may reboot meanwhile, until `guest_timeout` ends. Then the refusal says
+    /// what the guest did last.
+    pub fn connect_waiting(&mut self, now: Instant, guest_port: Port) -> Result<ConnectionId, NoRoom> {
+        let give_up = now + self.config.guest_timeout;
+        let id = self.connect(now, guest_port)?;
+        if let Some(connection) = self.connection_mut(id) {
+            connection.retry = Some(Retry::new(give_up));
+        }
+        Ok(id)
+    }
+
+    /// Refuses the clients that wait for the guest and have no answer coming; those that have get no second chance.
+    pub fn stop_waiting(&mut self, refusal: RefuseReason) {
+        let ids: Vec<ConnectionId> = self.ids().collect();
+        for id in ids {
+            let Some(connection) = self.connection_mut(id) else {
+                continue;
+            };
+            if connection.retry.take().is_some() && !connection.introduced {
+                self.refused(id, refusal);
+            }
+        }
+    }
+
+    /// The guest lost its memory of all connections (its rings were stopped): all of them end, without a packet, but for
+    /// requests of [`Muxer::connect_waiting`], which are made again.
     pub fn reset(&mut self) {
         // What lives on is silent: it will owe nothing.
         self.backlog.clear();
@@ -251,6 +277,7 @@ impl Muxer {
                 continue;
             };
             match connection.state {
+                State::Requested if connection.retry.is_some() => self.request_anew(id),
                 State::Dialing | State::Requested => {
                     self.events.push_back(Event::Refused {
                         id,
@@ -341,7 +368,7 @@ impl Muxer {
     fn expire(&mut self, now: Instant, id: ConnectionId) {
         match self.state(id) {
             Some(State::Dialing) => self.refused(id, RefuseReason::DialTimeout),
-            Some(State::Requested) => self.refused(id, RefuseReason::GuestTimeout),
+            Some(State::Requested) => self.expire_request(now, id),
             Some(State::Established) => {
                 let idle = self.config.idle_timeout;
                 let Some(connection) = self.connection(id) else {
@@ -371,6 +398,40 @@ impl Muxer {
             Some(State::Closing) => self.bury(id),
             Some(State::Dead) | None => {}
         }
+    }
+
+    /// A pause is over, or the guest's time.
+    fn expire_request(&mut self, now: Instant, id: ConnectionId) {
+        let Some(connection) = self.connection_mut(id) else {
+            return;
+        };
+        match &mut connection.retry {
+            Some(Retry { due, give_up, .. }) if now < *give_up => {
+                *due = None;
+                let give_up = *give_up;
+                self.owe(id, Owed::REQUEST);
+                self.set_deadline(id, give_up);
+            }
+            // Its last word was RST.
+            Some(Retry { due: Some(_), .. }) => self.refused(id, RefuseReason::GuestRst),
+            _ => self.refused(id, RefuseReason::GuestTimeout),
+        }
+    }
+
+    /// Another guest will hear the request, or the same one after a reboot: from its beginning.
+    fn request_anew(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connection_mut(id) else {
+            return;
+        };
+        let Some(Retry { give_up, .. }) = connection.retry else {
+            return;
+        };
+        connection.retry = Some(Retry::new(give_up));
+        connection.forget_request();
+        // Of the backlog that was cleared.
+        connection.in_replies = false;
+        self.owe(id, Owed::REQUEST);
+        self.set_deadline(id, give_up);
     }
 
     /// Owes the RST that ends a flow and nothing else; or forgets the flow if the guest needs none.

@@ -108,7 +108,7 @@ impl Muxer {
             return Disposition::Consumed;
         };
         if op == Some(Op::Rst) {
-            self.handle_rst(id);
+            self.handle_rst(now, id);
             return Disposition::Consumed;
         }
         if connection.state == State::Dead {
@@ -264,8 +264,9 @@ impl Muxer {
         Ok(())
     }
 
-    pub(super) fn handle_rst(&mut self, id: ConnectionId) {
+    pub(super) fn handle_rst(&mut self, now: Instant, id: ConnectionId) {
         match self.state(id) {
+            Some(State::Requested) if self.backed_off(now, id) => {}
             Some(State::Dialing) => {
                 self.events.push_back(Event::Refused {
                     id,
@@ -293,6 +294,24 @@ impl Muxer {
             Some(State::Closing | State::Dead) => self.remove(id),
             None => {}
         }
+    }
+
+    /// Whether the guest refused a client that waits for it, and so will be asked again.
+    fn backed_off(&mut self, now: Instant, id: ConnectionId) -> bool {
+        let Some(connection) = self.connection_mut(id) else {
+            return false;
+        };
+        let introduced = connection.introduced;
+        let Some(retry) = &mut connection.retry else {
+            return false;
+        };
+        // An RST that answers nothing changes nothing: a guest that sends many is asked as seldom as any other.
+        if introduced {
+            let due = retry.back_off(now);
+            connection.forget_request();
+            self.set_deadline(id, due);
+        }
+        true
     }
 
     /// The guest broke the protocol on a connection, which ends.

@@ -16,6 +16,7 @@ mod requested;
 mod session;
 mod timers;
 mod turns;
+mod waiting;
 mod world;
 
 use std::time::{Duration, Instant};

@@ -117,7 +117,12 @@ impl World {
     }
 
     pub(super) fn host_connects(&mut self, guest_port: u32) {
-        if let Ok(id) = self.mux.connect(self.now, Port(guest_port)) {
+        // Every other client waits for a guest that does not listen.
+        let asked = match self.hosts.len() % 2 {
+            0 => self.mux.connect(self.now, Port(guest_port)),
+            _ => self.mux.connect_waiting(self.now, Port(guest_port)),
+        };
+        if let Ok(id) = asked {
             self.add_host(id, None);
         }
     }
