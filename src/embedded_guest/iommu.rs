@@ -5,7 +5,7 @@
 //! given out from the top of the 32-bit space downwards and used again as soon as they are free, as Linux's
 //! drivers/iommu/iova.c does: a stale translation is found out at once.
 //!
-//! A table only. When the device is told of a change is [`Dma`](super::dma::Dma)'s business.
+//! A table only. When the device is told of a change is `Dma`'s business.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -102,7 +102,7 @@ struct Slot {
     pending: u64,
 }
 
-/// The last messages. Memory: at most [`CONTROL_SLOTS`] + [`IOTLB_SLOTS`] entries of a few hundred bytes.
+/// The last messages. Memory: at most `CONTROL_SLOTS` + `IOTLB_SLOTS` entries of a few hundred bytes.
 #[derive(Clone, Default, Debug)]
 pub struct Recorder {
     control: VecDeque<Slot>,
