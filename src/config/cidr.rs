@@ -2,14 +2,16 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Deserializer;
 use serde::{Deserialize, Serialize, Serializer};
 
+use super::ListenAddress;
 use super::diagnostic::quoted;
 use super::given::Refusal;
+use super::schema::MAX_ALLOWED;
 use super::values::{Text, digits, scalar_schema, text_serde};
 
 /// A range of IP addresses.
@@ -46,6 +48,48 @@ impl Cidr {
     /// Whether its addresses are IPv4's.
     pub fn is_ipv4(&self) -> bool {
         self.network.is_ipv4()
+    }
+}
+
+impl Cidr {
+    /// Refuses a list of ranges that cannot be meant for the clients of a listener.
+    pub(super) fn check_list(ranges: &[Cidr], listen: &ListenAddress) -> Result<(), Refusal> {
+        let listen = match listen {
+            ListenAddress::Tcp(listen) => listen,
+            ListenAddress::Unix(_) => {
+                return Err(Refusal::new(
+                    "clients of a unix socket have no IP addresses to allow",
+                    "remove `allow`: who may connect is a matter of the permissions of the socket (owner and group, 0660) and \
+                     of its directory",
+                ));
+            }
+        };
+        if ranges.is_empty() {
+            return Err(Refusal::new(
+                "with nobody allowed the listener has no use",
+                "name who may connect, such as `allow: [10.0.0.0/8]`, or remove the key to let everyone in",
+            ));
+        }
+        if ranges.len() > MAX_ALLOWED {
+            return Err(Refusal::new(
+                format!("{} ranges are more than {MAX_ALLOWED}", ranges.len()),
+                "join ranges to larger ones",
+            ));
+        }
+        let is_ipv4 = listen.ip().to_canonical().is_ipv4();
+        // `[::]` is left alone: whether it takes IPv4 clients is not the file's to say.
+        if listen.ip() != Ipv6Addr::UNSPECIFIED && ranges.iter().all(|range| range.is_ipv4() != is_ipv4) {
+            let (own, other) = if is_ipv4 {
+                ("IPv4", "IPv6")
+            } else {
+                ("IPv6", "IPv4")
+            };
+            return Err(Refusal::new(
+                format!("only {other} addresses are allowed, and tcp://{listen} takes {own} clients"),
+                format!("add ranges of {own} addresses, or listen on an {other} address"),
+            ));
+        }
+        Ok(())
     }
 }
 
@@ -214,6 +258,45 @@ mod tests {
         ] {
             let refusal = Cidr::parse(text).err().unwrap_or_else(|| panic!("{text}"));
             assert!(refusal.help.contains(help), "{text}: {}", refusal.help);
+        }
+    }
+
+    #[test]
+    fn a_list_fits_its_listener_or_says_what_would() {
+        let judged = |ranges: &[Cidr], listen: &str| {
+            let listen = ListenAddress::parse(listen).map_err(|refusal| refusal.to_string());
+            Cidr::check_list(ranges, &listen.expect("an address"))
+                .err()
+                .map(|refusal| refusal.message)
+        };
+        let (v4, v6) = (cidr("10.0.0.0/8"), cidr("fd00::/8"));
+        for (ranges, listen, says) in [
+            (vec![v4], "tcp://127.0.0.1:1", None),
+            (vec![v6, v4], "tcp://127.0.0.1:1", None),
+            (vec![v6, v4], "tcp://[::1]:1", None),
+            (vec![v4], "tcp://[::]:1", None),
+            (vec![v4], "tcp://[::ffff:127.0.0.1]:1", None),
+            (vec![v4; MAX_ALLOWED], "tcp://0.0.0.0:1", None),
+            (
+                vec![v4; MAX_ALLOWED + 1],
+                "tcp://0.0.0.0:1",
+                Some("257 ranges are more than 256"),
+            ),
+            (
+                vec![v6],
+                "tcp://0.0.0.0:1",
+                Some("only IPv6 addresses are allowed"),
+            ),
+            (vec![v4], "tcp://[::1]:1", Some("only IPv4 addresses are allowed")),
+            (vec![], "tcp://127.0.0.1:1", Some("nobody allowed")),
+            (vec![v4], "unix:///a", Some("no IP addresses")),
+        ] {
+            let said = judged(&ranges, listen);
+            assert_eq!(said.is_some(), says.is_some(), "{listen}: {said:?}");
+            assert!(
+                said.unwrap_or_default().contains(says.unwrap_or_default()),
+                "{listen}"
+            );
         }
     }
 

@@ -3,7 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
-use std::net::Ipv6Addr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -403,43 +402,11 @@ impl Resolver<'_, '_> {
         let Some((list, at)) = rule.allow.located() else {
             return rule.allow.is_absent().then(Vec::new);
         };
-        if list.is_empty() {
-            let help =
-                "name who may connect, such as `allow: [10.0.0.0/8]`, or remove the key to let everyone in";
-            self.error(at, "with nobody allowed the listener has no use", help);
-        }
-        if list.len() > schema::MAX_ALLOWED {
-            let message = format!("{} ranges are more than {}", list.len(), schema::MAX_ALLOWED);
-            self.error(at, message, "join ranges to larger ones");
-        }
         let ranges: Option<Vec<Cidr>> = list.iter().map(|range| range.value().copied()).collect();
-        match (rule.listen.value(), &ranges) {
-            (Some(ListenAddress::Unix(_)), _) => {
-                let help = "remove `allow`: who may connect is a matter of the permissions of the socket (owner and group, \
-                            0660) and of its directory";
-                self.error(at, "clients of a unix socket have no IP addresses to allow", help);
-            }
-            // `[::]` is left alone: whether it takes IPv4 clients is not the file's to say.
-            (Some(ListenAddress::Tcp(listen)), Some(ranges))
-                if !ranges.is_empty() && listen.ip() != Ipv6Addr::UNSPECIFIED =>
-            {
-                let is_ipv4 = listen.ip().to_canonical().is_ipv4();
-                if ranges.iter().all(|range| range.is_ipv4() != is_ipv4) {
-                    let (own, other) = if is_ipv4 {
-                        ("IPv4", "IPv6")
-                    } else {
-                        ("IPv6", "IPv4")
-                    };
-                    let message =
-                        format!("only {other} addresses are allowed, and tcp://{listen} takes {own} clients");
-                    self.error(
-                        at,
-                        message,
-                        format!("add ranges of {own} addresses, or listen on an {other} address"),
-                    );
-                }
-            }
-            _ => {}
+        if let (Some(listen), Some(ranges)) = (rule.listen.value(), &ranges)
+            && let Err(refusal) = Cidr::check_list(ranges, listen)
+        {
+            self.error(at, refusal.message, refusal.help);
         }
         ranges
     }
