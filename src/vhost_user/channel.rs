@@ -1,8 +1,9 @@
 //! The back-end's channel: the socket of SET_BACKEND_REQ_FD, on which the device asks for translations.
 //!
 //! A miss is sent and never waited for. Where REPLY_ACK was agreed on, the front-end is asked for an answer all the same,
-//! since only that tells a refusal from a delay; it comes whenever it comes, behind the UPDATE on the other socket, and
-//! in the order of the misses. A front-end that answers a miss only after we have acknowledged its UPDATE (QEMU does,
+//! since only that tells a refusal from a delay; it comes whenever it comes, behind the UPDATE on the other socket. It is taken
+//! for that of the oldest miss; where a front-end answers in another order, the device finds out by the UPDATEs
+//! (guest/iotlb/questions.rs). A front-end that answers a miss only after we have acknowledged its UPDATE (QEMU does,
 //! with its global lock held) thus finds nobody waiting.
 
 use std::collections::VecDeque;
@@ -28,7 +29,7 @@ pub struct Channel {
     writer: FrameWriter,
     /// Misses that no channel has taken yet.
     waiting: VecDeque<Miss>,
-    /// Misses whose answers are due, in the order of the answers.
+    /// Misses whose answers are due, in the order in which they were asked.
     asked: VecDeque<Miss>,
     /// Whether answers are asked for.
     acknowledges: bool,

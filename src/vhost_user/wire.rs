@@ -206,12 +206,6 @@ impl FrameWriter {
         self.queue.is_empty()
     }
 
-    /// How many messages have not been sent.
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.queue.len()
-    }
-
     /// Sends what the socket takes, without blocking. True when nothing is left.
     pub fn flush(&mut self, socket: &UnixStream) -> io::Result<bool> {
         while let Some(frame) = self.queue.front() {
