@@ -38,6 +38,9 @@ enum Ended {
     Confirmed,
     /// The device reset it: nothing may come.
     ByPeer,
+    /// The device reset it in answer to our SHUTDOWN of both directions. What we had said behind that, such as a
+    /// CREDIT_UPDATE, may have found no connection: an RST may come for each.
+    Closed,
     /// We gave up connecting without a word: RESPONSE or RST may come, once.
     GaveUp,
 }
@@ -414,8 +417,13 @@ impl Protocol {
             Some(Op::CreditUpdate) | None => {}
             Some(Op::Shutdown) => self.peer_shuts_down(id, ShutdownFlags::from_wire(header.flags)),
             Some(Op::Rst) => {
-                self.connections[id].was_reset = true;
-                self.finish(id, Ended::ByPeer);
+                let c = &mut self.connections[id];
+                c.was_reset = true;
+                let ended = match c.close_deadline {
+                    Some(_) => Ended::Closed,
+                    None => Ended::ByPeer,
+                };
+                self.finish(id, ended);
             }
             Some(Op::Response) => self.violations.record(Violation::UnexpectedResponse),
             Some(Op::Request) => self.violations.record(Violation::DuplicateRequest),
@@ -477,6 +485,7 @@ impl Protocol {
                 // Once may cross, twice is an answer.
                 self.ended.insert(tuple, Ended::ByPeer);
             }
+            (Some(Op::Rst), Some(Ended::Closed)) => self.crossed_resets += 1,
             (Some(Op::Rst), _) => self.violations.record(Violation::UnexpectedRst),
             (Some(Op::Response), None) => self.violations.record(Violation::UnexpectedResponse),
             (_, Some(Ended::Reset | Ended::GaveUp)) => {}

@@ -284,6 +284,24 @@ fn close_shuts_both_down_and_waits_eight_seconds_for_rst() {
     assert_eq!(p.violations().count(Violation::UnexpectedRst), 1, "once");
 }
 
+/// A CREDIT_UPDATE that was on its way when the device answered our SHUTDOWN finds no connection there: the device was held to
+/// have reset twice, now and then, when the machine was busy.
+#[test]
+fn what_we_said_behind_our_shutdown_may_be_answered_with_rst() {
+    let mut p = guest();
+    let (id, port) = established(&mut p);
+    p.close(Instant::now(), id);
+    deliver(&mut p, Op::Rst, port, 0);
+    deliver(&mut p, Op::Rst, port, 0);
+    assert!(p.violations().is_empty(), "{:?}", p.violations());
+    assert_eq!(p.crossed_resets(), 1);
+    // A device that resets by itself has no reason for another.
+    let (_, port) = established(&mut p);
+    deliver(&mut p, Op::Rst, port, 0);
+    deliver(&mut p, Op::Rst, port, 0);
+    assert_eq!(p.violations().count(Violation::UnexpectedRst), 1);
+}
+
 #[test]
 fn reset_ends_a_stream_and_what_was_received_is_still_read() {
     let mut p = guest();
