@@ -18,8 +18,8 @@ use super::features::{
     Features, VHOST_F_LOG_ALL, VIRTIO_F_ACCESS_PLATFORM, offered_features, offered_protocol_features,
 };
 use super::link::{DeviceLink, lock};
-use super::negotiation::QUEUES;
-use super::vring::{MAX_QUEUE_SIZE, Vring};
+use super::negotiation::{MAX_QUEUE_SIZE, QUEUES};
+use super::vring::Vring;
 use super::{AccessPlatform, Mode};
 
 /// The dirty bitmap of [`Memory`], however that is called.

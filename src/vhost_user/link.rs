@@ -17,8 +17,8 @@ use tokio::sync::oneshot;
 use crate::device::handle::Reply;
 use crate::device::{Command, DeviceGone, DeviceHandle};
 
-use super::gate::{AddressNote, RingIovas};
 use super::negotiation::{NegotiationWatch, QUEUES, SessionError};
+use super::translation::{AddressNote, RingIovas};
 
 /// How long the device thread may take for a command. It answers within a turn; when it does not, the VMM, which waits
 /// for us with its global lock held, is better served by a closed connection.

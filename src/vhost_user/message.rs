@@ -114,6 +114,25 @@ pub mod backend_request {
     pub const IOTLB_MSG: u32 = 1;
 }
 
+/// Whether a request is always answered, with a value of its own, rather than by yes or no and only if its sender wants to
+/// know (VHOST_USER_PROTOCOL_F_REPLY_ACK).
+pub fn is_always_answered(request: u32) -> bool {
+    use request::*;
+    matches!(
+        request,
+        GET_FEATURES
+            | GET_PROTOCOL_FEATURES
+            | GET_QUEUE_NUM
+            | GET_VRING_BASE
+            | GET_CONFIG
+            | GET_MAX_MEM_SLOTS
+            | GET_INFLIGHT_FD
+            | SET_LOG_BASE
+            | SET_DEVICE_STATE_FD
+            | CHECK_DEVICE_STATE
+    )
+}
+
 /// Index of a request number in [`REQUEST_NAMES`].
 pub fn request_index(request: u32) -> usize {
     match usize::try_from(request) {

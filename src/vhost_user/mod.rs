@@ -91,6 +91,7 @@
 
 mod backend;
 pub mod channel;
+mod end;
 mod endpoint;
 pub mod features;
 pub mod findings;

@@ -16,9 +16,10 @@ use std::os::unix::net::UnixStream;
 use rustix::event::PollFlags;
 use rustix::fs::FileType;
 
-use super::gate::{AddressNote, Gate, IotlbOperation, Observation, Passage, ReplyVerdict, Then};
+use super::gate::{Gate, IotlbOperation, Observation, Passage, ReplyVerdict, Then};
 use super::message::{Body, Message, REPLY, VERSION, request};
 use super::negotiation::NegotiationWatch;
+use super::translation::AddressNote;
 use super::wire::{Frame, FrameReader, FrameWriter, Received, WireError};
 
 /// Messages a direction may move in one turn, so that a flood does not keep the session thread from its other work.

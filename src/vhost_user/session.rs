@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tracing::{debug, error, info, warn};
-use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
+use vhost_user_backend::VhostUserDaemon;
 use vm_memory::GuestMemoryAtomic;
 
 use crate::device::handle::Listener;
@@ -23,15 +23,14 @@ use crate::sys::peercred::peer_credentials;
 
 use super::backend::Backend;
 use super::channel::Channel;
+use super::end::{End, PumpEnd};
 use super::endpoint::{Endpoint, directory_of};
 use super::gate::{Gate, IotlbOperation};
-use super::link::{DeviceLink, Failure, Pending, WakeFd};
-use super::message::display_name;
+use super::link::{DeviceLink, Pending, WakeFd};
 use super::negotiation::{NegotiationWatch, Peer, SessionEnd, SessionError};
 use super::private_socket;
 use super::relay::{Relay, RelayEnd};
 use super::vring::Vring;
-use super::wire::WireError;
 use super::{Mode, SessionConfig};
 
 /// Connections that may be open at once without having said anything. The oldest gives way: a VMM speaks at once, and
@@ -111,43 +110,6 @@ impl SessionHandle {
 impl Drop for SessionHandle {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-/// How a session ended, before it is told to anybody.
-struct End {
-    error: Option<SessionError>,
-    /// The request that is counted as failed, unless its answer was.
-    request: Option<u32>,
-    reason: &'static str,
-    detail: String,
-}
-
-impl End {
-    fn fine(reason: &'static str, detail: &str) -> End {
-        End {
-            error: None,
-            request: None,
-            reason,
-            detail: detail.into(),
-        }
-    }
-
-    fn of(failure: Failure) -> End {
-        End::error(failure.kind, failure.detail)
-    }
-
-    fn unknown() -> End {
-        End::error(SessionError::Io, String::new())
-    }
-
-    fn error(error: SessionError, detail: String) -> End {
-        End {
-            error: Some(error),
-            request: None,
-            reason: error.label(),
-            detail,
-        }
     }
 }
 
@@ -353,7 +315,7 @@ impl Server {
         // However the session ended, the device lets go of everything. It tells errors itself.
         let _ = link.call_after_failure("end the session", |done| Command::EndSession { done });
         drop(daemon);
-        let end = self.explain(end, outcome, &gate, &link, ran);
+        let end = End::explain(&self.guest, end, outcome, &gate, &link, ran);
         // The VMM sees the end only now that nothing of its memory is in use.
         drop(vmm);
         end
@@ -567,92 +529,6 @@ impl Server {
             }
         }
     }
-
-    /// Puts together why a session ended from what the threads involved have seen of it.
-    fn explain(
-        &self,
-        end: PumpEnd,
-        outcome: Result<(), DaemonError>,
-        gate: &Gate,
-        link: &DeviceLink,
-        ran: bool,
-    ) -> End {
-        if let Err(DaemonError::WaitDaemon(panic)) = &outcome {
-            let detail = format!(
-                "the protocol handler panicked{}: {}",
-                at(gate),
-                panic_text(panic.as_ref())
-            );
-            error!(guest = %self.guest, detail, "contained a panic");
-            return End {
-                request: gate.culprit().map(|culprit| culprit.request),
-                ..End::error(SessionError::Protocol, detail)
-            };
-        }
-        match end {
-            PumpEnd::Shutdown => End::fine("shutdown", "the sidecar ends"),
-            PumpEnd::Failure(end) => end,
-            PumpEnd::Relay(RelayEnd::VmmClosed) if ran => End::error(
-                SessionError::PeerClosed,
-                "the VMM closed the connection while rings were running".into(),
-            ),
-            PumpEnd::Relay(RelayEnd::VmmClosed) => End::fine("vmm_closed", "the VMM closed the connection"),
-            PumpEnd::Relay(RelayEnd::Vmm(WireError::Io(error))) => {
-                End::error(SessionError::Io, format!("the VMM's socket: {error}"))
-            }
-            PumpEnd::Relay(RelayEnd::Vmm(WireError::DescriptorsLost)) => {
-                End::error(SessionError::Io, WireError::DescriptorsLost.to_string())
-            }
-            PumpEnd::Relay(RelayEnd::Vmm(error)) => End::error(SessionError::Protocol, error.to_string()),
-            PumpEnd::Relay(RelayEnd::Refused { request, reason }) => End::error(
-                SessionError::of_request(request),
-                format!("{}: {reason}", display_name(request)),
-            ),
-            PumpEnd::Relay(RelayEnd::Crate(error)) => End::error(
-                SessionError::Io,
-                format!("the protocol handler's socket: {error}"),
-            ),
-            // The device failed, and the crate ended because of it.
-            PumpEnd::Relay(RelayEnd::CrateClosed) if link.failure().is_some() => {
-                link.failure().map_or_else(End::unknown, End::of)
-            }
-            PumpEnd::Relay(RelayEnd::CrateClosed) => {
-                let said = match outcome {
-                    Ok(()) => "the connection was ended".to_owned(),
-                    Err(error) => error.to_string(),
-                };
-                match gate.culprit() {
-                    Some(culprit) => End {
-                        request: (!culprit.answered).then_some(culprit.request),
-                        ..End::error(
-                            SessionError::of_request(culprit.request),
-                            format!("{culprit} ({said})"),
-                        )
-                    },
-                    None => End::error(SessionError::Protocol, said),
-                }
-            }
-        }
-    }
-}
-
-/// Why pumping stopped.
-enum PumpEnd {
-    Shutdown,
-    Failure(End),
-    Relay(RelayEnd),
-}
-
-/// `, serving SET_VRING_ADDR`.
-fn at(gate: &Gate) -> String {
-    gate.culprit()
-        .map_or_else(String::new, |culprit| format!(", serving {culprit}"))
-}
-
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no text")
 }
 
 /// Polls, and takes an interruption for readiness of nothing.

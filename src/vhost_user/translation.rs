@@ -88,3 +88,23 @@ impl Default for Translation {
         }
     }
 }
+
+/// How a ring's addresses of one SET_VRING_ADDR are meant; one for each that reaches the crate, in order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AddressNote {
+    /// Number of the virtqueue.
+    pub index: usize,
+    /// The I/O virtual addresses; `None`: the message's own addresses hold, the VMM's.
+    pub iovas: Option<RingIovas>,
+}
+
+/// Addresses of a ring as its driver sees them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RingIovas {
+    /// Of the descriptor table.
+    pub desc: u64,
+    /// Of the available ring.
+    pub avail: u64,
+    /// Of the used ring.
+    pub used: u64,
+}

@@ -28,12 +28,9 @@ use vm_memory::GuestMemoryAtomic;
 use crate::device::Command;
 use crate::guest::{Memory, RingParts, RingPosition};
 
-use super::gate::RingIovas;
 use super::link::{DeviceLink, lock};
-use super::negotiation::{QUEUE_NAMES, SessionError};
-
-/// The most entries a ring may have.
-pub const MAX_QUEUE_SIZE: u16 = 1024;
+use super::negotiation::{MAX_QUEUE_SIZE, QUEUE_NAMES, SessionError};
+use super::translation::RingIovas;
 
 type Inner = VringMutex<GuestMemoryAtomic<Memory>>;
 

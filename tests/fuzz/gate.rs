@@ -4,12 +4,11 @@ use std::collections::VecDeque;
 
 use vsock_sidecar::guest::Permission;
 use vsock_sidecar::vhost_user::features::{PROTOCOL_F_REPLY_ACK, VIRTIO_F_ACCESS_PLATFORM};
-use vsock_sidecar::vhost_user::gate::{
-    AddressNote, Gate, IotlbOperation, Passage, ReplyVerdict, RingIovas, Then, Verdict,
-};
+use vsock_sidecar::vhost_user::gate::{Gate, IotlbOperation, Passage, ReplyVerdict, Then, Verdict};
 use vsock_sidecar::vhost_user::message::{
     Body, HEADER_LEN, MemoryRegion, Message, NEED_REPLY, REPLY, VERSION, request,
 };
+use vsock_sidecar::vhost_user::translation::{AddressNote, RingIovas};
 use vsock_sidecar::vhost_user::{AccessPlatform, Mode, TranslationMode};
 
 use super::steps::{Case, Request, Step};

@@ -1,6 +1,6 @@
 //! What is wrong with a request, as far as can be told before the crate sees it.
 
-use super::{Gate, MAX_REGIONS, QUEUES, RingIovas};
+use super::{Gate, MAX_REGIONS, QUEUES};
 use crate::vhost_user::AccessPlatform;
 use crate::vhost_user::features::{
     Features, PROTOCOL_F_BACKEND_REQ, PROTOCOL_F_CONFIG, PROTOCOL_F_CONFIGURE_MEM_SLOTS,
@@ -9,7 +9,8 @@ use crate::vhost_user::features::{
 use crate::vhost_user::message::{
     Body, MAX_FDS, MemoryRegion, Message, REPLY, VERSION, request, request_index,
 };
-use crate::vhost_user::vring::MAX_QUEUE_SIZE;
+use crate::vhost_user::negotiation::MAX_QUEUE_SIZE;
+use crate::vhost_user::translation::RingIovas;
 
 impl Gate {
     /// What the crate will not like about a message, in words; `None` if nothing is known to be wrong.
@@ -121,23 +122,6 @@ pub(super) fn begins_negotiation(number: u32) -> bool {
     matches!(
         number,
         request::GET_FEATURES | request::GET_PROTOCOL_FEATURES | request::SET_OWNER | request::RESET_OWNER
-    )
-}
-
-/// Requests whose answer is not a REPLY_ACK.
-pub(super) fn is_always_answered(number: u32) -> bool {
-    matches!(
-        number,
-        request::GET_FEATURES
-            | request::GET_PROTOCOL_FEATURES
-            | request::GET_QUEUE_NUM
-            | request::GET_VRING_BASE
-            | request::GET_CONFIG
-            | request::SET_LOG_BASE
-            | request::GET_MAX_MEM_SLOTS
-            | request::GET_INFLIGHT_FD
-            | request::SET_DEVICE_STATE_FD
-            | request::CHECK_DEVICE_STATE
     )
 }
 

@@ -28,9 +28,9 @@ use std::collections::VecDeque;
 use super::features::{
     VHOST_F_LOG_ALL, VIRTIO_F_ACCESS_PLATFORM, offered_features, offered_protocol_features,
 };
-use super::message::{Body, MemoryRegion, Message, NEED_REPLY, VERSION, display_name, request};
+use super::message::{self, Body, MemoryRegion, Message, NEED_REPLY, VERSION, display_name, request};
 use super::negotiation::QUEUES;
-use super::translation::{Evidence, Translation, TranslationMode};
+use super::translation::{AddressNote, Evidence, RingIovas, Translation, TranslationMode};
 use super::{AccessPlatform, FindingCode, Mode};
 use crate::guest::Mapping;
 
@@ -93,26 +93,6 @@ pub enum Observation {
     Found(FindingCode, String),
     /// It holds no longer.
     Passed(FindingCode),
-}
-
-/// How a ring's addresses of one SET_VRING_ADDR are meant; one for each that reaches the crate, in order.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct AddressNote {
-    /// Number of the virtqueue.
-    pub index: usize,
-    /// The I/O virtual addresses; `None`: the message's own addresses hold, the VMM's.
-    pub iovas: Option<RingIovas>,
-}
-
-/// Addresses of a ring as its driver sees them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct RingIovas {
-    /// Of the descriptor table.
-    pub desc: u64,
-    /// Of the available ring.
-    pub avail: u64,
-    /// Of the used ring.
-    pub used: u64,
 }
 
 /// What the device has to do with its translations.
@@ -230,7 +210,7 @@ impl Gate {
             before = self.prelude();
             self.swallow = before
                 .iter()
-                .filter(|passage| fault::is_always_answered(passage.message.request()))
+                .filter(|passage| message::is_always_answered(passage.message.request()))
                 .count();
         }
         let mut findings = Vec::new();
@@ -304,7 +284,7 @@ impl Gate {
             return ReplyVerdict::Swallow;
         }
         let refused = message.u64_body().is_some_and(|error| error != 0);
-        if refused && !fault::is_always_answered(entry.request) {
+        if refused && !message::is_always_answered(entry.request) {
             self.refused = Some((entry.request, entry.fault));
         }
         ReplyVerdict::Forward
@@ -380,7 +360,7 @@ impl Gate {
         let number = message.request();
         if message.flags() == VERSION | NEED_REPLY
             && self.acknowledges()
-            && !fault::is_always_answered(number)
+            && !message::is_always_answered(number)
         {
             return Then::Refuse(fault);
         }
@@ -403,7 +383,7 @@ impl Gate {
             && last.fault.is_none()
             && last.request == request
             && !message.needs_reply()
-            && !fault::is_always_answered(request)
+            && !message::is_always_answered(request)
         {
             last.fault = fault;
             return;

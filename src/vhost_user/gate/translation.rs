@@ -15,14 +15,11 @@
 //! the `Vring` starts them anew.
 
 use super::fault::ring_addresses_fault;
-use super::{
-    AddressNote, Addressed, Gate, IotlbOperation, NOT_TRANSLATED, Observation, Passage, QUEUES, RingIovas,
-    Then,
-};
+use super::{Addressed, Gate, IotlbOperation, NOT_TRANSLATED, Observation, Passage, QUEUES, Then};
 use crate::guest::{Mapping, Permission};
 use crate::vhost_user::features::VIRTIO_F_ACCESS_PLATFORM;
 use crate::vhost_user::message::{Body, MemoryRegion, Message, NEED_REPLY, VERSION};
-use crate::vhost_user::translation::{Evidence, Translation, TranslationMode};
+use crate::vhost_user::translation::{AddressNote, Evidence, RingIovas, Translation, TranslationMode};
 use crate::vhost_user::{AccessPlatform, FindingCode};
 
 /// VHOST_IOTLB_UPDATE (linux/vhost_types.h).

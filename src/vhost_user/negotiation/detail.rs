@@ -151,23 +151,6 @@ pub(super) fn of_answer(message: &Message) -> String {
     }
 }
 
-/// Whether a request is answered with a value, rather than by yes or no and only if the VMM wants to know.
-pub(super) fn has_value(number: u32) -> bool {
-    matches!(
-        number,
-        request::GET_FEATURES
-            | request::GET_PROTOCOL_FEATURES
-            | request::GET_QUEUE_NUM
-            | request::GET_VRING_BASE
-            | request::GET_CONFIG
-            | request::GET_MAX_MEM_SLOTS
-            | request::GET_INFLIGHT_FD
-            | request::SET_LOG_BASE
-            | request::SET_DEVICE_STATE_FD
-            | request::CHECK_DEVICE_STATE
-    )
-}
-
 fn features(features: Features) -> String {
     match features.bits() {
         0 => "none".to_owned(),

@@ -29,6 +29,8 @@ pub use watch::NegotiationWatch;
 
 /// Number of virtqueues: rx, tx, event.
 pub const QUEUES: usize = 3;
+/// The most entries a ring may have.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
 /// The most memory regions that are listed; the crate behind the gate tells VMMs that it takes so many.
 const MAX_REGIONS: usize = 509;
 /// Names of the virtqueues, by index.

@@ -13,7 +13,7 @@ use crate::device::DeviceEvent;
 use crate::guest::Miss;
 use crate::vhost_user::features::{Features, PROTOCOL_F_REPLY_ACK};
 use crate::vhost_user::link::lock;
-use crate::vhost_user::message::{Message, request};
+use crate::vhost_user::message::{self, Message, request};
 use crate::vhost_user::{FindingCode, SessionConfig, Translation, TranslationMode};
 
 /// How long after its first message a VMM may take to start a ring before it is told.
@@ -178,7 +178,7 @@ impl NegotiationWatch {
             // and QEMU wants that always.
             let acks = inner.now.protocol_features_acked.bits() & PROTOCOL_F_REPLY_ACK != 0
                 || number == request::IOTLB_MSG;
-            let answered = detail::has_value(number) || (message.needs_reply() && acks);
+            let answered = message::is_always_answered(number) || (message.needs_reply() && acks);
             let detail = detail::of_request(message, fds);
             inner
                 .recorder
@@ -311,7 +311,7 @@ impl NegotiationWatch {
         self.change(|inner| {
             let number = message.request();
             let (outcome, answer) = match message.u64_body() {
-                Some(value) if !detail::has_value(number) => outcome(value),
+                Some(value) if !message::is_always_answered(number) => outcome(value),
                 _ => (Outcome::Answered, Some(detail::of_answer(message))),
             };
             inner
