@@ -347,6 +347,8 @@ impl Sidecar {
                 protocol: rule.protocol,
                 handshake_timeout: config.limits.guest_timeout,
                 wait_for_guest: rule.wait_for_guest,
+                socket_type: rule.guest_socket_type(),
+                framing: rule.framing,
             };
             self.control.handle.spawn(serve_inbound(
                 listener,

@@ -36,12 +36,15 @@ mod tests {
     fn the_first_match_wins() {
         let rule = |ports, port| OutboundRule {
             name: String::new(),
+            cid: 2,
             ports,
             target: Target::Tcp {
                 host: "h".into(),
                 port,
             },
             proxy_protocol: None,
+            framing: None,
+            connections: None,
         };
         let router = Router::new(vec![rule(10..=10, 1), rule(5..=20, 100)]);
         let route = |cid, port| router.route(cid, port).map(|(i, _)| i);

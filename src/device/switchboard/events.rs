@@ -7,7 +7,7 @@ use std::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::Switchboard;
-use crate::config::ProxyProtocol;
+use crate::config::{self, ProxyProtocol};
 use crate::device::flow::{Flow, HostEnd, RuleRef};
 use crate::device::handle::Command;
 use crate::host::dial::DialRequest;
@@ -50,6 +50,7 @@ impl Switchboard {
         let token = id.token();
         let request = DialRequest {
             target: &outbound.target,
+            socket_type: config::SocketType::Stream,
             first_port: *outbound.ports.start(),
             guest_port: port,
             cid: self.cid,

@@ -89,11 +89,14 @@ impl Bench {
         let service = UnixListener::bind(&path).unwrap();
         let rule = OutboundRule {
             name: "service".into(),
+            cid: 2,
             ports: PORT..=PORT,
             target: Target::Unix {
                 path: path.to_str().unwrap().into(),
             },
             proxy_protocol: None,
+            framing: None,
+            connections: None,
         };
         let rules = RuleNames {
             outbound: vec!["service".into()],
