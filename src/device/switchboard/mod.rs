@@ -574,7 +574,7 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::Refused { .. } => RefuseReason::DialRefused,
         DialError::TimedOut { .. } => RefuseReason::DialTimeout,
         DialError::Resolve { .. } => RefuseReason::Dns,
-        DialError::Unreachable { .. } => RefuseReason::Unreachable,
+        DialError::Unreachable { .. } | DialError::WrongType { .. } => RefuseReason::Unreachable,
         DialError::Resources { .. } => RefuseReason::Limit,
     }
 }
