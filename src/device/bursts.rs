@@ -1,6 +1,6 @@
 //! Rings against the switchboard: a burst of packets from the guest, a burst of packets to it.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use tracing::{debug, warn};
 use crate::guest::{Finished, RingError, RingFault, RingPosition, RxBurst, TxBurst, View};
 use crate::metrics::{Direction, QUEUE_LABELS};
 use crate::sys::iovec::IoVecs;
-use crate::sys::vectored::readv;
+use crate::sys::vectored::{is_memory_fault, readv};
 use crate::vsock::{Disposition, HEADER_LEN, Header, Op, Outgoing, SocketType};
 
 use super::captures::Captures;
@@ -67,6 +67,10 @@ impl Device {
         }
         let view = translation.view(&running.ring, ram);
         let result = take_burst(running, switchboard, captures, view, now);
+        if ram.is_lost() {
+            // Whatever was wrong in it is not the guest's doing; see `Device::cycle`.
+            return false;
+        }
         let taken = after_burst(running, switchboard, reports, TX, now, result);
         running.due = taken != Some(Taken::All);
         let mut more = taken == Some(Taken::SomeLeft);
@@ -104,6 +108,9 @@ impl Device {
         let accepted_input = switchboard.muxer.accepts_input();
         let view = translation.view(&running.ring, ram);
         let result = give_burst(running, switchboard, captures, view, unsent, now);
+        if ram.is_lost() {
+            return false;
+        }
         let given = after_burst(running, switchboard, reports, RX, now, result);
         switchboard.handle_events(now);
 
@@ -223,6 +230,7 @@ fn take_burst(
     let mut gather = Gather {
         id: None,
         slices: IoVecs::new(),
+        memory: ram,
     };
     let mut taken = 0;
     let mut drained = false;
@@ -232,6 +240,10 @@ fn take_burst(
             break;
         };
         taken += 1;
+        // It may be zeros, in part.
+        if ram.is_lost() {
+            break;
+        }
         // A fault was counted; its chain goes back with the others.
         let Ok(packet) = popped else { continue };
         let header = Header::decode(&packet.header);
@@ -246,6 +258,10 @@ fn take_burst(
             // The muxer must know of all that was taken before it hears what comes next.
             switchboard.flush(now, &mut gather);
             gather.id = None;
+            // A SHUTDOWN behind bytes that are lost would make them look as if there were none.
+            if ram.is_lost() {
+                break;
+            }
         }
         match switchboard.muxer.handle_packet(now, &header, packet.payload_len) {
             Disposition::Consumed => {}
@@ -349,7 +365,7 @@ fn give_burst(
                     }
                     Ok(room) => room,
                 };
-                packets += give_data(&mut burst, switchboard, captures, now, id, most.min(room))?;
+                packets += give_data(&mut burst, switchboard, captures, ram, now, id, most.min(room))?;
             }
         }
     };
@@ -371,6 +387,7 @@ fn give_data(
     burst: &mut RxBurst<'_, '_>,
     switchboard: &mut Switchboard,
     captures: &mut Captures,
+    memory: View<'_>,
     now: Instant,
     id: crate::vsock::ConnectionId,
     most: usize,
@@ -407,7 +424,16 @@ fn give_data(
     }
     let mut list = IoVecs::new();
     let asked = burst.push_payload(&mut list, most);
-    let outcome = switchboard.read(now, id, asked, |stream| readv(stream.as_fd(), &list));
+    let outcome = switchboard.read(now, id, asked, |stream| {
+        readv(stream.as_fd(), &list).map_err(|error| match is_memory_fault(&error) {
+            // No fault of the socket, which keeps its bytes.
+            true => {
+                memory.mark_lost();
+                io::ErrorKind::WouldBlock.into()
+            }
+            false => error,
+        })
+    });
     match outcome {
         ReadOutcome::Bytes(n) => {
             let mut at = 0;

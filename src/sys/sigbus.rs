@@ -76,7 +76,9 @@ impl<T> Guarded<T> {
     pub fn was_hit(&self) -> bool {
         // The handler may have run on this very thread, at the access before this.
         compiler_fence(Ordering::SeqCst);
-        self.ranges.iter().any(|listed| listed.0.hit.load(Ordering::Relaxed))
+        self.ranges
+            .iter()
+            .any(|listed| listed.0.hit.load(Ordering::Relaxed))
     }
 
     /// The memory, which may be held for longer than it is guarded, and then must not be touched.
@@ -233,14 +235,12 @@ fn action(new: Option<&libc::sigaction>) -> io::Result<libc::sigaction> {
     let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: `new` is null or a valid sigaction whose handler, `on_sigbus` or the default, has the type that its flags
     // say and may run at any time on any thread; `old` is ours to be written.
-    let result = unsafe {
-        libc::sigaction(
-            libc::SIGBUS,
-            new.map_or(ptr::null(), ptr::from_ref),
-            &mut old,
-        )
-    };
-    if result == 0 { Ok(old) } else { Err(io::Error::last_os_error()) }
+    let result = unsafe { libc::sigaction(libc::SIGBUS, new.map_or(ptr::null(), ptr::from_ref), &mut old) };
+    if result == 0 {
+        Ok(old)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// The handler. Only calls what is async-signal-safe.
@@ -280,7 +280,11 @@ fn replace(address: usize, range: &Range<usize>) -> bool {
     while page <= LARGEST_PAGE {
         let start = address & !(page - 1);
         // What begins before the mapping is no page of it.
-        let Some(end) = range.end.checked_next_multiple_of(page).filter(|_| start >= range.start & !(smallest - 1)) else {
+        let Some(end) = range
+            .end
+            .checked_next_multiple_of(page)
+            .filter(|_| start >= range.start & !(smallest - 1))
+        else {
             return false;
         };
         // All of the rest, so that a mapping is replaced once and not page by page; where so much is not given (strict

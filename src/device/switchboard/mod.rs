@@ -1,6 +1,7 @@
 //! Where connections meet their host ends: the muxer's events become socket calls, socket readiness becomes input of
 //! the muxer. Knows nothing of rings.
 
+mod abandon;
 mod events;
 
 use std::io;
@@ -13,12 +14,13 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::{debug, warn};
 
+use crate::guest::View;
 use crate::host::dial::{DialError, Dialer};
 use crate::host::listen::Incoming;
-use crate::host::{HostStream, SpillBuf};
+use crate::host::{HostStream, SpillBuf, SpillFull};
 use crate::metrics::{Direction, GuestMetrics};
 use crate::sys::iovec::IoVecs;
-use crate::sys::vectored::{Received, writev};
+use crate::sys::vectored::{Received, is_memory_fault, writev};
 use crate::vsock::{
     CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags, SocketType,
 };
@@ -35,6 +37,8 @@ use super::token;
 pub(super) struct Gather<'m> {
     pub(super) id: Option<ConnectionId>,
     pub(super) slices: IoVecs<'m>,
+    /// What they are slices of.
+    pub(super) memory: View<'m>,
 }
 
 /// What [`Switchboard::read`] got for the guest.
@@ -288,13 +292,15 @@ impl Switchboard {
     pub(super) fn flush(&mut self, now: Instant, gather: &mut Gather<'_>) {
         let Some(id) = gather.id else { return };
         let bytes = gather.slices.bytes();
-        if bytes > 0 {
-            self.send_to_host(now, id, &gather.slices, bytes);
+        // Zeros that stand for memory that was taken away are not what the guest has sent.
+        if bytes > 0 && !gather.memory.is_lost() {
+            self.send_to_host(now, id, gather, bytes);
         }
         gather.slices.clear();
     }
 
-    fn send_to_host(&mut self, now: Instant, id: ConnectionId, slices: &IoVecs<'_>, bytes: usize) {
+    fn send_to_host(&mut self, now: Instant, id: ConnectionId, gather: &Gather<'_>, bytes: usize) {
+        let slices = &gather.slices;
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
@@ -310,6 +316,10 @@ impl Switchboard {
             match writev(stream.as_fd(), slices) {
                 Ok(written) => written,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(error) if is_memory_fault(&error) => {
+                    gather.memory.mark_lost();
+                    return;
+                }
                 Err(error) => {
                     self.write_failed(now, id, &error);
                     return;
@@ -324,7 +334,10 @@ impl Switchboard {
             let mut taken = written;
             let spilled = flow.spill.extend_with(rest, |piece| {
                 taken += slices.copy_to(taken, piece);
-                Ok::<(), crate::host::SpillFull>(())
+                match gather.memory.is_lost() {
+                    true => Err(Unspilled::MemoryLost),
+                    false => Ok(()),
+                }
             });
             let direction = Direction::GuestToHost as usize;
             match spilled {
@@ -332,7 +345,8 @@ impl Switchboard {
                     self.metrics.buffered_bytes[direction].add(rest as i64);
                     self.metrics.backpressure_pauses[direction].inc();
                 }
-                Err(error) => {
+                Err(Unspilled::MemoryLost) => {}
+                Err(Unspilled::Full(error)) => {
                     warn!(guest = %self.name, %error, "the spill buffer is smaller than the credit");
                     self.muxer.host_failed(id, CloseReason::Error);
                     return;
@@ -566,6 +580,18 @@ impl Switchboard {
     fn deregister(&self, stream: &HostStream) {
         // Closing the only descriptor removes it from the poll as well; this is for order.
         let _ = self.registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
+    }
+}
+
+/// Why bytes of the guest were not kept.
+enum Unspilled {
+    Full(SpillFull),
+    MemoryLost,
+}
+
+impl From<SpillFull> for Unspilled {
+    fn from(full: SpillFull) -> Unspilled {
+        Unspilled::Full(full)
     }
 }
 

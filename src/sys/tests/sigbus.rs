@@ -46,7 +46,10 @@ fn what_was_taken_away_reads_as_zeros_and_is_told() {
     assert_eq!([0, 1, 3].map(|page| byte(&memory, page)), [7, 0, 0]);
     assert!(memory.was_hit());
     assert!(contained() > before);
-    assert!(!other.was_hit(), "another mapping of the same file was not touched");
+    assert!(
+        !other.was_hit(),
+        "another mapping of the same file was not touched"
+    );
     // Writes go nowhere, and the owner's file does not grow by them.
     memory.write_obj(9u8, GuestAddress(2 * PAGE as u64)).unwrap();
     assert_eq!(byte(&memory, 2), 9);
@@ -62,10 +65,14 @@ fn a_write_is_contained_as_a_read_is() {
     let file = file(2, 7);
     let memory = Guarded::regions(mapped(&file, 2));
     ftruncate(file.as_fd(), 0).unwrap();
-    memory.write_slice(&[1; 64], GuestAddress(PAGE as u64 - 32)).unwrap();
+    memory
+        .write_slice(&[1; 64], GuestAddress(PAGE as u64 - 32))
+        .unwrap();
     assert!(memory.was_hit());
     let mut got = [0; 64];
-    memory.read_slice(&mut got, GuestAddress(PAGE as u64 - 32)).unwrap();
+    memory
+        .read_slice(&mut got, GuestAddress(PAGE as u64 - 32))
+        .unwrap();
     // The upper page was the second to be touched: mapping it again with the lower one is allowed to lose what was in it.
     assert!(got.iter().all(|byte| *byte <= 1));
 }
@@ -112,7 +119,9 @@ fn threads_that_fault_at_once_all_go_on() {
 #[test]
 fn a_fault_is_found_among_many_ranges_that_come_and_go() {
     let small = file(1, 1);
-    let many: Vec<_> = (0..3 * CHUNK).map(|_| Guarded::regions(mapped(&small, 1))).collect();
+    let many: Vec<_> = (0..3 * CHUNK)
+        .map(|_| Guarded::regions(mapped(&small, 1)))
+        .collect();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
