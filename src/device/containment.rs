@@ -79,7 +79,7 @@ impl Device {
 
     /// Another device of the same configuration around what must stay the same, after a panic of this one. Each thing that is
     /// saved or counted may be what has failed, and then is gone without that.
-    fn begin_anew(self, now: Instant) -> Device {
+    pub(super) fn begin_anew(self, now: Instant) -> Device {
         let Device {
             config,
             poll,

@@ -140,8 +140,8 @@ impl FindingCode {
                  shared the guest's memory with this process but handed out a private copy."
             }
             FindingCode::MemoryLost => {
-                "Memory that the VMM had shared could not be accessed any more, so its session was ended. What the guest \
-                 had sent by then was delivered, nothing else was, and its connections were reset."
+                "Memory that the VMM had shared could not be accessed any more, so its session was ended. The guest's \
+                 connections were cut off; nothing was delivered that was not there when it was sent."
             }
             FindingCode::Version1NotAcknowledged => {
                 "A legacy driver, or a VMM that does not pass VERSION_1 on. The device follows virtio 1.x: rings and \
