@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use libc::{c_int, c_void, siginfo_t};
 use vhost_user_backend::bitmap::MmapLogReg;
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, MmapRegion};
 
 /// Ranges in a chunk of the list.
 const CHUNK: usize = 64;
@@ -57,6 +57,17 @@ impl<B: Bitmap> Guarded<GuestMemoryMmap<B>> {
             })
             .collect();
         Guarded { ranges, memory }
+    }
+}
+
+impl<B: Bitmap> Guarded<MmapRegion<B>> {
+    /// Guards a single mapping.
+    pub fn mapping(memory: Arc<MmapRegion<B>>) -> Guarded<MmapRegion<B>> {
+        let start = memory.as_ptr().addr();
+        Guarded {
+            ranges: vec![Listed::new(start..start.saturating_add(memory.size()))],
+            memory,
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::device::handle::Listener;
 use crate::device::{Command, DeviceEvent, DeviceHandle};
 use crate::guest::Memory;
 use crate::sys::peercred::peer_credentials;
-use crate::sys::unwind;
+use crate::sys::unwind::{self, Panic};
 
 use super::backend::Backend;
 use super::channel::Channel;
@@ -131,10 +131,10 @@ impl Server {
         let mut pause = None;
         let mut after_panic = AFTER_PANIC.0;
         loop {
-            let error = match unwind::contain(|| self.next_vmm(pause)) {
-                Ok(Some(vmm)) => self.serve(vmm),
+            let error = match unwind::contain(|| Some(self.serve(self.next_vmm(pause)?))) {
+                Ok(Some(error)) => error,
                 Ok(None) => break,
-                Err(panic) => End::panicked(&self.guest, &panic).error,
+                Err(panic) => self.after_panic(&panic),
             };
             // A VMM that we connect to and that drops us at once shall not make us spin.
             pause = Some(RETRY.0);
@@ -286,16 +286,7 @@ impl Server {
         let session = self.watch.session_started(peer.clone());
         let from = peer.map_or_else(|| "unknown".to_owned(), |peer| peer.to_string());
         info!(guest = %self.guest, session, peer = from, "session begins");
-        let held = vmm.try_clone();
-        let end = unwind::contain(|| self.run_session(vmm)).unwrap_or_else(|panic| {
-            // Without its own teardown, that is.
-            let _ = self
-                .link()
-                .call_after_failure("end the session", |done| Command::EndSession { done });
-            End::panicked(&self.guest, &panic)
-        });
-        // Also after a panic the VMM sees the end only now (invariant 6).
-        drop(held);
+        let end = self.run_session(vmm);
         let seconds = began.elapsed().as_secs_f64();
         match end.error {
             None => {
@@ -307,6 +298,24 @@ impl Server {
         }
         let told = SessionEnd {
             session,
+            reason: end.reason,
+            detail: end.detail,
+        };
+        self.watch
+            .session_ended(end.error.map(|error| (error, end.request)), told);
+        end.error
+    }
+
+    /// What a session ends with that could not end by itself: this thread has panicked outside of [`Server::pump`], and all that
+    /// it held is closed.
+    fn after_panic(&self, panic: &Panic) -> Option<SessionError> {
+        let end = End::panicked(&self.guest, panic);
+        // An error was told.
+        let _ = self
+            .link()
+            .call_after_failure("end the session", |done| Command::EndSession { done });
+        let told = SessionEnd {
+            session: self.watch.snapshot().session,
             reason: end.reason,
             detail: end.detail,
         };

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::Barrier;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};
 
 use super::*;
 
@@ -168,7 +168,10 @@ fn a_system_call_that_meets_the_hole_answers_efault() {
 
 /// Runs one of the victims below in a process of its own and returns the signal that ended it.
 fn fate(victim: &str) -> Option<i32> {
-    let status = Command::new(std::env::current_exe().unwrap())
+    // A shell, for the sake of its `ulimit`: no core file is left behind.
+    let status = Command::new("sh")
+        .args(["-c", "ulimit -c 0; exec \"$0\" \"$@\""])
+        .arg(std::env::current_exe().unwrap())
         .args(["--exact", "--ignored", "--test-threads=1"])
         .arg(format!("sys::sigbus::tests::{victim}"))
         .stdout(Stdio::null())
