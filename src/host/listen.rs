@@ -21,8 +21,8 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::HostStream;
 use super::handshake::{ConnectLine, Wanted};
-use super::stream::set_tcp_options;
-use crate::config::{Cidr, InboundProtocol, ListenAddress};
+use super::stream::{Kind, Transport, set_packet_options, set_tcp_options};
+use crate::config::{Cidr, Framing, InboundProtocol, ListenAddress, SocketType};
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::{self, BindError, SocketGuard};
 
@@ -53,6 +53,10 @@ pub struct Incoming {
     pub wants_ok: bool,
     /// Whether it waits for a guest that does not listen yet.
     pub wait_for_guest: bool,
+    /// The type of the connection that the guest gets.
+    pub socket_type: SocketType,
+    /// Set: the client's messages come in frames on a stream of bytes.
+    pub framing: Option<Framing>,
     /// The client, for the log: an address, or a unix path.
     pub peer: String,
 }
@@ -79,6 +83,10 @@ pub struct InboundSpec {
     pub handshake_timeout: Duration,
     /// Whether clients wait for a guest that does not listen yet.
     pub wait_for_guest: bool,
+    /// The type of the connections that the guest gets.
+    pub socket_type: SocketType,
+    /// Set: the client's messages come in frames on a stream of bytes.
+    pub framing: Option<Framing>,
 }
 
 /// Why a listener could not be bound. Every message names the address and what to do.
@@ -114,6 +122,9 @@ pub enum ListenError {
         /// The system's words.
         source: io::Error,
     },
+    /// Not built yet.
+    #[error("cannot listen on AF_VSOCK")]
+    NoVsock,
     /// Anything else.
     #[error("cannot {action} tcp://{address}: {source}")]
     Io {
@@ -134,14 +145,16 @@ pub struct Listener {
     address: ListenAddress,
     /// Peers that are let in; empty means all. For TCP only.
     allow: Vec<Cidr>,
+    /// What its clients are.
+    kind: Kind,
     /// Removes the file of a unix socket.
     file: Option<SocketGuard>,
 }
 
 impl Listener {
-    /// Binds and listens. For a unix address a stale socket file is replaced, a live one and what is no socket are not.
-    /// An IPv6 address takes IPv6 clients only.
-    pub fn bind(address: &ListenAddress) -> Result<Listener, ListenError> {
+    /// Binds and listens. For a unix address a stale socket file is replaced, a live one and what is no socket are not;
+    /// it is of the type given, which means nothing to the others: they are streams. An IPv6 address takes IPv6 clients only.
+    pub fn bind(address: &ListenAddress, socket_type: SocketType) -> Result<Listener, ListenError> {
         match address {
             ListenAddress::Tcp(address) => {
                 let (socket, address) = bind_tcp(*address)?;
@@ -149,15 +162,25 @@ impl Listener {
                     socket: socket.into(),
                     address: ListenAddress::Tcp(address),
                     allow: Vec::new(),
+                    kind: Kind::stream(Transport::Tcp),
                     file: None,
                 })
             }
+            ListenAddress::Vsock(_) => Err(ListenError::NoVsock),
             ListenAddress::Unix(path) => {
-                let (socket, file) = unix_socket::bind_unix(path, UNIX_MODE)?;
+                let kind = Kind::unix(socket_type);
+                let (socket, file) = match socket_type {
+                    SocketType::Stream => {
+                        let (listener, file) = unix_socket::bind_unix(path, UNIX_MODE)?;
+                        (listener.into(), file)
+                    }
+                    SocketType::Seqpacket => unix_socket::bind_unix_packets(path, UNIX_MODE)?,
+                };
                 Ok(Listener {
-                    socket: socket.into(),
+                    socket,
                     address: address.clone(),
                     allow: Vec::new(),
+                    kind,
                     file: Some(file),
                 })
             }
@@ -191,6 +214,7 @@ impl Listener {
             socket,
             address,
             allow,
+            kind,
             file,
         } = self;
         let socket = PolledFd::new(socket, Interest::READABLE)?;
@@ -213,7 +237,7 @@ impl Listener {
                 () = sleep_until(pause.until.unwrap_or_else(Instant::now)), if pause.until.is_some() => {
                     pause.until = None;
                 }
-                accepted = socket.when_readable(|fd| accept(fd, &address)), if pause.until.is_none() => {
+                accepted = socket.when_readable(|fd| accept(fd, &address, kind)), if pause.until.is_none() => {
                     match accepted {
                         Ok(client) if !client.is_allowed(&allow) => {
                             pause.end(&address);
@@ -280,7 +304,7 @@ fn bind_tcp(address: SocketAddr) -> Result<(Socket, SocketAddr), ListenError> {
 /// An accepted socket.
 struct Client {
     socket: OwnedFd,
-    tcp: bool,
+    kind: Kind,
     /// Where it comes from, if that has an IP address.
     ip: Option<IpAddr>,
     peer: String,
@@ -297,9 +321,9 @@ impl Client {
     /// Closes it at once. By reset: an orderly end would leave a socket in FIN_WAIT or TIME_WAIT for each stranger who knocks.
     fn refuse(self, spec: InboundSpec) -> Rejected {
         let Client {
-            socket, tcp, peer, ..
+            socket, kind, peer, ..
         } = self;
-        HostStream::configured(socket.into(), tcp, String::new()).abort();
+        HostStream::configured(socket.into(), kind, String::new()).abort();
         Rejected {
             rule: spec.rule,
             peer,
@@ -309,21 +333,23 @@ impl Client {
 
     fn incoming(self, spec: InboundSpec, wanted: Wanted) -> Incoming {
         let Client {
-            socket, tcp, peer, ..
+            socket, kind, peer, ..
         } = self;
         Incoming {
             rule: spec.rule,
             port: wanted.port,
-            stream: HostStream::configured(socket.into(), tcp, peer.clone()),
+            stream: HostStream::configured(socket.into(), kind, peer.clone()),
             preface: wanted.preface,
             wants_ok: spec.protocol == InboundProtocol::Connect,
             wait_for_guest: spec.wait_for_guest,
+            socket_type: spec.socket_type,
+            framing: spec.framing,
             peer,
         }
     }
 }
 
-fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Client> {
+fn accept(listener: BorrowedFd<'_>, address: &ListenAddress, kind: Kind) -> io::Result<Client> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     match address {
         ListenAddress::Tcp(_) => {
@@ -331,17 +357,21 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Clien
             let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
             Ok(Client {
                 socket,
-                tcp: true,
+                kind,
                 ip: peer.map(|peer| peer.ip()),
                 peer: peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.to_string()),
             })
         }
+        ListenAddress::Vsock(_) => Err(io::ErrorKind::Unsupported.into()),
         // Clients of unix sockets have no names; which listener they came by is all there is to say.
         ListenAddress::Unix(path) => {
             let socket = rustix::net::accept_with(listener, flags)?;
+            if kind.packets {
+                set_packet_options(&socket)?;
+            }
             Ok(Client {
                 socket,
-                tcp: false,
+                kind,
                 ip: None,
                 peer: path.display().to_string(),
             })
@@ -439,7 +469,7 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
     let deadline = Instant::now() + spec.handshake_timeout;
     let Client {
         socket,
-        tcp,
+        kind,
         ip,
         peer,
     } = client;
@@ -459,7 +489,7 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
     let socket = socket.into_inner();
     Ok(Client {
         socket,
-        tcp,
+        kind,
         ip,
         peer,
     }
@@ -507,6 +537,7 @@ impl fmt::Display for Shown<'_> {
         match self.0 {
             ListenAddress::Tcp(address) => write!(f, "tcp://{address}"),
             ListenAddress::Unix(path) => write!(f, "unix://{}", path.display()),
+            ListenAddress::Vsock(port) => write!(f, "vsock://{port}"),
         }
     }
 }

@@ -3,6 +3,8 @@
 
 mod abandon;
 mod events;
+mod messages;
+mod siblings;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -14,6 +16,7 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::{debug, warn};
 
+use crate::config::{self, Framing};
 use crate::guest::View;
 use crate::host::dial::{DialError, Dialer};
 use crate::host::listen::Incoming;
@@ -22,14 +25,17 @@ use crate::metrics::{Direction, GuestMetrics};
 use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::{Received, is_memory_fault, writev};
 use crate::vsock::{
-    CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags, SocketType,
+    Caller, CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags,
+    SocketType,
 };
 
 use super::flow::{Flow, Flows, HostEnd, RuleRef};
 use super::handle::DeviceHandle;
 use super::linger::Lingering;
 use super::logbook::Logbook;
+use super::messages::{Messages, Outbox, Wire};
 use super::router::Router;
+use super::sibling::Siblings;
 use super::snapshot::ConnectionSnapshot;
 use super::token;
 
@@ -39,6 +45,47 @@ pub(super) struct Gather<'m> {
     pub(super) slices: IoVecs<'m>,
     /// What they are slices of.
     pub(super) memory: View<'m>,
+}
+
+/// Why bytes of the guest were not kept.
+enum Unspilled {
+    Full(SpillFull),
+    MemoryLost,
+}
+
+impl From<SpillFull> for Unspilled {
+    fn from(full: SpillFull) -> Unspilled {
+        Unspilled::Full(full)
+    }
+}
+
+impl Gather<'_> {
+    /// Writes once to a socket. Memory that is lost is no fault of the socket: it takes nothing then. Zeros that stand for such
+    /// memory are not what the guest has sent, and are not written.
+    fn write_to(&self, stream: &HostStream) -> io::Result<usize> {
+        if self.memory.is_lost() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        writev(stream.as_fd(), &self.slices).map_err(|error| match is_memory_fault(&error) {
+            true => {
+                self.memory.mark_lost();
+                io::ErrorKind::WouldBlock.into()
+            }
+            false => error,
+        })
+    }
+
+    /// Copies `n` bytes behind the first `skip` to the end of a spill buffer, or nothing.
+    fn keep_in(&self, spill: &mut SpillBuf, skip: usize, n: usize) -> Result<(), Unspilled> {
+        let mut taken = skip;
+        spill.extend_with(n, |piece| {
+            taken += self.slices.copy_to(taken, piece);
+            match self.memory.is_lost() {
+                true => Err(Unspilled::MemoryLost),
+                false => Ok(()),
+            }
+        })
+    }
 }
 
 /// What [`Switchboard::read`] got for the guest.
@@ -60,12 +107,16 @@ pub(super) struct Switchboard {
     lingering: Lingering,
     router: Router,
     dialer: Dialer,
+    siblings: Siblings,
+    inbound_rules: usize,
     dial_timeout: Duration,
     buf_alloc: u32,
     registry: Registry,
     /// Of our own thread: dials are answered through it.
     handle: DeviceHandle,
     logbook: Logbook,
+    /// Where messages of packet sockets are received: room for the longest, which no connection keeps.
+    packet_room: Vec<u8>,
     /// New inbound connections are refused.
     draining: bool,
 }
@@ -78,6 +129,8 @@ pub(super) struct SwitchboardParts {
     pub(super) metrics: Arc<GuestMetrics>,
     pub(super) router: Router,
     pub(super) dialer: Dialer,
+    pub(super) siblings: Siblings,
+    pub(super) inbound_rules: usize,
     pub(super) dial_timeout: Duration,
     pub(super) buf_alloc: u32,
     pub(super) max_lingering: usize,
@@ -96,11 +149,14 @@ impl Switchboard {
             lingering: Lingering::new(parts.max_lingering),
             router: parts.router,
             dialer: parts.dialer,
+            siblings: parts.siblings,
+            inbound_rules: parts.inbound_rules,
             dial_timeout: parts.dial_timeout,
             buf_alloc: parts.buf_alloc,
             registry: parts.registry,
             handle: parts.handle,
             logbook: Logbook::default(),
+            packet_room: Vec::new(),
             draining: false,
         }
     }
@@ -162,18 +218,30 @@ impl Switchboard {
             return;
         }
         let port = Port(incoming.port);
-        let connection = match incoming.wait_for_guest {
-            true => self.muxer.connect_waiting(now, port),
-            false => self.muxer.connect(now, port),
+        let caller = Caller {
+            guest_port: port,
+            socket_type: match incoming.socket_type {
+                config::SocketType::Stream => SocketType::Stream,
+                config::SocketType::Seqpacket => SocketType::Seqpacket,
+            },
+            address: None,
+            waits: incoming.wait_for_guest,
         };
-        let Ok(id) = connection else {
-            self.refuse_incoming(rule, incoming, RefuseReason::Limit);
-            return;
+        let id = match self.muxer.request(now, caller) {
+            Ok(id) => id,
+            Err(reason) => {
+                self.refuse_incoming(rule, incoming, reason);
+                return;
+            }
         };
         let host_port = self.muxer.connection(id).map_or(0, |c| c.key().peer_port.0);
         let peer = incoming.peer;
         let mut flow = self.new_flow(id, rule, incoming.port, host_port, now, peer);
         flow.preface = incoming.preface;
+        flow.messages = match caller.socket_type {
+            SocketType::Stream => None,
+            SocketType::Seqpacket => Some(Box::new(Messages::new(wire(incoming.framing)))),
+        };
         flow.wants_ok = incoming.wants_ok;
         if let Err(error) = self.register(&incoming.stream, id) {
             warn!(guest = %self.name, %error, "cannot watch an inbound client's socket");
@@ -258,7 +326,7 @@ impl Switchboard {
     pub(super) fn handle_events(&mut self, now: Instant) {
         while let Some(event) = self.muxer.poll_event() {
             match event {
-                Event::Dial { id, key } => self.dial(now, id, key),
+                Event::Dial { id, key, socket_type } => self.dial(now, id, key, socket_type),
                 Event::Accepted { id, key } => self.accepted(now, id, key),
                 Event::Refused { id, reason } => self.forget_refused(id, reason),
                 Event::LimitReached { key } => self.limit_reached(key),
@@ -292,15 +360,15 @@ impl Switchboard {
     pub(super) fn flush(&mut self, now: Instant, gather: &mut Gather<'_>) {
         let Some(id) = gather.id else { return };
         let bytes = gather.slices.bytes();
-        // Zeros that stand for memory that was taken away are not what the guest has sent.
-        if bytes > 0 && !gather.memory.is_lost() {
+        if bytes > 0 && self.has_messages(id) {
+            self.keep_of_message(id, gather, bytes);
+        } else if bytes > 0 {
             self.send_to_host(now, id, gather, bytes);
         }
         gather.slices.clear();
     }
 
     fn send_to_host(&mut self, now: Instant, id: ConnectionId, gather: &Gather<'_>, bytes: usize) {
-        let slices = &gather.slices;
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
@@ -313,13 +381,9 @@ impl Switchboard {
             return;
         };
         let written = if flow.spill.is_empty() {
-            match writev(stream.as_fd(), slices) {
+            match gather.write_to(stream) {
                 Ok(written) => written,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-                Err(error) if is_memory_fault(&error) => {
-                    gather.memory.mark_lost();
-                    return;
-                }
                 Err(error) => {
                     self.write_failed(now, id, &error);
                     return;
@@ -331,14 +395,7 @@ impl Switchboard {
         let rest = bytes - written;
         if rest > 0 {
             // Credit bounds what is held (invariant 1 of the law), so this fits.
-            let mut taken = written;
-            let spilled = flow.spill.extend_with(rest, |piece| {
-                taken += slices.copy_to(taken, piece);
-                match gather.memory.is_lost() {
-                    true => Err(Unspilled::MemoryLost),
-                    false => Ok(()),
-                }
-            });
+            let spilled = gather.keep_in(&mut flow.spill, written, rest);
             let direction = Direction::GuestToHost as usize;
             match spilled {
                 Ok(()) => {
@@ -366,6 +423,10 @@ impl Switchboard {
     }
 
     fn flush_spill(&mut self, now: Instant, id: ConnectionId) {
+        if self.has_messages(id) {
+            self.flush_messages(now, id);
+            return;
+        }
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
@@ -408,6 +469,9 @@ impl Switchboard {
         if let Some(flow) = self.flows.get_mut(id) {
             let lost = std::mem::replace(&mut flow.spill, SpillBuf::new(self.buf_alloc as usize)).len();
             self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(lost as i64);
+            if let Some(messages) = &mut flow.messages {
+                messages.outbox = Outbox::default();
+            }
             flow.read_on = true;
             flow.write_failed = true;
         }
@@ -455,10 +519,7 @@ impl Switchboard {
             return ReadOutcome::Nothing;
         };
         match read(stream) {
-            Ok(Received { bytes: 0, .. }) => {
-                flow.eof = true;
-                self.muxer.host_eof(now, id);
-            }
+            Ok(Received { bytes: 0, .. }) => self.messages_ended(now, id),
             Ok(Received { bytes: n, cut_short }) => {
                 flow.bytes_to_guest += n as u64;
                 // A short read of a stream socket means that it is drained, and its next bytes will be an edge
@@ -467,7 +528,7 @@ impl Switchboard {
                 let rule = flow.rule;
                 rule.metrics(&self.metrics).upstream_bytes[Direction::HostToGuest as usize].inc_by(n as u64);
                 self.metrics
-                    .payload(Direction::HostToGuest, SocketType::Stream as u16, n as u64);
+                    .payload(Direction::HostToGuest, self.socket_type(id), n as u64);
                 self.muxer.host_read(now, id, n as u32, more);
                 return ReadOutcome::Bytes(n as u32);
             }
@@ -478,6 +539,13 @@ impl Switchboard {
             }
         }
         ReadOutcome::Nothing
+    }
+
+    /// The socket type of a connection, as headers have it.
+    pub(super) fn socket_type(&self, id: ConnectionId) -> u16 {
+        self.muxer
+            .connection(id)
+            .map_or(SocketType::Stream, |connection| connection.socket_type()) as u16
     }
 
     /// The VMM is gone, and with it whatever its guest was told about.
@@ -546,6 +614,8 @@ impl Switchboard {
             rule,
             end: HostEnd::Dialing { _task: None },
             spill: SpillBuf::new(self.buf_alloc as usize),
+            messages: None,
+            asked_by: None,
             preface: Vec::new(),
             preface_sent: 0,
             wants_ok: false,
@@ -583,15 +653,14 @@ impl Switchboard {
     }
 }
 
-/// Why bytes of the guest were not kept.
-enum Unspilled {
-    Full(SpillFull),
-    MemoryLost,
-}
-
-impl From<SpillFull> for Unspilled {
-    fn from(full: SpillFull) -> Unspilled {
-        Unspilled::Full(full)
+/// How messages travel on a socket that is dialled or accepted.
+fn wire(framing: Option<Framing>) -> Wire {
+    match framing {
+        None => Wire::Packets,
+        Some(Framing { max_message }) => Wire::Frames {
+            max_message,
+            marks_records: false,
+        },
     }
 }
 
@@ -600,7 +669,7 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::Refused { .. } => RefuseReason::DialRefused,
         DialError::TimedOut { .. } => RefuseReason::DialTimeout,
         DialError::Resolve { .. } => RefuseReason::Dns,
-        DialError::Unreachable { .. } => RefuseReason::Unreachable,
+        DialError::Unreachable { .. } | DialError::WrongType { .. } => RefuseReason::Unreachable,
         DialError::Resources { .. } => RefuseReason::Limit,
     }
 }

@@ -11,7 +11,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::*;
-use crate::config::{OutboundRule, Target};
+use crate::config::{Framing, OutboundRule, Target};
 use crate::guest::{Mapping, Memory, Miss, Permission};
 use crate::vsock::{HEADER_LEN, Op, Port};
 
@@ -69,6 +69,8 @@ pub struct Bench {
     pub told: mpsc::Receiver<DeviceEvent>,
     memory: Arc<Memory>,
     file: File,
+    /// Of the guest's connection.
+    socket_type: u16,
     addresses: Addresses,
     pub rx: DriverRing,
     pub tx: DriverRing,
@@ -83,6 +85,11 @@ pub type Buf = (u64, u32);
 impl Bench {
     /// A device with memory and a listener; no ring runs.
     pub fn new(addresses: Addresses) -> Bench {
+        Bench::with_framing(addresses, None)
+    }
+
+    /// The same; with framing the guest's connection is of type SEQPACKET.
+    pub fn with_framing(addresses: Addresses, framing: Option<Framing>) -> Bench {
         let control = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -92,11 +99,14 @@ impl Bench {
         let service = UnixListener::bind(&path).unwrap();
         let rule = OutboundRule {
             name: "service".into(),
+            cid: 2,
             ports: PORT..=PORT,
             target: Target::Unix {
                 path: path.to_str().unwrap().into(),
             },
             proxy_protocol: None,
+            framing,
+            connections: None,
         };
         let rules = RuleNames {
             outbound: vec!["service".into()],
@@ -114,6 +124,8 @@ impl Bench {
                 idle_timeout: Duration::ZERO,
             },
             router: Router::new(vec![rule]),
+            siblings: Default::default(),
+            inbound_rules: 0,
             dialer: Dialer::new(control.handle().clone()),
             metrics: GuestMetrics::detached(&rules, &labels()),
         })
@@ -128,6 +140,7 @@ impl Bench {
             told,
             memory: Arc::clone(&memory),
             file,
+            socket_type: if framing.is_some() { 2 } else { 1 },
             addresses,
             rx: DriverRing::new(0),
             tx: DriverRing::new(4),
@@ -397,15 +410,20 @@ impl Bench {
 
     /// As [`Bench::send_from`], without a kick.
     pub fn queue(&mut self, header_page: u64, op: Op, payload: &[Buf]) {
+        self.queue_flagged(header_page, op, 0, payload);
+    }
+
+    /// As [`Bench::queue`], with flags.
+    pub fn queue_flagged(&mut self, header_page: u64, op: Op, flags: u32, payload: &[Buf]) {
         let header = Header {
             src_cid: Cid(3),
             dst_cid: Cid::HOST,
             src_port: Port(GUEST_PORT),
             dst_port: Port(PORT),
             len: payload.iter().map(|(_, len)| len).sum(),
-            socket_type: 1,
+            socket_type: self.socket_type,
             op: op as u16,
-            flags: 0,
+            flags,
             buf_alloc: GUEST_BUFFER,
             fwd_cnt: 0,
         };

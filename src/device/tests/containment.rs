@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 
 use super::bench::*;
 use super::*;
+use crate::config::Framing;
 use crate::guest::{MemoryLoss, RingPosition};
 use crate::host::HostStream;
 use crate::host::listen::Incoming;
@@ -77,7 +78,10 @@ fn assert_serves_again(bench: &mut Bench) {
 
 /// The rings run, a connection is established, and the pages of the tests are mapped.
 fn connected() -> (Bench, UnixStream) {
-    let mut bench = Bench::new(Addresses::Iova);
+    connected_on(Bench::new(Addresses::Iova))
+}
+
+fn connected_on(mut bench: Bench) -> (Bench, UnixStream) {
     let service = bench.connected();
     for page in [GOOD, LOST] {
         bench.map(page);
@@ -124,6 +128,34 @@ fn bytes_that_a_full_socket_left_over_are_not_replaced_by_zeros() {
     let got = rest(service);
     assert!(!got.is_empty() && got.iter().all(|byte| *byte == 7), "zeros");
     assert_serves_again(&mut bench);
+}
+
+/// A message is whole or it is nothing, also where its bytes were taken one by one.
+#[test]
+fn a_message_whose_end_is_gone_is_not_sent_shortened() {
+    const EOM: u32 = 1;
+    // The last page of the second one, or all of it: kept for later, or written straight away.
+    for second in [&[GOOD, LOST][..], &[LOST]] {
+        let framing = Some(Framing { max_message: 1 << 16 });
+        let mut bench = Bench::with_framing(Addresses::Iova, framing);
+        bench.ask(|done| Command::SetTypes {
+            stream: true,
+            seqpacket: true,
+            done,
+        });
+        let (mut bench, service) = connected_on(bench);
+        bench.put(iova(GOOD), &[7; 4096]);
+        bench.truncate(LEFT);
+        bench.queue_flagged(BUFFERS + 100, Op::Rw, EOM, &[(iova(GOOD), 3)]);
+        for (at, page) in second.iter().enumerate() {
+            let flags = if at + 1 == second.len() { EOM } else { 0 };
+            bench.queue_flagged(BUFFERS + 100, Op::Rw, flags, &[(iova(*page), 4096)]);
+        }
+        bench.queue(BUFFERS + 100, Op::Shutdown, &[]);
+        bench.kick(TX);
+        assert_lost(&mut bench, TRUNCATED);
+        assert_eq!(rest(service), [0, 0, 0, 3, 7, 7, 7]);
+    }
 }
 
 #[test]
@@ -299,6 +331,8 @@ fn a_drain_goes_on_after_a_panic() {
         rule: 0,
         port: 22,
         stream: HostStream::new(ours.into()).unwrap(),
+        socket_type: crate::config::SocketType::Stream,
+        framing: None,
         preface: Vec::new(),
         wants_ok: false,
         wait_for_guest: false,

@@ -35,6 +35,8 @@ fn device_counting(control: &tokio::runtime::Runtime, metrics: Arc<GuestMetrics>
             idle_timeout: Duration::ZERO,
         },
         router: Router::new(Vec::new()),
+        siblings: Default::default(),
+        inbound_rules: 0,
         dialer: Dialer::new(control.handle().clone()),
         metrics,
     })

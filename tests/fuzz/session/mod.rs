@@ -91,6 +91,8 @@ impl Live {
                 idle_timeout: Duration::ZERO,
             },
             router: Router::new(Vec::new()),
+            siblings: Default::default(),
+            inbound_rules: 0,
             dialer: Dialer::new(runtime.handle().clone()),
             metrics: Arc::clone(&metrics),
         })
