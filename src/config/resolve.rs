@@ -14,8 +14,8 @@ use super::given::Given;
 use super::listeners::TcpListeners;
 use super::values::{ByteSize, Period};
 use super::{
-    Cidr, Config, Guest, InboundProtocol, InboundRule, Limits, ListenAddress, Log, LogFormat, OutboundRule,
-    Target, VhostUser, schema,
+    Cidr, Config, Confinement, Guest, InboundProtocol, InboundRule, LandlockMode, Limits, ListenAddress, Log,
+    LogFormat, OutboundRule, SeccompMode, Target, VhostUser, schema,
 };
 
 /// The bounds of durations and sizes, which JSON Schema cannot express over text.
@@ -72,11 +72,16 @@ impl Resolver<'_, '_> {
             .drain
             .value()
             .and_then(|drain| self.bounded(&drain.timeout, Duration::ZERO..=MAX_DRAIN, "the drain period"));
+        let confinement = file
+            .confinement
+            .value()
+            .and_then(|confinement| self.confinement(confinement));
         let guests = self.guests(&file.guests, at);
         Some(Config {
             admin: admin?,
             log: log?,
             drain_timeout: drain_timeout?,
+            confinement: confinement?,
             guests: guests?,
         })
     }
@@ -85,6 +90,29 @@ impl Resolver<'_, '_> {
         let listen = admin.listen.value()?;
         let addresses: Vec<_> = listen.iter().map(|listen| self.listen(listen)).collect();
         addresses.into_iter().collect()
+    }
+
+    fn confinement(&mut self, confinement: &schema::Confinement) -> Option<Confinement> {
+        let resolved = Confinement {
+            no_new_privileges: *confinement.no_new_privileges.value()?,
+            seccomp: *confinement.seccomp.value()?,
+            landlock: *confinement.landlock.value()?,
+        };
+        let on = match (resolved.seccomp, resolved.landlock) {
+            (SeccompMode::Off, LandlockMode::Off) => None,
+            (_, LandlockMode::Off) => Some("seccomp"),
+            (SeccompMode::Off, _) => Some("landlock"),
+            (_, _) => Some("seccomp and landlock"),
+        };
+        // The kernel takes neither from a process that may still gain privileges, unless it has CAP_SYS_ADMIN.
+        if let (Some(on), Some((false, at))) = (on, confinement.no_new_privileges.located()) {
+            self.error(
+                at,
+                format!("{on} cannot be had with `noNewPrivileges: false`"),
+                "remove this line, or add `seccomp: off` and `landlock: off`",
+            );
+        }
+        Some(resolved)
     }
 
     fn guests(&mut self, guests: &Given<Vec<Given<schema::Guest>>>, file: NodeId) -> Option<Vec<Guest>> {

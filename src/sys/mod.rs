@@ -7,6 +7,8 @@ pub mod iovec;
 #[allow(unsafe_code)]
 pub mod peercred;
 pub mod readiness;
+#[allow(unsafe_code)]
+pub mod sigsys;
 pub mod unix_socket;
 #[allow(unsafe_code)]
 pub mod vectored;
