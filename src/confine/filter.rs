@@ -37,10 +37,10 @@ pub(super) enum Unlisted {
 
 /// Filters the calls of every thread of the process, those to come included. There is no way back.
 pub(super) fn apply(unlisted: Unlisted) -> Result<(), FilterError> {
-    for program in [unavailable()?, listed(unlisted)?] {
-        seccompiler::apply_filter_all_threads(&program)?;
+    if unlisted == Unlisted::Trapped {
+        seccompiler::apply_filter_all_threads(&unavailable()?)?;
     }
-    Ok(())
+    Ok(seccompiler::apply_filter_all_threads(&listed(unlisted)?)?)
 }
 
 /// Numbers of the calls that are allowed with some arguments only.
@@ -50,7 +50,7 @@ pub(super) fn partly_allowed() -> impl Iterator<Item = i64> {
 
 /// What a number is called; `None` for calls that nobody in this process should have heard of.
 pub(super) fn name(number: i64) -> Option<&'static str> {
-    let calls = ALLOWED.iter().chain(LEGACY).chain(TRIED).chain(REFUSED);
+    let calls = ALLOWED.iter().chain(LEGACY).chain(UNTRAPPED).chain(REFUSED);
     calls
         .copied()
         .chain(by_argument().into_iter().flatten().map(|(call, _)| call))
@@ -87,7 +87,7 @@ const ALLOWED: &[Call] = calls![
     SYS_inotify_init1 SYS_inotify_add_watch SYS_inotify_rm_watch
     // Memory. Guests' memory is mapped with mmap, see `by_argument`.
     SYS_munmap SYS_mremap SYS_madvise SYS_brk
-    // Threads. What glibc and musl call while signals are blocked must be here or in TRIED, see `sys::sigsys`.
+    // Threads. What glibc and musl call while signals are blocked must be here or in UNTRAPPED, see `sys::sigsys`.
     SYS_futex SYS_set_robust_list SYS_rseq SYS_set_tid_address SYS_exit SYS_exit_group SYS_gettid SYS_getpid
     SYS_sched_yield SYS_sched_getaffinity SYS_membarrier SYS_restart_syscall
     SYS_rt_sigaction SYS_rt_sigprocmask SYS_rt_sigreturn SYS_sigaltstack
@@ -108,10 +108,15 @@ const LEGACY: &[Call] = calls![
 #[cfg(not(target_arch = "x86_64"))]
 const LEGACY: &[Call] = &[];
 
-/// What C libraries may try while all signals are blocked, when a trap would kill the process: they are told that the kernel is
-/// too old for it, and do without. clone3 takes its flags in memory, where no filter sees them; clone says all in registers.
+/// What C libraries may call while all signals are blocked, when a trap would kill the process: they are told that the kernel
+/// does not have it. So is fork(2), which is clone without CLONE_THREAD; a thread is made by the same call with it. clone3
+/// takes its flags in memory, where no filter sees them, and libraries do without it.
 #[rustfmt::skip]
-const TRIED: &[Call] = calls![ SYS_clone3 SYS_futex_waitv SYS_mseal ];
+const UNTRAPPED: &[Call] = calls![ SYS_clone3 SYS_futex_waitv SYS_mseal ];
+#[cfg(target_arch = "x86_64")]
+const UNTRAPPED_LEGACY: &[Call] = calls![SYS_fork SYS_vfork];
+#[cfg(not(target_arch = "x86_64"))]
+const UNTRAPPED_LEGACY: &[Call] = &[];
 
 /// What has a name in the log when it is refused: what an intruder would reach for, and what a library might.
 #[rustfmt::skip]
@@ -169,7 +174,6 @@ fn by_argument() -> Result<Vec<(Call, Vec<SeccompRule>)>, BackendError> {
         rule(vec![is(0, 0)?, is(1, nofile)?])?,
         rule(vec![is(0, 0)?, compare(2, Qword, Eq, 0)?])?,
     ];
-    let thread = i64::from(libc::CLONE_THREAD);
     let own_pid = i64::from(std::process::id());
     Ok(vec![
         ((libc::SYS_mmap, "SYS_mmap"), mmap),
@@ -181,10 +185,6 @@ fn by_argument() -> Result<Vec<(Call, Vec<SeccompRule>)>, BackendError> {
         (
             (libc::SYS_socketpair, "SYS_socketpair"),
             one_of(0, &[libc::AF_UNIX.into()])?,
-        ),
-        (
-            (libc::SYS_clone, "SYS_clone"),
-            vec![rule(vec![has(0, thread, thread)?])?],
         ),
         // abort(3), after a panic while another is under way.
         ((libc::SYS_tgkill, "SYS_tgkill"), one_of(0, &[own_pid])?),
@@ -250,17 +250,20 @@ fn architecture() -> Result<TargetArch, FilterError> {
     std::env::consts::ARCH.try_into().map_err(|_| unknown)
 }
 
-/// The filter that tells C libraries what the kernel seems not to have.
+/// The filter that says what the kernel seems not to have.
 ///
 /// A filter of its own, as one has one answer for all that it knows; of two filters the stricter answer counts.
 fn unavailable() -> Result<BpfProgram, FilterError> {
-    let rules = TRIED.iter().map(|(number, _)| (*number, Vec::new())).collect();
+    let calls = UNTRAPPED.iter().chain(UNTRAPPED_LEGACY);
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls.map(|(number, _)| (*number, Vec::new())).collect();
+    rules.insert(libc::SYS_clone, vec![makes_a_thread(0)?]);
     let refuse = SeccompAction::Errno(libc::ENOSYS as u32);
     Ok(SeccompFilter::new(rules, SeccompAction::Allow, refuse, architecture()?)?.try_into()?)
 }
 
+/// The filter of everything else: what stands on a list, and what becomes of the rest.
 fn listed(unlisted: Unlisted) -> Result<BpfProgram, FilterError> {
-    let always = ALLOWED.iter().chain(LEGACY).chain(TRIED);
+    let always = ALLOWED.iter().chain(LEGACY).chain(UNTRAPPED);
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         always.map(|(number, _)| (*number, Vec::new())).collect();
     // musl's raise(3), and so abort(3).
@@ -272,10 +275,27 @@ fn listed(unlisted: Unlisted) -> Result<BpfProgram, FilterError> {
             .map(|((number, _), rules)| (number, rules)),
     );
     let unlisted = match unlisted {
-        Unlisted::Trapped => SeccompAction::Trap,
-        Unlisted::Logged => SeccompAction::Log,
+        Unlisted::Trapped => {
+            // A trap is stricter than the answer of the other filter, which is to count here.
+            for (number, _) in UNTRAPPED_LEGACY {
+                rules.insert(*number, Vec::new());
+            }
+            rules.insert(libc::SYS_clone, Vec::new());
+            SeccompAction::Trap
+        }
+        Unlisted::Logged => {
+            let thread = i64::from(libc::CLONE_THREAD) as u64;
+            rules.insert(libc::SYS_clone, vec![makes_a_thread(thread)?]);
+            SeccompAction::Log
+        }
     };
     Ok(SeccompFilter::new(rules, unlisted, SeccompAction::Allow, architecture()?)?.try_into()?)
+}
+
+/// CLONE_THREAD is `thread`: itself or 0.
+fn makes_a_thread(thread: u64) -> Result<SeccompRule, BackendError> {
+    let mask = i64::from(libc::CLONE_THREAD) as u64;
+    SeccompRule::new(vec![compare(0, Dword, MaskedEq(mask), thread)?])
 }
 
 #[cfg(test)]
@@ -291,7 +311,7 @@ mod tests {
         for (number, name) in ALLOWED
             .iter()
             .chain(LEGACY)
-            .chain(TRIED)
+            .chain(UNTRAPPED)
             .chain(REFUSED)
             .chain(&conditional)
         {

@@ -78,7 +78,7 @@ impl BitOr for Rights {
 pub(super) struct Ports {
     /// Ports of targets.
     pub(super) connect: BTreeSet<u16>,
-    /// Ports of listeners; 0 stands for one that the kernel chooses.
+    /// Ports of listeners.
     pub(super) bind: BTreeSet<u16>,
 }
 
