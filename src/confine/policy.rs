@@ -314,3 +314,139 @@ fn libraries(maps: &str) -> BTreeSet<PathBuf> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    fn policy(text: &str) -> Policy {
+        policy_in(text, &Surroundings::default())
+    }
+
+    fn policy_in(text: &str, here: &Surroundings) -> Policy {
+        let (config, _) = config::parse(text, "test").unwrap_or_else(|error| panic!("{error}"));
+        Policy::new(&config, here)
+    }
+
+    fn guest(directory: &Path, rest: &str) -> String {
+        format!(
+            "guests: [{{name: web, cid: 3, vhostUser: {{socket: {}/web.sock}}{rest}}}]",
+            directory.display()
+        )
+    }
+
+    fn rights(policy: &Policy, path: &Path) -> Rights {
+        policy.paths.get(path).copied().unwrap_or_default()
+    }
+
+    #[test]
+    fn a_policy_holds_the_directories_of_sockets_and_the_ports_of_rules() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!(
+            "admin: {{listen: ['tcp://[::]:9464', 'unix:///run/admin/a.sock']}}\n{}",
+            guest(
+                dir.path(),
+                ", outbound: [{port: 1, to: 'tcp://10.0.0.1:5432'}, {ports: 8000-8002, to: 'tcp://127.0.0.1:9000'}, \
+                 {port: 2, to: 'unix:///run/target/t.sock'}], \
+                 inbound: [{listen: 'tcp://127.0.0.1:2222', port: 22}, {listen: 'unix:///run/in/i.sock', port: 22}]",
+            )
+        );
+        let policy = policy(&text);
+        let ports = policy.ports.as_ref().unwrap();
+        assert_eq!(ports.connect, BTreeSet::from([5432, 9000, 9001, 9002]));
+        assert_eq!(ports.bind, BTreeSet::from([9464, 2222]));
+        assert_eq!(rights(&policy, dir.path()), Rights::SESSIONS);
+        assert_eq!(rights(&policy, Path::new("/run/admin")), Rights::LISTEN);
+        assert_eq!(rights(&policy, Path::new("/run/in")), Rights::LISTEN);
+        // A target is connected to and not opened.
+        assert_eq!(rights(&policy, Path::new("/run/target")), Rights::default());
+    }
+
+    #[test]
+    fn names_need_dns_and_addresses_do_not() {
+        let dir = tempfile::tempdir().unwrap();
+        for (host, dns) in [("db.svc", true), ("10.0.0.1", false), ("[fd00::1]", false)] {
+            let rule = format!(", outbound: [{{port: 1, to: 'tcp://{host}:80'}}]");
+            let policy = policy(&guest(dir.path(), &rule));
+            assert_eq!(policy.ports.unwrap().connect.contains(&DOMAIN), dns, "{host}");
+        }
+    }
+
+    #[test]
+    fn the_last_port_of_a_range_is_the_last_port_there_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let rule = ", outbound: [{ports: 1-65535, to: 'tcp://10.0.0.1:1'}]";
+        let ports = policy(&guest(dir.path(), rule)).ports.unwrap();
+        assert_eq!(ports.connect.len(), 65535);
+    }
+
+    /// Sessions make their private sockets beside the VMM's, and elsewhere only if that will not do.
+    #[test]
+    fn temporary_directories_are_out_of_reach_unless_they_are_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        let here = Surroundings {
+            temporary: vec!["/elsewhere".into()],
+            ..Surroundings::default()
+        };
+        let usable = policy_in(&guest(dir.path(), ""), &here);
+        assert_eq!(rights(&usable, Path::new("/elsewhere")), Rights::default());
+        let unusable = policy_in(&guest(&dir.path().join("missing"), ""), &here);
+        assert_eq!(rights(&unusable, Path::new("/elsewhere")), Rights::SESSIONS);
+    }
+
+    /// A ConfigMap's file is a link through `..data`, beside it; others may keep the file elsewhere.
+    #[test]
+    fn the_configuration_can_be_read_again_where_it_is_and_where_it_leads() {
+        let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let file = dir.path().join("config.yaml");
+        fs::write(elsewhere.path().join("real.yaml"), "").unwrap();
+        std::os::unix::fs::symlink(elsewhere.path().join("real.yaml"), &file).unwrap();
+        let here = Surroundings {
+            config: Some(file),
+            ..Surroundings::default()
+        };
+        let policy = policy_in(&guest(Path::new("/run"), ""), &here);
+        assert_eq!(rights(&policy, dir.path()), Rights::BROWSE);
+        let real = elsewhere.path().canonicalize().unwrap();
+        assert_eq!(rights(&policy, &real), Rights::BROWSE);
+    }
+
+    #[test]
+    fn a_later_configuration_is_held_against_what_was_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |mode: &str, rules: &str| {
+            policy(&format!(
+                "confinement: {{landlock: {mode}}}\n{}",
+                guest(dir.path(), rules)
+            ))
+        };
+        let rule = |port: u16| format!(", outbound: [{{port: 1, to: 'tcp://10.0.0.1:{port}'}}]");
+        let now = with("enforce", &rule(80));
+        assert_eq!(now.lacks(&now), []);
+        assert_eq!(now.lacks(&with("enforce", &rule(81))), [Lack::Connect(81)]);
+        assert_eq!(now.lacks(&with("enforce", "")), [], "less is always there");
+        assert_eq!(now.lacks(&with("files", &rule(80))), [Lack::AnyPort]);
+        assert_eq!(with("files", &rule(80)).lacks(&with("enforce", &rule(81))), []);
+        let inbound = |listen: &str| format!(", inbound: [{{listen: '{listen}', port: 22}}]");
+        assert_eq!(now.lacks(&with("files", &inbound("tcp://127.0.0.1:22"))).len(), 1);
+        assert_eq!(
+            now.lacks(&with("enforce", &inbound("unix:///run/other/s.sock"))),
+            [Lack::Path("/run/other".into())]
+        );
+        // Beneath a directory that is held, all is.
+        let below = format!("unix://{}/below/s.sock", dir.path().display());
+        assert_eq!(now.lacks(&with("enforce", &inbound(&below))), []);
+    }
+
+    #[test]
+    fn modules_are_beside_the_libraries_that_are_mapped() {
+        let maps = "7f00-7f01 r-xp 00000000 08:01 1 /usr/lib/x86_64-linux-gnu/libc.so.6\n\
+                    7f01-7f02 r-xp 00000000 08:01 2 /opt/app/lib/libgcc_s.so.1 (deleted)\n\
+                    5500-5501 r-xp 00000000 08:01 3 /usr/bin/vsock-sidecar\n\
+                    7f03-7f04 rw-p 00000000 00:00 0 [heap]\n";
+        let expected = ["/usr/lib/x86_64-linux-gnu", "/opt/app/lib"].map(PathBuf::from);
+        assert_eq!(libraries(maps), BTreeSet::from(expected));
+        assert_eq!(libraries(""), BTreeSet::new());
+    }
+}

@@ -97,7 +97,7 @@ fn schema_and_parser_agree_on_the_shape() {
             guest("")
         ),
         format!(
-            "confinement: {{noNewPrivileges: false, seccomp: off, landlock: off}}\n{}",
+            "confinement: {{noNewPrivileges: false, seccomp: 'off', landlock: 'off'}}\n{}",
             guest("")
         ),
     ];
