@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use vsock_sidecar::config::{self, SeccompMode};
 use vsock_sidecar::confine::{self, Confined, State};
 use vsock_sidecar::sys::sigsys;
@@ -22,6 +23,8 @@ const OUTSIDE: &str = "CONFINEMENT_TEST_OUTSIDE";
 const OPEN_PORT: &str = "CONFINEMENT_TEST_OPEN_PORT";
 const LISTEN_PORT: &str = "CONFINEMENT_TEST_LISTEN_PORT";
 const OTHER_PORT: &str = "CONFINEMENT_TEST_OTHER_PORT";
+/// Set: the process cannot have landlock and seccomp, as on an old kernel.
+const OLD_KERNEL: &str = "CONFINEMENT_TEST_OLD_KERNEL";
 /// What its lines begin with, among those of the test harness.
 const MARK: &str = "came-of-it: ";
 
@@ -45,11 +48,15 @@ fn trial() {
     });
 
     let (config, _) = config::load(&file).unwrap();
+    let old = std::env::var_os(OLD_KERNEL).is_some();
+    if old {
+        age();
+    }
     let confined = confine::enter(&config, &file);
     say_states(&confined);
 
     // Without a filter these would do what they say.
-    if config.confinement.seccomp == SeccompMode::Enforce {
+    if config.confinement.seccomp == SeccompMode::Enforce && !old {
         break_out();
     }
     intrude(&outside, other);
@@ -69,6 +76,19 @@ fn trial() {
         "{MARK}memfd is counted={}",
         named.map(|(_, count)| count).sum::<u64>()
     );
+}
+
+/// The kernel from now on has neither landlock nor seccomp.
+fn age() {
+    let calls = [libc::SYS_landlock_create_ruleset, libc::SYS_seccomp];
+    let lacks = SeccompFilter::new(
+        calls.into_iter().map(|number| (number, Vec::new())).collect(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    let program: BpfProgram = lacks.unwrap().try_into().unwrap();
+    seccompiler::apply_filter_all_threads(&program).unwrap();
 }
 
 /// What makes another process of this one, or hands it to somebody.
@@ -184,8 +204,22 @@ fn work(file: &Path, inside: &Path, open_port: u16, listen_port: u16) {
         "read the process's statistics",
         fs::read("/proc/self/stat").map(drop),
     );
+    say("load a library", load());
     say("resolve a name", ("localhost", 1).to_socket_addrs().map(drop));
     say("descriptors in reserve", File::open("/dev/null").map(drop));
+}
+
+/// As glibc does for a module of nsswitch.conf. A static program has none.
+fn load() -> io::Result<()> {
+    if cfg!(target_feature = "crt-static") {
+        return Ok(());
+    }
+    // SAFETY: the name is a C string; the library is glibc's own and does nothing when it is loaded.
+    let handle = unsafe { libc::dlopen(c"libresolv.so.2".as_ptr(), libc::RTLD_NOW) };
+    if handle.is_null() {
+        return Err(io::Error::other("dlopen"));
+    }
+    Ok(())
 }
 
 fn memfd() -> io::Result<()> {
@@ -227,6 +261,10 @@ fn say_states(confined: &Confined) {
 
 /// Runs the trial with this `confinement`; what came of what. The directory that is outside is held against what it was.
 fn try_with(confinement: &str) -> BTreeMap<String, String> {
+    try_on(confinement, Command::new(std::env::current_exe().unwrap()))
+}
+
+fn try_on(confinement: &str, mut command: Command) -> BTreeMap<String, String> {
     let (inside, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     fs::write(outside.path().join("secret"), "secret").unwrap();
     let [open, other] = [(); 2].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
@@ -242,7 +280,7 @@ fn try_with(confinement: &str) -> BTreeMap<String, String> {
         inside.path().display(),
     );
     fs::write(&file, text).unwrap();
-    let output = Command::new(std::env::current_exe().unwrap())
+    let output = command
         .args(["trial", "--exact", "--ignored", "--nocapture", "--test-threads=1"])
         .env(CONFIG, &file)
         .env(OUTSIDE, outside.path())
@@ -282,6 +320,7 @@ const WORK: &[(&str, &str)] = &[
     ("remove inside", "ok"),
     ("make a private directory", "ok"),
     ("read the process's statistics", "ok"),
+    ("load a library", "ok"),
     ("resolve a name", "ok"),
     ("descriptors in reserve", "ok"),
 ];
@@ -390,6 +429,32 @@ fn what_is_switched_off_is_off() {
         &[
             ("memfd", "ok"),
             ("read outside", "ok"),
+            ("connect to another port", "ok"),
+        ],
+    );
+}
+
+/// Old kernels, and container runtimes whose profile is older than landlock.
+#[test]
+fn what_the_kernel_lacks_is_said_and_the_work_goes_on() {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.env(OLD_KERNEL, "1");
+    let came = try_on("{}", command);
+    hold(&came, &[("no_new_privs", "active")]);
+    assert!(
+        came["landlock"].contains("has no landlock (Linux 5.13"),
+        "{came:#?}"
+    );
+    assert!(
+        came["seccomp"].contains("the kernel does not take the filter"),
+        "{came:#?}"
+    );
+    hold(&came, WORK);
+    hold(
+        &came,
+        &[
+            ("read outside", "ok"),
+            ("memfd", "ok"),
             ("connect to another port", "ok"),
         ],
     );
