@@ -1,0 +1,193 @@
+//! Plays rows and compares.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use vsock_sidecar::embedded_guest::{Packet, RX, TX, Violation};
+use vsock_sidecar::vsock::{Cid, Op};
+
+use crate::books;
+use crate::raw::Raw;
+use crate::stage::{GUEST, Stage};
+use crate::support::{field, until};
+use crate::table::{Answer, Row, Survives, linux};
+
+/// Anonymous memory that the process may have more than after its first guest, in bytes. What allocators keep is in it.
+const MEMORY: u64 = 24 << 20;
+
+/// What the process had when nobody was connected but the witness.
+struct Baseline {
+    descriptors: usize,
+    threads: usize,
+    memory: u64,
+}
+
+/// Plays all rows, one after the other, in one process; says of each how it went, and fails if one did not.
+pub fn perform(rows: &[Row]) {
+    let stage = Stage::set();
+    // Whatever is made once in a process's life is made by the first guest.
+    let mut raw = Raw::boot(&stage, linux());
+    raw.good_goes_on();
+    raw.guest.shut_down().unwrap();
+    until_gone(&stage);
+    let baseline = Baseline {
+        descriptors: stage.sidecar.descriptors(),
+        threads: stage.sidecar.threads(),
+        memory: stage.sidecar.anonymous_memory(),
+    };
+    let mut failed = Vec::new();
+    for row in rows {
+        let began = Instant::now();
+        let played = catch_unwind(AssertUnwindSafe(|| judge(&stage, row, &baseline)));
+        let word = if played.is_ok() { "ok" } else { "FAILED" };
+        println!("{word:6} {:6.2?} {}", began.elapsed(), row.trick);
+        if played.is_err() {
+            failed.push(row.trick);
+            until_gone(&stage);
+        }
+    }
+    assert!(failed.is_empty(), "{} rows failed: {failed:#?}", failed.len());
+    let loud = stage
+        .sidecar
+        .log()
+        .lines()
+        .filter(|line| line.contains("\"ERROR\""))
+        .count();
+    assert_eq!(
+        loud,
+        0,
+        "nothing that a guest does is an error of ours\n{}",
+        stage.sidecar.log_tail()
+    );
+}
+
+fn judge(stage: &Stage, row: &Row, baseline: &Baseline) {
+    let mut raw = Raw::boot(stage, (row.boot)());
+    raw.good_goes_on();
+    raw.take_heard();
+    let before = books::of(&stage.sidecar, "web");
+    let of_other = books::of(&stage.sidecar, "other");
+
+    (row.play)(&mut raw);
+
+    // The other guest goes on, whatever became of this one.
+    stage.witnesses.went_on_since(stage.witnesses.now());
+    let lives = matches!(row.survives, Survives::Connection | Survives::Others);
+    if lives {
+        // Twice: what the first one's round found ready is answered before the second one's.
+        raw.good_goes_on();
+        raw.good_goes_on();
+        raw.until_taken();
+    }
+    let mut written = books::settle(&stage.sidecar, "web", &before, row.counted);
+    if lives {
+        raw.good_goes_on();
+    }
+    if row.survives == Survives::Reconnect {
+        // Its connections went with it.
+        written.retain(|key, _| !key.starts_with("closed session_lost "));
+    }
+    assert!(books::agree(&written, row.counted), "the books say {written:?}");
+    let in_other = books::since(&of_other, &books::of(&stage.sidecar, "other"));
+    assert!(in_other.is_empty(), "the other guest's books say {in_other:?}");
+    assert_answer(&row.answer, raw.take_heard());
+    assert_healthy(stage);
+    assert_lawful(&mut raw);
+
+    match row.survives {
+        Survives::Connection | Survives::Others => {
+            // Nothing is lost in the device: it stopped where the driver can see that it is.
+            let bases = raw.guest.pause().unwrap();
+            for (queue, base) in [RX, TX].into_iter().zip(bases) {
+                assert_eq!(
+                    base,
+                    raw.guest.driver.queue(queue).used_idx(),
+                    "ring {queue} stopped elsewhere"
+                );
+            }
+        }
+        Survives::Restart => {
+            raw.guest.reboot().unwrap();
+            raw.open_good();
+            raw.good_goes_on();
+            raw.guest.pause().unwrap();
+        }
+        Survives::Reconnect => {
+            until_gone(stage);
+            let mut next = Raw::boot(stage, linux());
+            next.good_goes_on();
+            next.guest.pause().unwrap();
+        }
+    }
+    drop(raw);
+    until_gone(stage);
+    until("no descriptor and no thread is left behind", || {
+        stage.sidecar.descriptors() <= baseline.descriptors && stage.sidecar.threads() <= baseline.threads
+    });
+    let grown = stage.sidecar.anonymous_memory().saturating_sub(baseline.memory);
+    assert!(grown < MEMORY, "grew by {grown} bytes");
+    stage.witnesses.unharmed();
+}
+
+/// Waits until nobody is connected to the hostile guest's socket.
+#[track_caller]
+fn until_gone(stage: &Stage) {
+    stage
+        .sidecar
+        .until_metric("vsock_session_active", &[("guest", "web")], 0.0);
+}
+
+#[track_caller]
+fn assert_answer(answer: &Answer, heard: Vec<Packet>) {
+    let one_of = |op: Op| {
+        assert_eq!(heard.len(), 1, "{heard:?}");
+        assert_sound(&heard[0], op);
+    };
+    match answer {
+        Answer::Silence => assert!(heard.is_empty(), "{heard:?}"),
+        Answer::Rst => one_of(Op::Rst),
+        Answer::Response => one_of(Op::Response),
+        Answer::Rsts(count) => {
+            assert!(
+                count.contains(&(heard.len() as u32)),
+                "{} packets: {:?}",
+                heard.len(),
+                heard.first()
+            );
+            heard.iter().for_each(|packet| assert_sound(packet, Op::Rst));
+        }
+        Answer::Seen(_) => {}
+    }
+}
+
+/// A packet without payload, addressed to this guest.
+#[track_caller]
+fn assert_sound(packet: &Packet, op: Op) {
+    let header = packet.header;
+    assert_eq!(
+        (header.op, header.len, header.dst_cid),
+        (op as u16, 0, Cid(GUEST)),
+        "{packet:?}"
+    );
+}
+
+/// The process answers, and nothing in it has died.
+#[track_caller]
+fn assert_healthy(stage: &Stage) {
+    stage.sidecar.get("/livez");
+    let log = stage.sidecar.log();
+    assert!(!log.contains("panicked"), "{}", stage.sidecar.log_tail());
+    let _ = field;
+}
+
+/// The device broke no rule towards the guest that broke them all.
+#[track_caller]
+fn assert_lawful(raw: &mut Raw<'_>) {
+    let seen = raw.guest.driver.stats().violations;
+    // Of chains that were published behind its back the driver knows nothing.
+    let by_hand = [Violation::UsedUnknownId, Violation::UsedIndexJump];
+    for violation in Violation::ALL {
+        let excused = raw.by_hand && by_hand.contains(&violation);
+        assert!(excused || seen.count(violation) == 0, "{violation:?}: {seen:?}");
+    }
+}

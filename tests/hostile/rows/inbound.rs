@@ -1,0 +1,4 @@
+//! Soon.
+use crate::table::Row;
+pub const TITLE: &str = "inbound";
+pub const ROWS: &[Row] = &[];
