@@ -238,6 +238,13 @@ impl<'s> Raw<'s> {
         self.await_packet(|header| header.dst_port.0 == port && !is_credit(header))
     }
 
+    /// The REQUEST that a client's coming makes, to this port of ours. Ends of earlier clients may come before.
+    #[track_caller]
+    pub fn await_request(&mut self, port: u32) -> Header {
+        self.await_packet(|header| header.dst_port.0 == port && header.op == Op::Request as u16)
+            .header
+    }
+
     /// Connects.
     #[track_caller]
     pub fn open(&mut self, to: u32) -> Flow {

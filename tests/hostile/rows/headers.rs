@@ -157,7 +157,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         trick: "REQUEST of type 0, 77 and 65535",
-        source: "virtio 1.2, 5.10.6.4.2",
+        source: "virtio 1.2, 5.10.6.4",
         play: |raw| {
             for kind in [0, 77, u16::MAX] {
                 stray(raw, |head| {
@@ -171,7 +171,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         trick: "an unknown type on a connection",
-        source: "virtio 1.2, 5.10.6.4.2",
+        source: "virtio 1.2, 5.10.6.4",
         play: |raw| on_open(raw, b"x", |head| head.socket_type = 0),
         answer: Answer::Rst,
         counted: &[
