@@ -86,6 +86,7 @@ mod captures;
 mod commands;
 mod flow;
 pub mod handle;
+mod lengths;
 mod linger;
 mod logbook;
 mod messages;
