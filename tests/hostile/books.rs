@@ -79,13 +79,14 @@ pub fn agree(written: &Books, expected: &[(&str, RangeInclusive<u32>)]) -> bool 
 /// with a session are left aside if it is `over`.
 pub fn settle(
     sidecar: &Sidecar,
+    guest: &str,
     before: &Books,
     expected: &[(&str, RangeInclusive<u32>)],
     over: bool,
 ) -> Books {
     let deadline = std::time::Instant::now() + LONG / 3;
     loop {
-        let mut written = since(before, &of(sidecar, "web"));
+        let mut written = since(before, &of(sidecar, guest));
         if over {
             written.retain(|key, _| !key.starts_with("closed session_lost "));
         }

@@ -83,13 +83,14 @@ fn judge(stage: &Stage, row: &Row, baseline: &Baseline) {
         raw.until_taken();
     }
     let over = row.survives == Survives::Reconnect;
-    let written = books::settle(&stage.sidecar, &before, row.counted, over);
+    let written = books::settle(&stage.sidecar, "web", &before, row.counted, over);
     if lives {
         raw.good_goes_on();
     }
     assert!(books::agree(&written, row.counted), "the books say {written:?}");
-    let in_other = books::since(&of_other, &books::of(&stage.sidecar, "other"));
-    assert!(in_other.is_empty(), "the other guest's books say {in_other:?}");
+    let in_other = books::settle(&stage.sidecar, "other", &of_other, row.neighbour, false);
+    let as_expected = books::agree(&in_other, row.neighbour);
+    assert!(as_expected, "the other guest's books say {in_other:?}");
     assert_answer(&row.answer, raw.take_heard());
     stage.sidecar.get("/livez");
     log.tells_of(&written);

@@ -40,6 +40,7 @@ kinds! {
     headers_that_lie_cost_their_connection => headers,
     credit_that_lies_costs_its_connection => credit,
     connections_that_live_wrongly_cost_themselves => life,
+    messages_that_break_their_bounds_cost_their_connection => messages,
     clients_of_a_hostile_guest_are_refused_by_name => inbound,
     chains_that_make_no_sense_cost_themselves => chains,
     receive_buffers_that_make_no_sense_are_skipped => buffers,

@@ -80,14 +80,17 @@ fn answer(answer: &Answer) -> String {
 }
 
 fn counted(row: &Row) -> String {
-    if row.counted.is_empty() {
-        return "nothing".into();
+    let words = |keys: &[(&str, RangeInclusive<u32>)], whose: &str| -> Vec<String> {
+        keys.iter()
+            .map(|(key, count)| format!("{whose}`{key}`{}", times(count)))
+            .collect()
+    };
+    let mut all = words(row.counted, "");
+    all.extend(words(row.neighbour, "by the other guest "));
+    match all.is_empty() {
+        true => "nothing".into(),
+        false => all.join(", "),
     }
-    let words = row
-        .counted
-        .iter()
-        .map(|(key, count)| format!("`{key}`{}", times(count)));
-    words.collect::<Vec<_>>().join(", ")
 }
 
 fn times(count: &RangeInclusive<u32>) -> String {

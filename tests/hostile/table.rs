@@ -21,6 +21,8 @@ pub struct Row {
     pub answer: Answer,
     /// What the books say afterwards that they did not say before, and nothing else: family and label values, how often.
     pub counted: &'static [(&'static str, RangeInclusive<u32>)],
+    /// The same in the other guest's books, where the trick is played on that guest.
+    pub neighbour: &'static [(&'static str, RangeInclusive<u32>)],
     /// Who lives on.
     pub survives: Survives,
 }
@@ -34,6 +36,7 @@ impl Row {
         play: |_| {},
         answer: Answer::Silence,
         counted: &[],
+        neighbour: &[],
         survives: Survives::Connection,
     };
 }

@@ -39,9 +39,10 @@ pub struct Moment {
 }
 
 impl Witnesses {
-    /// Boots the guest and begins, towards an echo service at `port`.
-    pub fn begin(socket: &Path, port: u32) -> Witnesses {
+    /// Boots the guest and begins, towards an echo service at `port`. Its own, for neighbours, is at `serves`.
+    pub fn begin(socket: &Path, port: u32, serves: u32) -> Witnesses {
         let guest = linux(socket);
+        serve(&guest, serves);
         let seen = Arc::new(Seen::default());
         let begin = |name: &'static str, seed: u64, longest: usize, count: fn(&Seen) -> &AtomicU64| {
             let stream = guest.connect(port).unwrap();
@@ -105,6 +106,24 @@ impl Drop for Witnesses {
             assert_lawful(&guest);
         }
     }
+}
+
+/// Sends back to neighbours what they send, for as long as the guest lives.
+fn serve(guest: &Sockets, port: u32) {
+    let listener = guest.listen(port).unwrap();
+    thread::spawn(move || {
+        while let Ok(stream) = listener.accept() {
+            thread::spawn(move || {
+                let mut stream = &stream;
+                let mut chunk = vec![0; 16 * 1024];
+                while let Ok(count @ 1..) = stream.read(&mut chunk) {
+                    if stream.write_all(&chunk[..count]).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
 }
 
 /// Sends and compares what comes back, until told to stop.

@@ -6,6 +6,7 @@ pub mod credit;
 pub mod headers;
 pub mod inbound;
 pub mod life;
+pub mod messages;
 pub mod rings;
 pub mod vmm;
 
