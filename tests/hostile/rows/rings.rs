@@ -114,6 +114,23 @@ pub const ROWS: &[Row] = &[
         ..Row::USUAL
     },
     Row {
+        trick: "avail_event and the device's used elements overwritten, 100 times",
+        source: "virtio 1.2, 2.7.8 (only the device writes there)",
+        play: |raw| {
+            for round in 0..100u8 {
+                // Behind the table and the available ring, at the next multiple of 64: flags, index, elements, avail_event.
+                let used = raw.ring_at(TX) + (16 * 128 + 6 + 2 * 128u64).next_multiple_of(64);
+                raw.quiet(TX);
+                let memory = raw.guest.driver.memory();
+                memory.write(used + 4, &[round; 8 * 128]).unwrap();
+                memory.write(used + 4 + 8 * 128, &[round; 2]).unwrap();
+                raw.guest.driver.queue(TX).kick();
+                raw.good_goes_on();
+            }
+        },
+        ..Row::USUAL
+    },
+    Row {
         trick: "100,000 kicks with nothing behind them",
         source: "Firecracker #6031 (spun)",
         play: |raw| {

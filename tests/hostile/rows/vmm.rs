@@ -418,6 +418,36 @@ pub const ROWS: &[Row] = &[
         ..USUAL
     },
     Row {
+        trick: "a ring told to be elsewhere, where nothing is, while it runs",
+        play: |raw| {
+            let base = raw.guest.driver.memory().regions()[0].user_addr() + SCRATCH;
+            let body = message::vring_addr(u32::from(TX), 0, base, base + 0x2000, base + 0x1000, 0);
+            say(raw, request::SET_VRING_ADDR, &body, &[]);
+            raw.guest
+                .front_end
+                .ask(request::GET_FEATURES, 0, &[], &[])
+                .unwrap();
+            raw.guest.driver.queue(TX).kick();
+        },
+        survives: Survives::Restart,
+        ..USUAL
+    },
+    Row {
+        trick: "a stopped ring set up in the wrong order: enabled, kick, base, address, size",
+        play: |raw| {
+            let base = raw.guest.front_end.vring_base(TX).unwrap();
+            let setup = raw.guest.driver.queue(TX).setup(base);
+            let front_end = &mut raw.guest.front_end;
+            front_end.set_vring_enable(TX, true).unwrap();
+            front_end.set_vring_kick(TX, setup.kick).unwrap();
+            front_end.set_vring_base(TX, base).unwrap();
+            front_end.set_vring_addr(&setup).unwrap();
+            front_end.set_vring_call(TX, setup.call).unwrap();
+            front_end.set_vring_num(TX, 128).unwrap();
+        },
+        ..USUAL
+    },
+    Row {
         trick: "GET_VRING_BASE of a ring that never ran, and twice of one that did",
         play: |raw| {
             raw.guest.front_end.vring_base(2).unwrap();
