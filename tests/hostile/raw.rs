@@ -1,7 +1,7 @@
 //! The hostile guest's verbs: what a driver can put into its rings, a VMM into its socket.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vsock_sidecar::embedded_guest::{
     DESC_F_INDIRECT, DriverOptions, EmbeddedGuest, Packet, Profile, RX, Segment, Shape, TX, Table, Virtqueue,
@@ -353,20 +353,5 @@ impl<'s> Raw<'s> {
         crate::support::until("every TX chain comes back", || {
             queue.used_idx() == queue.avail_idx()
         });
-    }
-
-    /// Waits for a packet for a short time: for what must not come.
-    pub fn hear_nothing(&mut self, port: u32, patience: Duration) -> Option<Packet> {
-        let deadline = Instant::now() + patience;
-        while Instant::now() < deadline {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if let Ok(packet) = self.guest.driver.recv_packet(left) {
-                if packet.header.dst_port.0 == port {
-                    return Some(packet);
-                }
-                self.put_aside(packet);
-            }
-        }
-        None
     }
 }

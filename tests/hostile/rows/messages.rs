@@ -1,10 +1,13 @@
 //! SEQPACKET: messages that never end, end twice, are too long, too many, or cut; and neighbours.
 
+use std::io::{ErrorKind, Read};
+
 use rustix::net::{RecvFlags, recv};
 use vsock_sidecar::embedded_guest::profile::feature;
 use vsock_sidecar::embedded_guest::{DriverOptions, Profile};
 use vsock_sidecar::vsock::{Cid, Header, Op};
 
+use super::credit::spend_all_credit;
 use super::stray;
 use crate::raw::{Flow, Raw, header};
 use crate::stage::{BROKEN, BUFFER, ECHO, FRAMES, LIAR, MUTE, OTHER, PACKETS, PEER, STALLED_FRAMES};
@@ -232,6 +235,26 @@ pub const ROWS: &[Row] = &[
             ));
         },
         counted: &[("closed guest_rst mute", ONCE)],
+        ..OTHERS
+    },
+    Row {
+        trick: "RST while frames wait for a service that stalls",
+        play: |raw| {
+            let flow = open(raw, STALLED_FRAMES);
+            let mut service = raw.stage.stalled_service();
+            spend_all_credit(raw, packet(&flow, Op::Rw, EOM));
+            raw.send(packet(&flow, Op::Rst, 0), &[]);
+            raw.good_goes_on();
+            let buffered = raw
+                .stage
+                .sidecar
+                .metric("vsock_buffered_bytes", &[("guest", "web")]);
+            assert_eq!(buffered, 0.0);
+            // What was cut off must not look complete.
+            let end = service.read_to_end(&mut Vec::new());
+            assert_eq!(end.unwrap_err().kind(), ErrorKind::ConnectionReset);
+        },
+        counted: &[("closed guest_rst stalled-frames", ONCE)],
         ..OTHERS
     },
     // ---- too many ------------------------------------------------------------------------------------------------
