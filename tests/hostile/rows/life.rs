@@ -4,7 +4,7 @@ use vsock_sidecar::vsock::{Op, Port};
 
 use super::{on_open, stray};
 use crate::raw::header;
-use crate::stage::{CLOSED, ECHO, HOLE, LIMIT, NO_RULE};
+use crate::stage::{CLOSED, ECHO, HOLE, LIMIT, NO_RULE, STALLED};
 use crate::table::{Answer, ONCE, Row, Survives};
 
 pub const TITLE: &str = "Connections";
@@ -349,16 +349,20 @@ pub const ROWS: &[Row] = &[
         trick: "data after SHUTDOWN(SEND)",
         source: "virtio 1.2, 5.10.6.5 (SHUTDOWN is permanent)",
         play: |raw| {
-            let flow = raw.open(ECHO);
+            // A service that does not answer the end with its own.
+            let flow = raw.open(STALLED);
+            let service = raw.stage.stalled_service();
             let mut head = flow.header(Op::Shutdown);
             head.flags = 2;
             raw.send(head, &[]);
             raw.send(flow.header(Op::Rw), b"late");
+            raw.good_goes_on();
+            drop(service);
         },
         answer: Answer::Rst,
         counted: &[
             ("misbehavior data_after_shutdown", ONCE),
-            ("closed misbehavior echo", ONCE),
+            ("closed misbehavior stalled", ONCE),
         ],
         ..OTHERS
     },
