@@ -1,6 +1,7 @@
 //! The guest's protocol on paper: what came in, what must go out.
 
 use super::*;
+use crate::embedded_guest::stats::Violation;
 
 const KIB: u32 = 1024;
 
