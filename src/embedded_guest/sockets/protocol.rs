@@ -3,9 +3,10 @@
 //! headers to send pile up in a queue, and sleepers are woken.
 //!
 //! Where the device breaks a rule, Linux mostly says nothing (facts that cost days when they show up as a stream with
-//! a hole); here it is counted as a [`Violation`] besides.
+//! a hole); here it is counted as a [`Violation`](super::super::stats::Violation) besides.
 
 mod calls;
+mod inbox;
 mod packets;
 
 use std::collections::{HashMap, VecDeque};
@@ -15,6 +16,9 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 
+use self::inbox::Inbox;
+pub use self::inbox::{GuestMessage, SEQ_EOM, SEQ_EOR};
+use crate::embedded_guest::profile::feature;
 use crate::embedded_guest::stats::Violations;
 use crate::vsock::header::{Cid, Header, Op, Port, ShutdownFlags, SocketType};
 
@@ -60,6 +64,7 @@ enum State {
 #[derive(Debug)]
 pub(super) struct Connection {
     tuple: Tuple,
+    socket_type: SocketType,
     state: State,
     /// In the table of connections: packets find it.
     hashed: bool,
@@ -70,7 +75,9 @@ pub(super) struct Connection {
     /// The device reset it, or the session was lost.
     was_reset: bool,
     /// Received and not yet read; never more than `buf_alloc`.
-    unread: VecDeque<u8>,
+    unread: Inbox,
+    /// A thread is in the middle of a message: others wait, or their fragments would mix.
+    in_message: bool,
     buf_alloc: u32,
     fwd_cnt: u32,
     /// The `fwd_cnt` that the last packet told.
@@ -88,6 +95,7 @@ pub(super) struct Connection {
 
 #[derive(Debug)]
 struct Listener {
+    socket_type: SocketType,
     backlog: usize,
     accepted: VecDeque<usize>,
     changed: Arc<Condvar>,
@@ -97,6 +105,8 @@ struct Listener {
 #[derive(Debug)]
 pub(super) struct Protocol {
     cid: Cid,
+    /// The acknowledged feature bits: which socket types there are.
+    features: u64,
     buf_alloc: u32,
     update_when_drained: bool,
     connections: Slab<Connection>,
@@ -122,6 +132,13 @@ pub(super) enum Readable {
     Nothing,
 }
 
+/// What recv() of a SEQPACKET socket found.
+pub(super) enum Received {
+    Message(GuestMessage),
+    Eof,
+    Nothing,
+}
+
 /// What a write may do.
 pub(super) enum Writable {
     /// Send up to so many bytes.
@@ -132,9 +149,10 @@ pub(super) enum Writable {
 }
 
 impl Protocol {
-    pub(super) fn new(cid: u64, buf_alloc: u32, update_when_drained: bool) -> Protocol {
+    pub(super) fn new(cid: u64, features: u64, buf_alloc: u32, update_when_drained: bool) -> Protocol {
         Protocol {
             cid: Cid(cid),
+            features,
             buf_alloc,
             update_when_drained,
             connections: Slab::new(),
@@ -247,15 +265,26 @@ impl Protocol {
 
     // ---- helpers -------------------------------------------------------------------------------------------------
 
-    fn insert(&mut self, tuple: Tuple, state: State) -> usize {
+    /// Whether sockets of this type can exist. Without NO_IMPLIED_STREAM there are always streams.
+    fn carries(&self, socket_type: SocketType) -> bool {
+        let has = |mask| self.features & mask != 0;
+        match socket_type {
+            SocketType::Stream => !has(feature::NO_IMPLIED_STREAM) || has(feature::STREAM),
+            SocketType::Seqpacket => has(feature::SEQPACKET),
+        }
+    }
+
+    fn insert(&mut self, tuple: Tuple, socket_type: SocketType, state: State) -> usize {
         let id = self.connections.insert(Connection {
             tuple,
+            socket_type,
             state,
             hashed: true,
             owned: true,
             error: None,
             was_reset: false,
-            unread: VecDeque::new(),
+            unread: Inbox::new(socket_type),
+            in_message: false,
             buf_alloc: self.buf_alloc,
             fwd_cnt: 0,
             last_fwd_cnt: 0,
@@ -314,7 +343,7 @@ impl Protocol {
             src_port: c.tuple.local_port,
             dst_port: c.tuple.peer_port,
             len: 0,
-            socket_type: SocketType::Stream as u16,
+            socket_type: c.socket_type as u16,
             op: op as u16,
             flags: flags.bits(),
             buf_alloc: c.buf_alloc,

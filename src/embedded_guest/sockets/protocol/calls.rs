@@ -5,14 +5,19 @@ use std::io;
 use std::sync::{Arc, Condvar};
 use std::time::Instant;
 
-use super::{CLOSE_TIMEOUT, Ended, Listener, Protocol, Readable, State, Tuple, Writable};
-use crate::vsock::header::{Cid, Header, MAX_PACKET_PAYLOAD, Op, Port, ShutdownFlags};
+use rustix::io::Errno;
+
+use super::{CLOSE_TIMEOUT, Ended, Listener, Protocol, Readable, Received, State, Tuple, Writable};
+use crate::vsock::header::{Cid, Header, MAX_PACKET_PAYLOAD, Op, Port, ShutdownFlags, SocketType};
 
 impl Protocol {
     /// connect(): sends REQUEST. See [`Protocol::connected`] for the outcome.
-    pub fn connect(&mut self, cid: u64, port: u32) -> io::Result<usize> {
+    pub fn connect(&mut self, cid: u64, port: u32, socket_type: SocketType) -> io::Result<usize> {
         if self.lost {
             return Err(io::ErrorKind::NetworkDown.into());
+        }
+        if !self.carries(socket_type) {
+            return Err(Errno::SOCKTNOSUPPORT.into());
         }
         self.next_port = self.next_port.wrapping_add(1).max(1024);
         let tuple = Tuple {
@@ -20,7 +25,7 @@ impl Protocol {
             peer_port: Port(port),
             local_port: Port(self.next_port),
         };
-        let id = self.insert(tuple, State::Connecting);
+        let id = self.insert(tuple, socket_type, State::Connecting);
         self.reply_on(id, Op::Request, ShutdownFlags::NONE);
         Ok(id)
     }
@@ -42,14 +47,21 @@ impl Protocol {
         self.connections.remove(id);
     }
 
-    /// listen(). A second listener on a port is refused.
-    pub fn listen(&mut self, port: u32, backlog: usize, changed: Arc<Condvar>) -> io::Result<()> {
+    /// listen(). A second listener on a port is refused, also one of the other type: ports are bound for both.
+    pub fn listen(
+        &mut self,
+        port: u32,
+        socket_type: SocketType,
+        backlog: usize,
+        changed: Arc<Condvar>,
+    ) -> io::Result<()> {
         if self.listeners.contains_key(&Port(port)) {
             return Err(io::ErrorKind::AddrInUse.into());
         }
         self.listeners.insert(
             Port(port),
             Listener {
+                socket_type,
                 backlog,
                 accepted: VecDeque::new(),
                 changed,
@@ -91,37 +103,51 @@ impl Protocol {
         }
     }
 
-    /// recv(): takes bytes out and tells the device when it may need to know.
+    /// recv() of a stream: takes bytes out and tells the device when it may need to know.
     pub fn read(&mut self, id: usize, into: &mut [u8]) -> Readable {
-        let c = &mut self.connections[id];
-        let len = c.unread.len().min(into.len());
+        let len = self.connections[id].unread.read(into);
         if len > 0 {
-            let (front, back) = c.unread.as_slices();
-            let from_front = len.min(front.len());
-            into[..from_front].copy_from_slice(&front[..from_front]);
-            into[from_front..len].copy_from_slice(&back[..len - from_front]);
-            c.unread.drain(..len);
             self.consumed(id, len as u32);
             return Readable::Bytes(len);
         }
-        let ended = c.state == State::Done
-            || c.peer_shutdown.contains(ShutdownFlags::SEND)
-            || c.our_shutdown.contains(ShutdownFlags::RCV);
-        if ended || into.is_empty() {
+        if self.has_ended(id) || into.is_empty() {
             Readable::Eof
         } else {
             Readable::Nothing
         }
     }
 
-    /// virtio_transport_stream_do_dequeue: CREDIT_UPDATE when the device believes that less than a full packet fits.
+    /// recv() of a SEQPACKET socket: takes a message out. A buffer that is too short would cut it; ours never is.
+    pub fn recv(&mut self, id: usize) -> Received {
+        if let Some(message) = self.connections[id].unread.take_message() {
+            self.consumed(id, message.bytes.len() as u32);
+            return Received::Message(message);
+        }
+        if self.has_ended(id) {
+            Received::Eof
+        } else {
+            Received::Nothing
+        }
+    }
+
+    /// Whether what is in the receive queue is all there will ever be.
+    fn has_ended(&self, id: usize) -> bool {
+        let c = &self.connections[id];
+        c.state == State::Done
+            || c.peer_shutdown.contains(ShutdownFlags::SEND)
+            || c.our_shutdown.contains(ShutdownFlags::RCV)
+    }
+
+    /// CREDIT_UPDATE when the device believes that less than a full packet fits (virtio_transport_stream_do_dequeue),
+    /// or behind every message (virtio_transport_seqpacket_do_dequeue).
     fn consumed(&mut self, id: usize, len: u32) {
         let c = &mut self.connections[id];
         c.fwd_cnt = c.fwd_cnt.wrapping_add(len);
         let untold = c.fwd_cnt.wrapping_sub(c.last_fwd_cnt);
         let believed_free = c.buf_alloc.saturating_sub(untold);
-        let drained = self.update_when_drained && c.unread.is_empty();
-        if c.state == State::Established && (believed_free < MAX_PACKET_PAYLOAD || drained) {
+        let drained = self.update_when_drained && c.unread.used() == 0;
+        let message = c.socket_type == SocketType::Seqpacket;
+        if c.state == State::Established && (believed_free < MAX_PACKET_PAYLOAD || drained || message) {
             self.reply_on(id, Op::CreditUpdate, ShutdownFlags::NONE);
         }
     }
@@ -141,12 +167,37 @@ impl Protocol {
         }
     }
 
-    /// The header of an RW packet of `len` bytes, which is accounted for. The packet must be sent at once.
-    pub fn data(&mut self, id: usize, len: usize) -> Header {
+    /// Begins a message; false while another thread is in the middle of one. [`Protocol::end_message`] ends it.
+    pub fn begin_message(&mut self, id: usize) -> bool {
+        !std::mem::replace(&mut self.connections[id].in_message, true)
+    }
+
+    /// Ends a message, sent to its end or not, and wakes those who wait for their turn.
+    pub fn end_message(&mut self, id: usize) {
+        let c = &mut self.connections[id];
+        c.in_message = false;
+        c.changed.notify_all();
+    }
+
+    /// send() of a SEQPACKET socket: how much of the `left` bytes of a message may be sent now. EMSGSIZE when they
+    /// can never be received (virtio_transport_seqpacket_enqueue).
+    pub fn message_room(&self, id: usize, left: usize) -> io::Result<usize> {
+        match self.writable(id) {
+            Writable::Broken => Err(io::ErrorKind::BrokenPipe.into()),
+            _ if left > self.connections[id].peer_buf_alloc as usize => Err(Errno::MSGSIZE.into()),
+            Writable::Room(room) => Ok(room),
+            Writable::Nothing => Ok(0),
+        }
+    }
+
+    /// The header of an RW packet of `len` bytes, which is accounted for. The packet must be sent at once. `flags` are
+    /// [`SEQ_EOM`](super::SEQ_EOM) and [`SEQ_EOR`](super::SEQ_EOR).
+    pub fn data(&mut self, id: usize, len: usize, flags: u32) -> Header {
         let c = &mut self.connections[id];
         c.tx_cnt = c.tx_cnt.wrapping_add(len as u32);
         Header {
             len: len as u32,
+            flags,
             ..self.header(id, Op::Rw, ShutdownFlags::NONE)
         }
     }

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::{Ended, Listener, Protocol, State, Tuple};
+use super::{Ended, Listener, Protocol, SEQ_EOM, SEQ_EOR, State, Tuple};
 use crate::embedded_guest::stats::Violation;
 use crate::vsock::header::{Header, Op, ShutdownFlags, SocketType};
 
@@ -13,23 +13,24 @@ impl Protocol {
             self.violations.record(Violation::WrongAddress);
         }
         let op = Op::from_wire(header.op);
-        match op {
-            None => self.violations.record(Violation::InvalidOp),
-            Some(Op::Rw) if payload.is_empty() => self.violations.record(Violation::EmptyRw),
-            Some(Op::Rw) => {}
-            Some(_) if header.len > 0 => self.violations.record(Violation::UnexpectedPayload),
-            Some(_) => {}
+        if op.is_none() {
+            self.violations.record(Violation::InvalidOp);
         }
-        if SocketType::from_wire(header.socket_type).is_none() {
+        let Some(socket_type) = SocketType::from_wire(header.socket_type) else {
             self.violations.record(Violation::UnknownType);
             return self.refuse(header);
-        }
+        };
+        self.judge(socket_type, op, header, payload);
         let tuple = Tuple {
             peer_cid: header.src_cid,
             peer_port: header.src_port,
             local_port: header.dst_port,
         };
         match self.table.get(&tuple).copied() {
+            Some(id) if self.connections[id].socket_type != socket_type => {
+                self.violations.record(Violation::WrongType);
+                self.refuse(header);
+            }
             Some(id) => {
                 self.learn_credit(id, header);
                 match self.connections[id].state {
@@ -38,8 +39,39 @@ impl Protocol {
                 }
                 self.connections.get(id).inspect(|c| c.changed.notify_all());
             }
-            None if op == Some(Op::Request) => self.handle_request(tuple, header),
+            None if op == Some(Op::Request) => self.handle_request(tuple, socket_type, header),
             None => self.handle_stray(tuple, op, header),
+        }
+    }
+
+    /// Counts what the standard forbids, whatever the packet meets.
+    fn judge(&mut self, socket_type: SocketType, op: Option<Op>, header: &Header, payload: &[u8]) {
+        let messages = socket_type == SocketType::Seqpacket;
+        let known_flags = match op {
+            Some(Op::Rw) if messages => SEQ_EOM | SEQ_EOR,
+            Some(Op::Shutdown) => ShutdownFlags::BOTH.bits(),
+            Some(_) => 0,
+            None => u32::MAX,
+        };
+        if header.flags & !known_flags != 0 {
+            self.violations.record(Violation::UnknownFlags);
+        }
+        match op {
+            Some(Op::Rw) => {
+                let ends = messages && header.flags & SEQ_EOM != 0;
+                if payload.is_empty() && !ends {
+                    self.violations.record(Violation::EmptyRw);
+                }
+                if messages && !ends && header.flags & SEQ_EOR != 0 {
+                    self.violations.record(Violation::RecordEndInMessage);
+                }
+            }
+            Some(_) if header.len > 0 => self.violations.record(Violation::UnexpectedPayload),
+            _ => {}
+        }
+        // RST answers a guest that spoke of a type without having negotiated it.
+        if !self.carries(socket_type) && op != Some(Op::Rst) {
+            self.violations.record(Violation::TypeNotNegotiated);
         }
     }
 
@@ -72,7 +104,7 @@ impl Protocol {
 
     fn handle_established(&mut self, id: usize, op: Option<Op>, header: &Header, payload: &[u8]) {
         match op {
-            Some(Op::Rw) => self.receive(id, payload),
+            Some(Op::Rw) => self.receive(id, payload, header.flags),
             Some(Op::CreditRequest) => self.reply_on(id, Op::CreditUpdate, ShutdownFlags::NONE),
             Some(Op::CreditUpdate) | None => {}
             Some(Op::Shutdown) => self.peer_shuts_down(id, ShutdownFlags::from_wire(header.flags)),
@@ -90,13 +122,13 @@ impl Protocol {
         }
     }
 
-    fn receive(&mut self, id: usize, payload: &[u8]) {
+    fn receive(&mut self, id: usize, payload: &[u8], flags: u32) {
         let c = &mut self.connections[id];
         if c.peer_shutdown.contains(ShutdownFlags::SEND) {
             self.violations.record(Violation::DataAfterShutdown);
             return;
         }
-        if c.unread.len() + payload.len() > c.buf_alloc as usize {
+        if c.unread.used() + payload.len() > c.buf_alloc as usize {
             self.violations.record(Violation::CreditExceeded);
             return;
         }
@@ -105,29 +137,32 @@ impl Protocol {
             // leaves such bytes in the socket's queue, and a CREDIT_UPDATE behind SHUTDOWN would find no connection.
             return;
         }
-        c.unread.extend(payload);
+        c.unread.push(payload, flags);
     }
 
     fn peer_shuts_down(&mut self, id: usize, flags: ShutdownFlags) {
         let c = &mut self.connections[id];
+        if flags.contains(ShutdownFlags::SEND) && c.unread.is_in_message() {
+            self.violations.record(Violation::UnfinishedMessage);
+        }
         c.peer_shutdown = c.peer_shutdown.with(flags);
         if c.peer_shutdown != ShutdownFlags::BOTH {
             return;
         }
-        if c.unread.is_empty() {
+        if c.unread.used() == 0 {
             self.reply_on(id, Op::Rst, ShutdownFlags::NONE);
             self.finish(id, Ended::Confirmed);
         }
         // With unread bytes the RST goes out at close(): virtio_transport_close.
     }
 
-    fn handle_request(&mut self, tuple: Tuple, header: &Header) {
-        let full = |l: &Listener| l.accepted.len() >= l.backlog;
-        if self.listeners.get(&tuple.local_port).is_none_or(full) {
+    fn handle_request(&mut self, tuple: Tuple, socket_type: SocketType, header: &Header) {
+        let no = |l: &Listener| l.socket_type != socket_type || l.accepted.len() >= l.backlog;
+        if !self.carries(socket_type) || self.listeners.get(&tuple.local_port).is_none_or(no) {
             return self.refuse(header);
         }
         self.ended.remove(&tuple);
-        let id = self.insert(tuple, State::Established);
+        let id = self.insert(tuple, socket_type, State::Established);
         self.learn_credit(id, header);
         self.reply_on(id, Op::Response, ShutdownFlags::NONE);
         if let Some(listener) = self.listeners.get_mut(&tuple.local_port) {
