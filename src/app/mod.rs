@@ -217,11 +217,12 @@ impl BoundGuest {
         })?;
         let mut listeners = Vec::with_capacity(config.inbound.len());
         for rule in &config.inbound {
-            let listener = Listener::bind(&rule.listen).map_err(|source| Error::Listen {
-                guest: config.name.clone(),
-                rule: rule.name.clone(),
-                source,
-            })?;
+            let listener =
+                Listener::bind(&rule.listen, rule.socket_type).map_err(|source| Error::Listen {
+                    guest: config.name.clone(),
+                    rule: rule.name.clone(),
+                    source,
+                })?;
             listeners.push(listener.only_from(rule.allow.clone()));
         }
         Ok(BoundGuest {

@@ -15,6 +15,9 @@ use crate::metrics::Direction;
 use crate::sys::vectored::writev;
 use crate::vsock::{Boundary, CloseReason, ConnectionId, Misbehavior};
 
+/// The longest message that is taken from a packet socket, in bytes: what room is made for, whatever a guest claims to have.
+const LONGEST_PACKET: u32 = 16 << 20;
+
 impl Switchboard {
     /// Whether this connection's bytes are messages.
     pub(in crate::device) fn has_messages(&self, id: ConnectionId) -> bool {
@@ -75,7 +78,7 @@ impl Switchboard {
                 gather.slices.clear();
                 self.wrote(now, id, rule, bytes);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+            Err(error) if waits(&error) => return false,
             Err(error) => {
                 gather.slices.clear();
                 self.message_failed(now, id, &error);
@@ -154,7 +157,7 @@ impl Switchboard {
         now: Instant,
         id: ConnectionId,
     ) -> Option<(Message, u32)> {
-        let longest = self.muxer.connection(id)?.longest_message();
+        let mut longest = self.muxer.connection(id)?.longest_message();
         let flow = self.flows.get_mut(id)?;
         let messages = flow.messages.as_mut()?;
         if let Some(current) = messages.inbox.current() {
@@ -164,13 +167,19 @@ impl Switchboard {
             return None;
         };
         let wire = messages.wire;
+        if wire == Wire::Packets {
+            longest = longest.min(LONGEST_PACKET);
+        }
         let inbox = &mut messages.inbox;
         let found = match wire {
             Wire::Packets => stream
-                .receive_packet(&mut inbox.packet, longest as usize)
+                .receive_packet(&mut self.packet_room, longest as usize)
                 .map(|packet| match packet {
                     Packet::End => None,
-                    Packet::Message => Some(inbox.packet.len()),
+                    Packet::Message => {
+                        inbox.packet.clone_from(&self.packet_room);
+                        Some(inbox.packet.len())
+                    }
                     Packet::TooLong { len } => Some(len.max(longest as usize + 1)),
                 })
                 .map(|len| {
@@ -276,6 +285,12 @@ impl Switchboard {
         debug!(guest = %self.name, what, "connection ended");
         self.muxer.host_failed(id, CloseReason::MessageTooLong);
     }
+}
+
+/// Whether a message that a socket refused goes to the spill buffer: until there is room, or a buffer large enough for it, which
+/// [`crate::host::HostStream::send_packet`] makes.
+fn waits(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock || Errno::from_io_error(error) == Some(Errno::MSGSIZE)
 }
 
 /// Sends the first message that is whole, or goes on with it; how many of its bytes the socket took. `None` if there is none.

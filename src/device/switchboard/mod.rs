@@ -70,6 +70,8 @@ pub(super) struct Switchboard {
     /// Of our own thread: dials are answered through it.
     handle: DeviceHandle,
     logbook: Logbook,
+    /// Where messages of packet sockets are received: room for the longest, which no connection keeps.
+    packet_room: Vec<u8>,
     /// New inbound connections are refused.
     draining: bool,
 }
@@ -109,6 +111,7 @@ impl Switchboard {
             registry: parts.registry,
             handle: parts.handle,
             logbook: Logbook::default(),
+            packet_room: Vec::new(),
             draining: false,
         }
     }
@@ -624,7 +627,7 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::Refused { .. } => RefuseReason::DialRefused,
         DialError::TimedOut { .. } => RefuseReason::DialTimeout,
         DialError::Resolve { .. } => RefuseReason::Dns,
-        DialError::Unreachable { .. } => RefuseReason::Unreachable,
+        DialError::Unreachable { .. } | DialError::WrongType { .. } => RefuseReason::Unreachable,
         DialError::Resources { .. } => RefuseReason::Limit,
     }
 }

@@ -30,8 +30,9 @@ impl Switchboard {
 
         let found = self.siblings.find(name, &self.name);
         let pair = UnixStream::pair().and_then(|(ours, theirs)| {
-            let theirs = HostStream::named(theirs.into(), &format!("guest://{}:{guest_port}", self.name))?;
-            Ok((HostStream::named(ours.into(), &target)?, theirs))
+            let caller = format!("guest://{}:{guest_port}", self.name);
+            let theirs = HostStream::new(theirs.into())?.with_peer(caller);
+            Ok((HostStream::new(ours.into())?.with_peer(target.clone()), theirs))
         });
         let reason = match (found, pair) {
             (Some((sibling, from)), Ok((ours, theirs))) => {
