@@ -105,6 +105,7 @@ fn boundaries_pass_in_both_directions() {
     // What says nothing is nothing.
     assert_eq!(s.guest(piece(0, Boundary::None)), Disposition::Consumed);
     s.mux.host_wrote(s.now, id, 121);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, 121))]);
 
     s.mux.host_readable(id);
     assert_eq!(s.poll(), Some(Outgoing::Data { id, limit: GUEST_BUF }));
@@ -190,6 +191,32 @@ fn a_message_that_waits_behind_others_is_not_too_long() {
             boundary: Boundary::None
         }
     );
+    assert_eq!(s.events(), []);
+}
+
+/// Two guests that sent each other messages of up to 256 KiB stood still: behind short messages, of whose room the guest had
+/// not been told, a long one had used up the rest, and what would have freed it was the end that there was no credit for.
+#[test]
+fn the_guest_hears_of_room_when_all_whole_messages_were_taken() {
+    let mut s = scene();
+    let id = established(&mut s);
+    s.guest(piece(100, Boundary::Message));
+    s.guest(piece(OUR_BUF - 100, Boundary::None));
+    s.mux.host_wrote(s.now, id, 99);
+    assert_eq!(
+        s.sent(),
+        [],
+        "the host end takes the rest of it, and that is an occasion"
+    );
+    s.mux.host_wrote(s.now, id, 1);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, 100))]);
+    s.guest(piece(100, Boundary::Message));
+    s.mux.host_wrote(s.now, id, OUR_BUF);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, OUR_BUF + 100))]);
+    // A guest that is not short of room may wait for still more before it begins a message.
+    s.guest(piece(1, Boundary::Message));
+    s.mux.host_wrote(s.now, id, 1);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, OUR_BUF + 101))]);
     assert_eq!(s.events(), []);
 }
 
