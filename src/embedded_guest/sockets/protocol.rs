@@ -48,6 +48,9 @@ enum Ended {
     /// The device reset it in answer to our SHUTDOWN of both directions. What we had said behind that, such as a
     /// CREDIT_UPDATE, may have found no connection: an RST may come for each.
     Closed,
+    /// The device reset it before it said anything else: our RESPONSE may have found no connection, and an RST may come
+    /// for it, once.
+    Withdrawn,
     /// We gave up connecting without a word: RESPONSE or RST may come, once.
     GaveUp,
 }
@@ -72,6 +75,8 @@ pub(super) struct Connection {
     owned: bool,
     /// Why connect() or the connection failed.
     error: Option<io::ErrorKind>,
+    /// The device has said something since its REQUEST, or had none to send.
+    confirmed: bool,
     /// The device reset it, or the session was lost.
     was_reset: bool,
     /// Received and not yet read; never more than `buf_alloc`.
@@ -282,6 +287,7 @@ impl Protocol {
             hashed: true,
             owned: true,
             error: None,
+            confirmed: state == State::Connecting,
             was_reset: false,
             unread: Inbox::new(socket_type),
             in_message: false,

@@ -103,6 +103,7 @@ impl Protocol {
     }
 
     fn handle_established(&mut self, id: usize, op: Option<Op>, header: &Header, payload: &[u8]) {
+        self.connections[id].confirmed |= op != Some(Op::Rst);
         match op {
             Some(Op::Rw) => self.receive(id, payload, header.flags),
             Some(Op::CreditRequest) => self.reply_on(id, Op::CreditUpdate, ShutdownFlags::NONE),
@@ -113,7 +114,8 @@ impl Protocol {
                 c.was_reset = true;
                 let ended = match c.close_deadline {
                     Some(_) => Ended::Closed,
-                    None => Ended::ByPeer,
+                    None if c.confirmed => Ended::ByPeer,
+                    None => Ended::Withdrawn,
                 };
                 self.finish(id, ended);
             }
@@ -175,7 +177,7 @@ impl Protocol {
     fn handle_stray(&mut self, tuple: Tuple, op: Option<Op>, header: &Header) {
         let ended = self.ended.get(&tuple).copied();
         match (op, ended) {
-            (Some(Op::Rst), Some(Ended::Reset | Ended::GaveUp)) => {
+            (Some(Op::Rst), Some(Ended::Reset | Ended::Withdrawn | Ended::GaveUp)) => {
                 self.crossed_resets += 1;
                 // Once may cross, twice is an answer.
                 self.ended.insert(tuple, Ended::ByPeer);

@@ -307,6 +307,31 @@ fn what_we_said_behind_our_shutdown_may_be_answered_with_rst() {
     assert_eq!(p.violations().count(Violation::UnexpectedRst), 1);
 }
 
+/// A guest that was stuck finds a REQUEST and the RST that withdrew it, accepts the one before it looks at the other, and
+/// its RESPONSE comes to nobody.
+#[test]
+fn the_response_to_a_request_that_was_withdrawn_may_be_answered_with_rst() {
+    let mut p = guest();
+    let changed = Arc::new(Condvar::new());
+    p.listen(22, SocketType::Stream, 5, changed.clone()).unwrap();
+    p.handle(&packet(Op::Request as u16, 22, 0), &[]);
+    assert_eq!(deliver(&mut p, Op::Rst, 22, 0), [(Op::Response, 0)]);
+    let id = p.accept(22, &changed).unwrap().unwrap();
+    assert_eq!(read(&mut p, id, 10), Some(0));
+    deliver(&mut p, Op::Rst, 22, 0);
+    assert!(p.violations().is_empty(), "{:?}", p.violations());
+    assert_eq!(p.crossed_resets(), 1);
+    deliver(&mut p, Op::Rst, 22, 0);
+    assert_eq!(p.violations().count(Violation::UnexpectedRst), 1, "once");
+
+    // What the device knew of has no such excuse.
+    p.handle(&packet(Op::Request as u16, 22, 0), &[]);
+    deliver(&mut p, Op::CreditRequest, 22, 0);
+    deliver(&mut p, Op::Rst, 22, 0);
+    deliver(&mut p, Op::Rst, 22, 0);
+    assert_eq!(p.violations().count(Violation::UnexpectedRst), 2);
+}
+
 #[test]
 fn reset_ends_a_stream_and_what_was_received_is_still_read() {
     let mut p = guest();
