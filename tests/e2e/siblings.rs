@@ -39,7 +39,13 @@ fn guests(sidecar: &Sidecar) -> (Sockets, Sockets) {
 #[track_caller]
 fn streams(web: &Sockets, listener: &GuestListener) -> (GuestStream, GuestStream) {
     let client = web.connect_to(5, 7).unwrap();
-    let server = listener.accept_timeout(LONG).unwrap();
+    let server = loop {
+        let server = listener.accept_timeout(LONG).unwrap();
+        // Those whose clients are gone may wait there as well.
+        if server.peer_address() == (3, client.local_port()) {
+            break server;
+        }
+    };
     for stream in [&client, &server] {
         stream.set_read_timeout(Some(LONG));
         stream.set_write_timeout(Some(LONG));
@@ -56,6 +62,7 @@ fn messages(
 ) -> (GuestSeqpacket, GuestSeqpacket) {
     let client = web.connect_seqpacket_to(5, port).unwrap();
     let server = listener.accept_timeout(LONG).unwrap();
+    assert_eq!(server.peer_address(), (3, client.local_port()));
     for socket in [&client, &server] {
         socket.set_read_timeout(Some(LONG));
         socket.set_write_timeout(Some(LONG));
@@ -116,15 +123,24 @@ fn a_stream_between_guests_carries_every_byte_both_ways_at_once_and_half_closes(
     }
 }
 
-/// 10,000 messages of 1 B to 256 KiB each way at once over one connection: every boundary, every mark, every byte.
+/// 10,000 messages of 1 B to 256 KiB each way at once over one connection: every boundary, every mark, every byte. One guest
+/// sends as Linux does, as credit comes; the other waits for credit for all of a message, as a careful driver may.
 #[test]
 fn ten_thousand_messages_cross_each_way_with_boundaries_and_marks_intact() {
     const COUNT: usize = 10_000;
     let sidecar = sidecar(TO_DB, "");
-    let (web, db) = guests(&sidecar);
+    let web = linux(&sidecar.path("web.sock"));
+    let db = guest(
+        &sidecar.path("db.sock"),
+        Profile::qemu(),
+        DriverOptions::default(),
+        SocketOptions {
+            message_credit: MessageCredit::Whole,
+            ..Default::default()
+        },
+    );
     let (client, server) = messages(&web, &db.listen_seqpacket(7).unwrap(), 7);
     assert_eq!(client.peer_address(), (5, 7));
-    assert_eq!(server.peer_address(), (3, client.local_port()));
     let there = Sequence::new(1, 256 * 1024);
     let back = Sequence::new(2, 256 * 1024);
     thread::scope(|scope| {
@@ -282,7 +298,9 @@ fn a_sibling_that_does_not_listen_run_or_know_messages_refuses_in_time() {
     let (client, server) = streams(&web, &listener);
     ping(&client, &server);
     drop((client, server));
-    until_closed([&web, &db]);
+    until("the connection is over", || web.open_connections() == 0);
+    // Its answer to the request that was withdrawn may have met a reset: that is no fault of anybody's.
+    assert!(db.stats().violations.is_empty(), "{:?}", db.stats().violations);
     db.shut_down().unwrap();
     sidecar.until_metric("vsock_session_active", &[("guest", "db")], 0.0);
 
