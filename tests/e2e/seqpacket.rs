@@ -576,6 +576,52 @@ fn types_that_were_not_negotiated_do_not_exist() {
     assert_lawful(&web);
 }
 
+/// From before the VMM is there until its guest listens: the client waits, and its messages with it.
+#[test]
+fn a_client_with_messages_waits_for_a_guest_that_boots() {
+    let sidecar = Sidecar::start(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {socket: \"{dir}/web.sock\"}\n  inbound:\n  \
+         - {name: patient, listen: \"unix://{dir}/in.sock\", socketType: seqpacket, port: 5, waitForGuest: true}\n  \
+         limits: {guestTimeout: 1m}\n",
+    );
+    let connect = || {
+        let client = Packets::connect(&sidecar.path("in.sock"));
+        client.send(b"early");
+        until("the client is known", || {
+            sidecar.state()["guests"][0]["device"]["connections"]
+                .as_array()
+                .is_some_and(|all| all.len() == 1)
+        });
+        client
+    };
+    let client = connect();
+    let web = linux(&sidecar.path("web.sock"));
+    let labels = [("direction", "host_to_guest"), ("op", "request")];
+    until("the guest is asked", || {
+        sidecar.metric("vsock_packets_total", &labels) > 0.0
+    });
+    let listener = web.listen_seqpacket(5).unwrap();
+    let server = patient(listener.accept_timeout(LONG).unwrap());
+    assert_eq!(recv(&server).unwrap(), b"early");
+    drop((client, server));
+    until("the connection is over", || web.open_connections() == 0);
+    assert_lawful(&web);
+    web.shut_down().unwrap();
+    sidecar.until_metric("vsock_session_active", &[], 0.0);
+
+    // One whose driver knows only streams is no guest to wait for.
+    let client = connect();
+    let web = guest(
+        &sidecar.path("web.sock"),
+        Profile::cloud_hypervisor(),
+        DriverOptions::default(),
+        SocketOptions::default(),
+    );
+    assert_eq!(client.recv(), None);
+    until_refused(&sidecar, "unsupported_type");
+    assert_lawful(&web);
+}
+
 /// Sends until nothing goes any more; answers how many messages of `len` bytes went.
 fn send_until_stalled(socket: &GuestSeqpacket, len: usize) -> usize {
     socket.set_write_timeout(Some(Duration::from_millis(200)));
