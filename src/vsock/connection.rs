@@ -304,15 +304,12 @@ impl Connection {
 
     /// Whether the guest should be told of new room although nothing else is to be said.
     ///
-    /// For messages that is as soon as the host end has taken all that are whole, as Linux tells behind every message. The bytes
-    /// of one that has not ended stay here until the guest goes on, and it may be waiting for the last bit of room for that, or
-    /// for room for all of the next: so neither is [`RecvCredit::update_owed`]'s "everything was taken" to be waited for,
-    /// nor may its "short of room" be asked.
-    ///
-    /// [`RecvCredit::update_owed`]: super::credit::RecvCredit::update_owed
+    /// Where there are messages, as soon as all but the unfinished one were taken: nothing else would ever trigger an update,
+    /// and the guest may need all of the window, be it for the rest of that message or, if it waits for room for a whole one,
+    /// for the next.
     pub(super) fn update_owed(&self) -> bool {
-        let whole_taken = self.socket_type == SocketType::Seqpacket && self.recv.held() <= self.message;
-        self.recv.update_owed() || (whole_taken && self.recv.untold() > 0)
+        let drained = self.socket_type == SocketType::Seqpacket && self.recv.held() == self.message;
+        self.recv.update_owed() || (drained && self.recv.news() > 0)
     }
 
     /// Whether bytes of the host socket may go to the guest, credit aside.
