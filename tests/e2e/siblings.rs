@@ -96,6 +96,14 @@ fn a_stream_between_guests_carries_every_byte_both_ways_at_once_and_half_closes(
     let (client, server) = streams(&web, &db.listen(7).unwrap());
     assert_eq!(client.peer_address(), (5, 7));
     assert_eq!(server.peer_address(), (3, client.local_port()));
+    let state = sidecar.state();
+    for (guest, peer) in [
+        (0, "guest://db:7".to_owned()),
+        (1, format!("guest://web:{}", client.local_port())),
+    ] {
+        let connection = &state["guests"][guest]["device"]["connections"][0];
+        assert_eq!(connection["peer"].as_str(), Some(&*peer), "{connection:#}");
+    }
 
     const LEN: u64 = 8 << 20;
     thread::scope(|scope| {
@@ -513,6 +521,139 @@ fn a_sibling_that_goes_is_an_ordinary_end_for_the_other_and_can_come_back() {
     until("all is over", || web.open_connections() == 0);
     sidecar.until_metric("vsock_connections_active", &[], 0.0);
     assert_lawful(&web);
+}
+
+/// Half of it in the other's buffer, half on its way, and its sender is gone: what was whole is received, what was not is not,
+/// and nobody takes that for the end of what there was to say.
+#[test]
+fn a_message_that_its_sender_could_not_finish_is_none() {
+    let sidecar = sidecar(TO_DB, "");
+    let (web, db) = guests(&sidecar);
+    let (client, server) = messages(&web, &db.listen_seqpacket(7).unwrap(), 7);
+    let before = db.stats().received_bytes;
+    client.send(&[1; 200_000]).unwrap();
+    client.send(&[2; 200_000]).unwrap();
+    until("db's buffer is full, in the midst of the second", || {
+        db.stats().received_bytes == before + 256 * 1024
+    });
+    web.kill();
+    sidecar.until_metric("vsock_session_active", &[("guest", "web")], 0.0);
+    assert!(server.recv().unwrap().unwrap().bytes == [1; 200_000]);
+    // All of the second had left its guest: it may arrive, or not.
+    if let Some(second) = server.recv().unwrap() {
+        assert!(second.bytes == [2; 200_000]);
+        assert_eq!(server.recv().unwrap(), None);
+    }
+    drop(server);
+    until("the connection is over", || db.open_connections() == 0);
+
+    // Now its end never leaves the guest.
+    let web = linux(&sidecar.path("web.sock"));
+    let (client, server) = messages(&web, &db.listen_seqpacket(8).unwrap(), 8);
+    client.set_write_timeout(Some(Duration::from_millis(100)));
+    let sent = (0..).take_while(|_| client.send(&[3; 250_000]).is_ok()).count();
+    web.kill();
+    let mut received = 0;
+    while let Some(message) = server.recv().unwrap() {
+        assert!(message.bytes == [3; 250_000]);
+        received += 1;
+    }
+    assert!(received <= sent, "{received} of {sent} that were whole");
+    drop(server);
+    until("the connection is over", || db.open_connections() == 0);
+    let stats = db.stats();
+    assert!(stats.violations.is_empty(), "{:?}", stats.violations);
+}
+
+/// The limit of the guest that is asked is a refusal for the one that asks, and the place is given away again.
+#[test]
+fn a_sibling_takes_no_more_connections_than_its_limit() {
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound: [{TO_DB}]\n\
+         - name: db\n  cid: 5\n  vhostUser: {{socket: \"{{dir}}/db.sock\"}}\n  limits: {{connections: 2}}\n"
+    ));
+    let (web, db) = guests(&sidecar);
+    let listener = db.listen(7).unwrap();
+    let (first, second) = (streams(&web, &listener), streams(&web, &listener));
+    let error = web.connect_to(5, 7).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    for guest in ["web", "db"] {
+        let labels = [("guest", guest), ("reason", "limit")];
+        sidecar.until_metric("vsock_connections_refused_total", &labels, 1.0);
+    }
+    drop(first);
+    sidecar.until_metric("vsock_connections_active", &[("guest", "db")], 1.0);
+    let third = streams(&web, &listener);
+    for (client, server) in [&second, &third] {
+        ping(client, server);
+    }
+    drop((second, third));
+    until_closed([&web, &db]);
+}
+
+/// `limits.buffer` is what each guest is promised, and so the longest message that it may send.
+#[test]
+fn a_message_is_no_longer_than_the_buffer_of_either_guest() {
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound: [{TO_DB}]\n  \
+         limits: {{buffer: 64KiB}}\n- name: db\n  cid: 5\n  vhostUser: {{socket: \"{{dir}}/db.sock\"}}\n"
+    ));
+    let web = linux(&sidecar.path("web.sock"));
+    let db = guest(
+        &sidecar.path("db.sock"),
+        Profile::qemu(),
+        DriverOptions::default(),
+        SocketOptions {
+            buf_alloc: 40_000,
+            ..Default::default()
+        },
+    );
+    let listener = db.listen_seqpacket(7).unwrap();
+    let (client, server) = messages(&web, &listener, 7);
+    let error = client.send(&[0; 65_537]).unwrap_err();
+    let too_long = rustix::io::Errno::MSGSIZE.raw_os_error();
+    assert_eq!(error.raw_os_error(), Some(too_long));
+    client.send(&[1; 40_000]).unwrap();
+    assert_eq!(server.recv().unwrap().unwrap().bytes.len(), 40_000);
+    // Back, the limit is web's buffer, which is the usual one.
+    server.send(&[2; 262_144]).unwrap();
+    assert_eq!(client.recv().unwrap().unwrap().bytes.len(), 262_144);
+    // Longer than db can take, which web cannot know: the connection ends, and does not stop half-way.
+    client.send(&[3; 40_001]).unwrap();
+    assert_eq!(server.recv().unwrap(), None);
+    assert_eq!(client.recv().unwrap(), None);
+    assert!(server.was_reset() && client.was_reset());
+    let labels = [("guest", "db"), ("reason", "message_too_long")];
+    sidecar.until_metric("vsock_connections_closed_total", &labels, 1.0);
+    drop((client, server));
+    until("the connection is over", || {
+        web.open_connections() == 0 && db.open_connections() == 0
+    });
+    for guest in [&web, &db] {
+        let stats = guest.stats();
+        assert!(stats.violations.is_empty(), "{:?}", stats.violations);
+    }
+}
+
+#[test]
+fn a_drain_ends_what_guests_have_with_each_other_in_time() {
+    let mut sidecar = Sidecar::start(&format!(
+        "drain: {{timeout: 500ms}}\nguests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{TO_DB}]\n- name: db\n  cid: 5\n  vhostUser: {{socket: \"{{dir}}/db.sock\"}}\n"
+    ));
+    let (web, db) = guests(&sidecar);
+    let listener = db.listen(7).unwrap();
+    let (client, server) = streams(&web, &listener);
+    ping(&client, &server);
+    sidecar.terminate();
+    let status = sidecar.wait(LONG);
+    assert_eq!(status.code(), Some(0), "{}", sidecar.log_tail());
+    assert_eq!((&client).read(&mut [0]).unwrap(), 0);
+    assert_eq!((&server).read(&mut [0]).unwrap(), 0);
+    for guest in [&web, &db] {
+        let stats = guest.stats();
+        assert!(stats.violations.is_empty(), "{:?}", stats.violations);
+    }
 }
 
 /// The one who dialled goes as well, and while a dial is under way.
