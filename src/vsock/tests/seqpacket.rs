@@ -52,6 +52,7 @@ fn established(s: &mut Scene) -> ConnectionId {
 #[test]
 fn without_the_feature_a_request_is_reset() {
     let mut s = Scene::new();
+    s.mux.set_types(SocketTypes::IMPLIED);
     s.guest(seq(FLOW.sends(Op::Request)));
     assert_eq!(
         s.events(),
@@ -67,6 +68,44 @@ fn without_the_feature_a_request_is_reset() {
     };
     assert_eq!(s.mux.request(s.now, caller), Err(RefuseReason::UnsupportedType));
     s.assert_over();
+}
+
+/// A client that came before the VMM was refused for what nobody had said yet.
+#[test]
+fn a_client_with_messages_may_come_before_the_driver_that_knows_them() {
+    for seqpacket in [true, false] {
+        let mut s = Scene::new();
+        let caller = Caller {
+            socket_type: SocketType::Seqpacket,
+            ..Caller::host(Port(22))
+        };
+        let id = s.mux.request(s.now, caller).unwrap();
+        assert_eq!(s.events(), []);
+        s.mux.set_types(SocketTypes {
+            stream: true,
+            seqpacket,
+        });
+        if seqpacket {
+            let request = &s.sent()[..];
+            assert!(
+                matches!(
+                    request,
+                    [Header {
+                        op: 1,
+                        socket_type: 2,
+                        ..
+                    }]
+                ),
+                "{request:?}"
+            );
+            assert_eq!(s.events(), []);
+        } else {
+            assert_eq!(s.sent(), [], "this driver would not understand");
+            let reason = RefuseReason::UnsupportedType;
+            assert_eq!(s.events(), [Event::Refused { id, reason }]);
+            s.assert_over();
+        }
+    }
 }
 
 #[test]
