@@ -574,7 +574,9 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::Refused { .. } => RefuseReason::DialRefused,
         DialError::TimedOut { .. } => RefuseReason::DialTimeout,
         DialError::Resolve { .. } => RefuseReason::Dns,
-        DialError::Unreachable { .. } | DialError::WrongType { .. } => RefuseReason::Unreachable,
+        DialError::Unreachable { .. } | DialError::WrongType { .. } | DialError::UnsupportedType { .. } => {
+            RefuseReason::Unreachable
+        }
         DialError::Resources { .. } => RefuseReason::Limit,
     }
 }
