@@ -131,6 +131,14 @@ impl HostStream {
         }
     }
 
+    /// The same under another name, where the socket's own says nothing: one end of a pair.
+    pub fn with_peer(self, peer: String) -> HostStream {
+        HostStream {
+            peer: peer.into_boxed_str(),
+            ..self
+        }
+    }
+
     /// Reads what is there; 0 is the end of the peer's stream.
     ///
     /// # Errors
