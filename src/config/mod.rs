@@ -5,10 +5,10 @@
 //!
 //! 1. `source` reads the file: at most 1 MiB of UTF-8.
 //! 2. `document` makes a tree of nodes of the YAML, within a budget, so that aliases cannot multiply it.
-//! 3. `given` reads the types of `schema` from the tree; `values`, `address` and `cidr` hold what a scalar may say. Unknown
-//!    keys, repeated keys and wrong types are gathered here.
-//! 4. `resolve` (with `listeners`) holds the values against each other and fills in what follows from them; `files`
-//!    asks the file system whether the directories of the sockets are there.
+//! 3. `given` reads the types of `schema` from the tree; `values`, `address`, `path` and `cidr` hold what a scalar may say.
+//!    Unknown keys, repeated keys and wrong types are gathered here.
+//! 4. `resolve` holds the values against each other and fills in what follows from them; `files` asks the file system
+//!    whether the directories of the sockets are there.
 //!
 //! What was gathered is a [`ConfigError`]; what is odd but runs is a [`Warning`].
 
@@ -19,7 +19,7 @@ mod document;
 mod effective;
 mod files;
 mod given;
-mod listeners;
+mod path;
 mod resolve;
 mod schema;
 mod source;

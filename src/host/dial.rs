@@ -24,6 +24,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::HostStream;
 use super::connect::{self, Started};
 use super::resolve::{Lookup, Names, SystemResolver};
+use super::stream::Transport;
 use crate::config::{SocketType, Target};
 use crate::sys::readiness::PolledFd;
 
@@ -64,6 +65,19 @@ pub enum DialError {
         target: String,
         /// The system's error.
         source: io::Error,
+    },
+    /// A unix socket of another type than the guest's connection (EPROTOTYPE).
+    #[error(
+        "{target} is a {found} socket and the guest's connection is {wanted}: let the service listen with {wanted}, \
+         or the guest connect with the type of the service"
+    )]
+    WrongType {
+        /// What was dialled.
+        target: String,
+        /// The type of the guest's connection, as socket(2) names it.
+        wanted: &'static str,
+        /// The service's.
+        found: &'static str,
     },
     /// The process is out of file descriptors, memory or local ports.
     #[error("no resources to reach {target}: {source}")]
@@ -188,7 +202,7 @@ enum Waiting {
     /// The answer of a numeric address.
     Answer { socket: Socket, address: SocketAddr },
     /// Room in a unix socket's backlog.
-    Backlog { path: PathBuf },
+    Backlog { path: PathBuf, socket_type: SocketType },
     /// Room in the connected socket for the rest of the greeting.
     Room { stream: HostStream },
 }
@@ -197,11 +211,16 @@ impl Waiting {
     /// Does what can be done without waiting. `Err` is the outcome, good or bad, if that was all.
     fn begin(request: DialRequest<'_>) -> Result<Waiting, DialResult> {
         match Destination::new(request).map_err(Err)? {
-            Destination::Unix { path } => match connect::connect_unix(&path) {
-                Ok(stream) => Err(Ok(stream)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Waiting::Backlog { path }),
-                Err(error) => Err(Err(failure(unix_label(&path), error, request.timeout))),
-            },
+            Destination::Unix { path } => {
+                let socket_type = request.socket_type;
+                match connect::connect_unix(&path, socket_type) {
+                    Ok(stream) => Err(Ok(stream)),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        Ok(Waiting::Backlog { path, socket_type })
+                    }
+                    Err(error) => Err(Err(unix_failure(&path, socket_type, error, request.timeout))),
+                }
+            }
             Destination::Address(address) => match connect::start_tcp(address) {
                 Ok(Started::Connected(stream)) => Err(Ok(stream)),
                 Ok(Started::Pending(socket)) => Ok(Waiting::Answer { socket, address }),
@@ -219,7 +238,7 @@ impl Waiting {
     async fn end(self, names: &Arc<Names>, deadline: Instant, timeout: Duration) -> DialResult {
         match self {
             Waiting::Room { stream } => Ok(stream),
-            Waiting::Backlog { path } => retry_unix(&path, deadline, timeout).await,
+            Waiting::Backlog { path, socket_type } => retry_unix(&path, socket_type, deadline, timeout).await,
             Waiting::Answer { socket, address } => {
                 let label = |_| tcp_label(&address);
                 race(Some((socket, address)), &[], label, deadline, timeout).await
@@ -282,14 +301,14 @@ impl Greeting {
             return Ok(stream);
         }
         let target = stream_label(&stream);
-        let (socket, tcp, peer) = stream.into_parts();
+        let (socket, kind, peer) = stream.into_parts();
         let written = async {
             let socket = PolledFd::new(socket.into(), Interest::WRITABLE)?;
             poll_fn(|cx| socket.poll_when_writable(cx, |fd| self.write_to(fd))).await?;
             Ok(socket.into_inner())
         };
         match timeout_at(deadline, written).await {
-            Ok(Ok(socket)) => Ok(HostStream::configured(socket.into(), tcp, peer)),
+            Ok(Ok(socket)) => Ok(HostStream::configured(socket.into(), kind, peer)),
             Ok(Err(error)) => Err(failure(target, error, timeout)),
             Err(_) => Err(DialError::TimedOut {
                 target,
@@ -348,7 +367,12 @@ async fn race(
 }
 
 /// Tries a unix socket with a full backlog until there is room. No event tells of room, hence the polling.
-async fn retry_unix(path: &Path, deadline: Instant, timeout: Duration) -> DialResult {
+async fn retry_unix(
+    path: &Path,
+    socket_type: SocketType,
+    deadline: Instant,
+    timeout: Duration,
+) -> DialResult {
     let (mut pause, longest) = UNIX_RETRY;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -360,10 +384,10 @@ async fn retry_unix(path: &Path, deadline: Instant, timeout: Duration) -> DialRe
         }
         sleep(pause.min(left)).await;
         pause = (pause * 2).min(longest);
-        match connect::connect_unix(path) {
+        match connect::connect_unix(path, socket_type) {
             Ok(stream) => return Ok(stream),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(failure(unix_label(path), error, timeout)),
+            Err(error) => return Err(unix_failure(path, socket_type, error, timeout)),
         }
     }
 }
@@ -381,6 +405,28 @@ fn address_failure(target: String, address: SocketAddr, error: io::Error, timeou
             source: error,
         },
         _ => failure(target, error, timeout),
+    }
+}
+
+/// What `error` of a connect to a unix socket means.
+fn unix_failure(path: &Path, socket_type: SocketType, error: io::Error, timeout: Duration) -> DialError {
+    let target = unix_label(path);
+    if Errno::from_io_error(&error) != Some(Errno::PROTOTYPE) {
+        return failure(target, error, timeout);
+    }
+    // The kernel says that the types differ, not which the other one is; there are three.
+    let (wanted, other) = match socket_type {
+        SocketType::Stream => ("SOCK_STREAM", "SOCK_SEQPACKET"),
+        SocketType::Seqpacket => ("SOCK_SEQPACKET", "SOCK_STREAM"),
+    };
+    let found = match connect::is_datagram(path) {
+        true => "SOCK_DGRAM",
+        false => other,
+    };
+    DialError::WrongType {
+        target,
+        wanted,
+        found,
     }
 }
 
@@ -407,7 +453,7 @@ fn told_before(error: &DialError) -> u8 {
         DialError::Resources { .. } => 4,
         DialError::Refused { .. } => 3,
         DialError::TimedOut { .. } => 2,
-        DialError::Unreachable { .. } => 1,
+        DialError::Unreachable { .. } | DialError::WrongType { .. } => 1,
         DialError::Resolve { .. } => 0,
     }
 }
@@ -417,9 +463,10 @@ fn tcp_label(target: &impl fmt::Display) -> String {
 }
 
 fn stream_label(stream: &HostStream) -> String {
-    match stream.is_tcp() {
-        true => tcp_label(&stream.peer()),
-        false => unix_label(Path::new(stream.peer())),
+    match stream.transport() {
+        Transport::Tcp => tcp_label(&stream.peer()),
+        Transport::Unix => unix_label(Path::new(stream.peer())),
+        Transport::Vsock => stream.peer().to_owned(),
     }
 }
 
@@ -434,7 +481,7 @@ enum Destination {
     Address(SocketAddr),
     /// Needs one.
     Name { host: String, port: u16 },
-    /// A unix stream socket.
+    /// A unix socket.
     Unix { path: PathBuf },
 }
 

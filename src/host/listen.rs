@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::HostStream;
 use super::handshake::{ConnectLine, Wanted};
-use super::stream::set_tcp_options;
+use super::stream::{Kind, Transport, set_packet_options, set_tcp_options};
 use crate::config::{Cidr, Framing, InboundProtocol, ListenAddress, SocketType};
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::{self, BindError, SocketGuard};
@@ -145,14 +145,16 @@ pub struct Listener {
     address: ListenAddress,
     /// Peers that are let in; empty means all. For TCP only.
     allow: Vec<Cidr>,
+    /// What its clients are.
+    kind: Kind,
     /// Removes the file of a unix socket.
     file: Option<SocketGuard>,
 }
 
 impl Listener {
-    /// Binds and listens. For a unix address a stale socket file is replaced, a live one and what is no socket are not.
-    /// An IPv6 address takes IPv6 clients only.
-    pub fn bind(address: &ListenAddress) -> Result<Listener, ListenError> {
+    /// Binds and listens. For a unix address a stale socket file is replaced, a live one and what is no socket are not;
+    /// it is of the type given, which means nothing to the others: they are streams. An IPv6 address takes IPv6 clients only.
+    pub fn bind(address: &ListenAddress, socket_type: SocketType) -> Result<Listener, ListenError> {
         match address {
             ListenAddress::Tcp(address) => {
                 let (socket, address) = bind_tcp(*address)?;
@@ -160,16 +162,25 @@ impl Listener {
                     socket: socket.into(),
                     address: ListenAddress::Tcp(address),
                     allow: Vec::new(),
+                    kind: Kind::stream(Transport::Tcp),
                     file: None,
                 })
             }
             ListenAddress::Vsock(_) => Err(ListenError::NoVsock),
             ListenAddress::Unix(path) => {
-                let (socket, file) = unix_socket::bind_unix(path, UNIX_MODE)?;
+                let kind = Kind::unix(socket_type);
+                let (socket, file) = match socket_type {
+                    SocketType::Stream => {
+                        let (listener, file) = unix_socket::bind_unix(path, UNIX_MODE)?;
+                        (listener.into(), file)
+                    }
+                    SocketType::Seqpacket => unix_socket::bind_unix_packets(path, UNIX_MODE)?,
+                };
                 Ok(Listener {
-                    socket: socket.into(),
+                    socket,
                     address: address.clone(),
                     allow: Vec::new(),
+                    kind,
                     file: Some(file),
                 })
             }
@@ -203,6 +214,7 @@ impl Listener {
             socket,
             address,
             allow,
+            kind,
             file,
         } = self;
         let socket = PolledFd::new(socket, Interest::READABLE)?;
@@ -225,7 +237,7 @@ impl Listener {
                 () = sleep_until(pause.until.unwrap_or_else(Instant::now)), if pause.until.is_some() => {
                     pause.until = None;
                 }
-                accepted = socket.when_readable(|fd| accept(fd, &address)), if pause.until.is_none() => {
+                accepted = socket.when_readable(|fd| accept(fd, &address, kind)), if pause.until.is_none() => {
                     match accepted {
                         Ok(client) if !client.is_allowed(&allow) => {
                             pause.end(&address);
@@ -292,7 +304,7 @@ fn bind_tcp(address: SocketAddr) -> Result<(Socket, SocketAddr), ListenError> {
 /// An accepted socket.
 struct Client {
     socket: OwnedFd,
-    tcp: bool,
+    kind: Kind,
     /// Where it comes from, if that has an IP address.
     ip: Option<IpAddr>,
     peer: String,
@@ -309,9 +321,9 @@ impl Client {
     /// Closes it at once. By reset: an orderly end would leave a socket in FIN_WAIT or TIME_WAIT for each stranger who knocks.
     fn refuse(self, spec: InboundSpec) -> Rejected {
         let Client {
-            socket, tcp, peer, ..
+            socket, kind, peer, ..
         } = self;
-        HostStream::configured(socket.into(), tcp, String::new()).abort();
+        HostStream::configured(socket.into(), kind, String::new()).abort();
         Rejected {
             rule: spec.rule,
             peer,
@@ -321,12 +333,12 @@ impl Client {
 
     fn incoming(self, spec: InboundSpec, wanted: Wanted) -> Incoming {
         let Client {
-            socket, tcp, peer, ..
+            socket, kind, peer, ..
         } = self;
         Incoming {
             rule: spec.rule,
             port: wanted.port,
-            stream: HostStream::configured(socket.into(), tcp, peer.clone()),
+            stream: HostStream::configured(socket.into(), kind, peer.clone()),
             preface: wanted.preface,
             wants_ok: spec.protocol == InboundProtocol::Connect,
             wait_for_guest: spec.wait_for_guest,
@@ -337,7 +349,7 @@ impl Client {
     }
 }
 
-fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Client> {
+fn accept(listener: BorrowedFd<'_>, address: &ListenAddress, kind: Kind) -> io::Result<Client> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     match address {
         ListenAddress::Tcp(_) => {
@@ -345,7 +357,7 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Clien
             let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
             Ok(Client {
                 socket,
-                tcp: true,
+                kind,
                 ip: peer.map(|peer| peer.ip()),
                 peer: peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.to_string()),
             })
@@ -354,9 +366,12 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Clien
         // Clients of unix sockets have no names; which listener they came by is all there is to say.
         ListenAddress::Unix(path) => {
             let socket = rustix::net::accept_with(listener, flags)?;
+            if kind.packets {
+                set_packet_options(&socket)?;
+            }
             Ok(Client {
                 socket,
-                tcp: false,
+                kind,
                 ip: None,
                 peer: path.display().to_string(),
             })
@@ -454,7 +469,7 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
     let deadline = Instant::now() + spec.handshake_timeout;
     let Client {
         socket,
-        tcp,
+        kind,
         ip,
         peer,
     } = client;
@@ -474,7 +489,7 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
     let socket = socket.into_inner();
     Ok(Client {
         socket,
-        tcp,
+        kind,
         ip,
         peer,
     }

@@ -114,6 +114,8 @@ impl Bench {
                 idle_timeout: Duration::ZERO,
             },
             router: Router::new(vec![rule]),
+            siblings: Default::default(),
+            inbound_rules: 0,
             dialer: Dialer::new(control.handle().clone()),
             metrics: GuestMetrics::detached(&rules, &labels()),
         })
