@@ -80,15 +80,6 @@ pub enum DialError {
         /// The service's.
         found: &'static str,
     },
-    /// The target cannot carry messages.
-    #[error(
-        "{target} carries streams of bytes only and the guest's connection is SOCK_SEQPACKET: let the guest connect with \
-         SOCK_STREAM, or take a target that keeps messages apart"
-    )]
-    UnsupportedType {
-        /// What was dialled.
-        target: String,
-    },
     /// The process is out of file descriptors, memory or local ports.
     #[error("no resources to reach {target}: {source}")]
     Resources {
@@ -111,7 +102,8 @@ pub struct DialRequest<'a> {
     pub first_port: u32,
     /// The port the guest connects to, in the rule's range.
     pub guest_port: u32,
-    /// The type of the guest's connection, and of a unix target's socket.
+    /// The type of the guest's connection, and of a unix target's socket. Others are streams of bytes whatever this says:
+    /// whether they may carry messages, and how, is the caller's to know.
     pub socket_type: SocketType,
     /// The guest.
     pub cid: u32,
@@ -467,7 +459,7 @@ fn told_before(error: &DialError) -> u8 {
         DialError::Resources { .. } => 4,
         DialError::Refused { .. } => 3,
         DialError::TimedOut { .. } => 2,
-        DialError::Unreachable { .. } | DialError::WrongType { .. } | DialError::UnsupportedType { .. } => 1,
+        DialError::Unreachable { .. } | DialError::WrongType { .. } => 1,
         DialError::Resolve { .. } => 0,
     }
 }
@@ -507,7 +499,6 @@ impl Destination {
             target,
             first_port,
             guest_port,
-            socket_type,
             cid,
             ..
         } = request;
@@ -532,10 +523,6 @@ impl Destination {
                         port,
                     },
                 })
-            }
-            Target::Vsock { .. } if socket_type == SocketType::Seqpacket => {
-                let target = target.to_string();
-                Err(DialError::UnsupportedType { target })
             }
             Target::Vsock { cid, port } => {
                 // The highest number stands for any port (VMADDR_PORT_ANY).

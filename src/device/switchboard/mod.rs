@@ -627,9 +627,8 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::Refused { .. } => RefuseReason::DialRefused,
         DialError::TimedOut { .. } => RefuseReason::DialTimeout,
         DialError::Resolve { .. } => RefuseReason::Dns,
-        DialError::Unreachable { .. } | DialError::WrongType { .. } | DialError::UnsupportedType { .. } => {
-            RefuseReason::Unreachable
-        }
+        DialError::Unreachable { .. } => RefuseReason::Unreachable,
+        DialError::WrongType { .. } => RefuseReason::UnsupportedType,
         DialError::Resources { .. } => RefuseReason::Limit,
     }
 }
