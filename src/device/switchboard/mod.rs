@@ -669,7 +669,8 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::Refused { .. } => RefuseReason::DialRefused,
         DialError::TimedOut { .. } => RefuseReason::DialTimeout,
         DialError::Resolve { .. } => RefuseReason::Dns,
-        DialError::Unreachable { .. } | DialError::WrongType { .. } => RefuseReason::Unreachable,
+        DialError::Unreachable { .. } => RefuseReason::Unreachable,
+        DialError::WrongType { .. } => RefuseReason::UnsupportedType,
         DialError::Resources { .. } => RefuseReason::Limit,
     }
 }
