@@ -14,5 +14,6 @@ mod observability;
 mod proxy_header;
 mod reconnect;
 mod shutdown;
+mod sibling_close;
 mod stream;
 mod waiting;
