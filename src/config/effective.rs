@@ -46,6 +46,11 @@ impl From<&Config> for schema::File {
             drain: Given::new(schema::Drain {
                 timeout: Given::new(Period(config.drain_timeout)),
             }),
+            confinement: Given::new(schema::Confinement {
+                no_new_privileges: Given::new(config.confinement.no_new_privileges),
+                seccomp: Given::new(config.confinement.seccomp),
+                landlock: Given::new(config.confinement.landlock),
+            }),
             guests: list(&config.guests),
         }
     }

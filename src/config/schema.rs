@@ -8,7 +8,8 @@ use super::given::Given;
 use super::path::SocketPath;
 use super::values::{AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange};
 use super::{
-    AccessPlatform, Cidr, ListenAddress, LogFormat, ProxyProtocol, SocketType, Target, VhostUserMode,
+    AccessPlatform, Cidr, LandlockMode, ListenAddress, LogFormat, ProxyProtocol, SeccompMode, SocketType, Target,
+    VhostUserMode,
 };
 
 /// How many guests one file may have: each has a thread.
@@ -34,6 +35,9 @@ pub struct File {
     /// What happens on SIGTERM.
     #[serde(default = "Given::<Drain>::default_value")]
     pub drain: Given<Drain>,
+    /// What the process gives up for good before it serves anybody. See docs/confinement.md.
+    #[serde(default = "Given::<Confinement>::default_value")]
+    pub confinement: Given<Confinement>,
     /// The guests, each with a vhost-user socket of its own.
     #[schemars(length(min = 1, max = 256))]
     pub guests: Given<Vec<Given<Guest>>>,
@@ -74,6 +78,28 @@ pub struct Drain {
     #[serde(default = "default_drain_timeout")]
     #[schemars(example = &"25s")]
     pub timeout: Given<Period>,
+}
+
+/// What the process gives up for good before it serves anybody. A kernel that lacks something of it earns a warning, and the
+/// sidecar runs with the rest.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Confinement {
+    /// Whether the process gives up gaining privileges by executing a program (no_new_privs). `false` only together with
+    /// `seccomp: off` and `landlock: off`, which need it.
+    #[serde(default = "default_no_new_privileges")]
+    #[schemars(example = false)]
+    pub no_new_privileges: Given<bool>,
+    /// System calls that the sidecar has no use for. `enforce`: refused, counted and named in the log. `log`: allowed, and
+    /// written to the kernel's log. `off`: allowed.
+    #[serde(default = "default_seccomp")]
+    #[schemars(example = &"log")]
+    pub seccomp: Given<SeccompMode>,
+    /// Files, directories and TCP ports that this file does not name. `enforce`: out of reach. `files`: TCP ports are left
+    /// alone, so that a later configuration may name others without a restart. `off`: nothing is restricted.
+    #[serde(default = "default_landlock")]
+    #[schemars(example = &"files")]
+    pub landlock: Given<LandlockMode>,
 }
 
 /// A guest: a virtual machine whose VMM speaks vhost-user to one socket.
@@ -298,6 +324,16 @@ impl Default for Drain {
     }
 }
 
+impl Default for Confinement {
+    fn default() -> Confinement {
+        Confinement {
+            no_new_privileges: default_no_new_privileges(),
+            seccomp: default_seccomp(),
+            landlock: default_landlock(),
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
@@ -316,6 +352,18 @@ fn default_level() -> Given<LogLevel> {
 
 fn default_drain_timeout() -> Given<Period> {
     Given::new(Period::from_millis(25_000))
+}
+
+fn default_no_new_privileges() -> Given<bool> {
+    Given::new(true)
+}
+
+fn default_seccomp() -> Given<SeccompMode> {
+    Given::new(SeccompMode::Enforce)
+}
+
+fn default_landlock() -> Given<LandlockMode> {
+    Given::new(LandlockMode::Enforce)
 }
 
 fn default_access_platform() -> Given<AccessPlatform> {

@@ -89,6 +89,7 @@ mod commands;
 mod containment;
 mod flow;
 pub mod handle;
+mod lengths;
 mod linger;
 mod logbook;
 mod messages;

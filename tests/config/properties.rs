@@ -174,8 +174,34 @@ fn configurations() -> impl Strategy<Value = config::Config> {
     );
     let guest = (outbound, inbound, limits, any::<bool>());
     let guests = prop::collection::vec(guest, 1..4);
-    (guests, millis(0..=3_600_000), any::<bool>(), 0..3usize).prop_map(
-        |(guests, drain_timeout, text, admin)| {
+    let confinement = prop_oneof![
+        (
+            prop::sample::select(vec![SeccompMode::Enforce, SeccompMode::Log, SeccompMode::Off]),
+            prop::sample::select(vec![
+                LandlockMode::Enforce,
+                LandlockMode::Files,
+                LandlockMode::Off
+            ]),
+        )
+            .prop_map(|(seccomp, landlock)| Confinement {
+                no_new_privileges: true,
+                seccomp,
+                landlock
+            }),
+        Just(Confinement {
+            no_new_privileges: false,
+            seccomp: SeccompMode::Off,
+            landlock: LandlockMode::Off,
+        }),
+    ];
+    (
+        guests,
+        millis(0..=3_600_000),
+        any::<bool>(),
+        0..3usize,
+        confinement,
+    )
+        .prop_map(|(guests, drain_timeout, text, admin, confinement)| {
             let count = guests.len();
             let unix = |name: String| ListenAddress::Unix(format!("/run/{name}").into());
             let guests = guests
@@ -285,10 +311,10 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                     level: "info".to_owned(),
                 },
                 drain_timeout,
+                confinement,
                 guests: guests.collect(),
             }
-        },
-    )
+        })
 }
 
 proptest! {
