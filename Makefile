@@ -8,7 +8,11 @@ TARGET ?= gate
 SECONDS ?= 600
 TOOLS := $(CURDIR)/target/tools
 
+<<<<<<< HEAD
+.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories demo fuzz
+=======
 .PHONY: all setup test unit check fmt clippy doc deny advisories demo fuzz hostile-figures
+>>>>>>> main
 
 all: check
 
@@ -23,6 +27,10 @@ test: setup
 ## unit: the tests that need nothing but Rust
 unit:
 	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test session
+
+## vsock-test: Linux's own tests of vsock between two guests of one sidecar (docs/linux-vsock-test.md), with figures
+vsock-test: setup
+	$(CARGO) test --locked --test vsock_test -- --nocapture
 
 ## check: everything that continuous integration runs
 check: test fmt clippy doc deny

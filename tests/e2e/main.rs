@@ -18,5 +18,6 @@ mod reconnect;
 mod seqpacket;
 mod shutdown;
 mod siblings;
+mod sibling_close;
 mod stream;
 mod waiting;

@@ -7,6 +7,7 @@
 //! `VSOCK_TEST_NO_VM=1` leaves this out, as in `tests/real_guest`.
 
 mod pair;
+mod programs;
 mod suite;
 mod transcript;
 // Made for several tests, each of which uses a part.
@@ -14,6 +15,7 @@ mod transcript;
 #[path = "../vm/mod.rs"]
 mod vm;
 
+use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -47,7 +49,8 @@ fn linux_passes_its_own_tests_between_two_guests_as_documented() {
     in_turn(Pair::start, |pair| {
         for (server, client) in [(B, A), (A, B)] {
             for suite in [DIAG_TEST, VSOCK_TEST, URING_TEST] {
-                run(pair, suite, server, client);
+                let cases = run(pair, suite, server, client);
+                assert_documented(suite, &cases);
             }
         }
         for (server, client) in [(B, A), (A, B)] {
@@ -56,6 +59,33 @@ fn linux_passes_its_own_tests_between_two_guests_as_documented() {
             }
         }
     });
+}
+
+/// Every case is in the document, with this outcome, and no others are.
+fn assert_documented(suite: Suite, cases: &Cases) {
+    // | `PROGRAM` | NUMBER NAME | OUTCOME | ...
+    let document = include_str!("../../docs/linux-vsock-test.md");
+    let of_suite = format!("| `{}` | ", suite.program);
+    let rows = document.lines().filter_map(|line| line.strip_prefix(&of_suite));
+    let documented: BTreeMap<&str, bool> = rows
+        .filter_map(|row| {
+            let mut cells = row.split(" | ");
+            Some((cells.next()?, cells.next()? == "passes"))
+        })
+        .collect();
+    let names: Vec<String> = cases
+        .iter()
+        .map(|(number, case)| format!("{number} {}", case.0))
+        .collect();
+    let seen: BTreeMap<&str, bool> = names
+        .iter()
+        .zip(cases.values())
+        .map(|(name, case)| (name.as_str(), case.1 == Outcome::Passed))
+        .collect();
+    assert_eq!(
+        seen, documented,
+        "cases that pass, seen and in docs/linux-vsock-test.md"
+    );
 }
 
 /// Sends so many bytes with `vsock_perf` and tells how fast they went.

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use vsock_sidecar::demo::vm::text;
 
-use crate::vm::assets::{Assets, add, assets, vsock_test};
+use crate::programs::{add, fetch};
+use crate::vm::assets::{Assets, assets};
 use crate::vm::qemu::{Options, Vm};
 use crate::vm::sidecar::Sidecar;
 use crate::vm::wait_until;
@@ -78,7 +79,7 @@ impl Pair {
     /// A machine for each of these configurations.
     fn boot(guests: &[String], modules: impl Fn(&str) -> bool) -> Pair {
         let mut assets = assets(KERNEL);
-        let (programs, release) = vsock_test(&assets.cache);
+        let (programs, release) = fetch(&assets.cache, KERNEL);
         let programs =
             ["vsock_test", "vsock_diag_test", "vsock_uring_test", "vsock_perf"].map(|p| programs.join(p));
         add(&mut assets, modules, &programs);
