@@ -62,7 +62,7 @@
 
 mod connect;
 pub mod dial;
-mod handshake;
+pub mod handshake;
 pub mod listen;
 pub mod proxy_protocol;
 pub mod resolve;

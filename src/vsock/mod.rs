@@ -92,5 +92,5 @@ mod tests;
 pub use connection::{Connection, ConnectionKey, Origin, State};
 pub use header::{Cid, HEADER_LEN, Header, Op, Port, ShutdownFlags, SocketType};
 pub use misbehavior::Misbehavior;
-pub use muxer::{ConnectionId, Disposition, Event, Muxer, MuxerConfig, NoRoom, Outgoing};
+pub use muxer::{ConnectionId, Disposition, Event, ListLengths, Muxer, MuxerConfig, NoRoom, Outgoing};
 pub use reason::{CloseReason, RefuseReason};
