@@ -11,6 +11,7 @@ mod header;
 mod input;
 mod muxer;
 mod proxy;
+mod rings;
 mod session;
 mod steps;
 
@@ -84,6 +85,8 @@ const TARGETS: &[(&str, fn(&[u8]), u64)] = &[
     ("header", header::run, 2000),
     ("muxer", muxer::run, 1500),
     ("proxy", proxy::run, 1000),
+    ("rx_placement", rings::rx::run, 1500),
+    ("tx_chains", rings::tx::run, 1500),
 ];
 
 /// Every case of a target's corpus with some changes to each, and noise.
@@ -124,6 +127,16 @@ fn a_connect_line_means_the_same_in_any_pieces() {
 #[test]
 fn a_proxy_header_is_what_its_receiver_expects() {
     short_run("proxy");
+}
+
+#[test]
+fn payload_lands_in_the_buffers_of_the_rx_ring_and_nowhere_else() {
+    short_run("rx_placement");
+}
+
+#[test]
+fn packets_of_the_tx_ring_are_what_the_standard_says() {
+    short_run("tx_chains");
 }
 
 #[test]
