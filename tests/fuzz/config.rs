@@ -232,6 +232,8 @@ fn diagnostic(text: &str, found: &Diagnostic) {
     printable(&found.to_string());
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     if let Some((line, column)) = found.position {
+        // YAML's line breaks; in Unicode there are more.
+        let text = text.replace("\r\n", "\n").replace('\r', "\n");
         let lines: Vec<&str> = text.split('\n').collect();
         // A file that ends too early ends behind its last line.
         let at = line.checked_sub(1).map(|at| at as usize);

@@ -107,10 +107,10 @@ impl Entry {
         self.received - self.taken
     }
 
-    /// Bytes that the guest has room for by what it said last.
+    /// Bytes that the guest has room for by what it said last; of more than 1 GiB no use is made.
     pub fn room(&self) -> i64 {
         let in_flight = (self.sent as u32).wrapping_sub(self.peer_fwd_cnt);
-        i64::from(self.peer_buf_alloc) - i64::from(in_flight)
+        i64::from(self.peer_buf_alloc.min(1 << 30)) - i64::from(in_flight)
     }
 
     /// Whether the guest has said the truth, or less, about what it has consumed.
