@@ -194,13 +194,24 @@ impl Ram {
         }
     }
 
-    /// The model gives up to know what was written.
+    /// The model gives up to know what was written, but not where it may have been.
     pub fn believe(&mut self) {
-        for (n, start) in REGIONS.iter().enumerate() {
-            let copy = &mut self.copy[n * REGION..][..REGION];
+        let mut real = vec![0; PAGE as usize];
+        for page in (0..PAGES).map(|page| page * PAGE as usize) {
+            let gpa = REGIONS[page / REGION] + (page % REGION) as u64;
             self.memory
-                .read_slice(copy, GuestAddress(*start))
-                .expect("a region");
+                .read_slice(&mut real, GuestAddress(gpa))
+                .expect("a page");
+            let copy = &mut self.copy[page..][..PAGE as usize];
+            if real != copy {
+                let mut pages = self.pages.iter().flat_map(BTreeMap::values);
+                let writable = pages.any(|page| page.gpa == gpa && page.permission.allows(Access::Write));
+                assert!(
+                    writable || self.pages.is_none(),
+                    "guest page {gpa:#x} may not be written"
+                );
+                copy.copy_from_slice(&real);
+            }
         }
     }
 }

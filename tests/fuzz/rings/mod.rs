@@ -127,7 +127,8 @@ impl Rig {
         let (position, layout) = (self.ring.position(), self.model.layout);
         let translated = self.iotlb.is_some();
         self.ring = ring(layout, position, translated).expect("it was one before");
-        self.model = Model::new(layout, position, translated);
+        let before = std::mem::replace(&mut self.model, Model::new(layout, position, translated));
+        self.model.keep_refusals(&before);
     }
 
     fn kicks(&mut self, input: &mut Input<'_>) {
@@ -211,6 +212,7 @@ impl Rig {
                             continue;
                         }
                     }
+                    self.model.refused |= how == 6;
                     if let Some(iotlb) = &mut self.iotlb {
                         iotlb.answered(miss, how == 6);
                     }
@@ -270,9 +272,10 @@ fn believe(ram: &mut Ram, model: &mut Model, ring: &Ring) {
     let layout = model.layout;
     let position = ring.position();
     assert_eq!(position.next_avail, position.next_used, "invariant 5");
-    let kicks = model.clone();
+    let before = model.clone();
     *model = Model::new(layout, position, false);
-    model.keep_kicks(&kicks);
+    model.keep_kicks(&before);
+    model.keep_refusals(&before);
 }
 
 /// A slice lies in memory, and what it lies in may be accessed so.

@@ -22,10 +22,11 @@ pub enum Chain {
     Good(Vec<Run>, usize),
     /// It goes back unused.
     Bad(&'static str),
-    /// It needs what is not translated: it waits, or it goes back if that was refused, but it is not served.
+    /// It needs what is not translated, and nothing else is wrong with it: it waits.
     Lacks,
-    /// It consists of very many pages, of which neighbours may count as one.
-    Long(Vec<Run>, usize),
+    /// It waits, or it goes back: what it needs is not translated, and was refused perhaps, or more is wrong with it; or it
+    /// consists of very many pages, of which neighbours may count as one.
+    Unclear,
 }
 
 /// Where a ring's areas are.
@@ -59,6 +60,10 @@ pub struct Model {
     avail_idx: u16,
     /// The burst has met an available index that cannot be.
     pub broken: bool,
+    /// Where the chain is that the burst has found to wait.
+    parked: Option<u16>,
+    /// The VMM has refused something at some time.
+    pub refused: bool,
 }
 
 impl Model {
@@ -72,6 +77,8 @@ impl Model {
             kicks_wanted: None,
             avail_idx: 0,
             broken: false,
+            parked: None,
+            refused: false,
         }
     }
 
@@ -118,6 +125,7 @@ impl Model {
     pub fn begin(&mut self, ram: &Ram, areas: &Areas) -> bool {
         self.read_used_idx(ram, areas);
         self.broken = false;
+        self.parked = None;
         match self.look(ram, areas) {
             Some(avail) => {
                 self.avail_idx = avail;
@@ -129,7 +137,7 @@ impl Model {
 
     /// The head of the next chain; it is not taken yet.
     pub fn next_head(&mut self, ram: &Ram, areas: &Areas) -> Option<u16> {
-        if self.broken {
+        if self.broken || self.parked == Some(self.next_avail) {
             return None;
         }
         if self.next_avail == self.avail_idx {
@@ -156,7 +164,7 @@ impl Model {
             lacks: false,
         };
         match walk.table(&areas.desc, usize::from(self.layout.size), head, true) {
-            Err(_) if walk.lacks => return Chain::Lacks,
+            Err(_) if walk.lacks => return Chain::Unclear,
             Err(why) => return Chain::Bad(why),
             Ok(()) => {}
         }
@@ -167,17 +175,29 @@ impl Model {
             lacks,
             ..
         } = walk;
-        if lacks {
+        if lacks && (self.refused || runs.len() > MAX_PIECES) {
+            Chain::Unclear
+        } else if lacks {
             Chain::Lacks
         } else if bytes < HEADER as u64 {
             Chain::Bad("no room for a header")
         } else if runs.len() <= MAX_PIECES {
             Chain::Good(runs, descriptors)
         } else if ram.pages.is_some() {
-            Chain::Long(runs, descriptors)
+            Chain::Unclear
         } else {
             Chain::Bad("too many pieces")
         }
+    }
+
+    /// The next chain waits: nothing comes out of the ring until the burst is over.
+    pub fn park(&mut self) {
+        self.parked = Some(self.next_avail);
+    }
+
+    /// Whether the burst, which is over, has left a chain that waits.
+    pub fn is_parked(&self) -> bool {
+        self.parked == Some(self.next_avail)
     }
 
     /// The chain `head` goes back, the first one that is taken and not used.
@@ -218,6 +238,11 @@ impl Model {
             ram.write(&areas.used, 0, &[1, 0]);
             self.kicks_wanted = Some(false);
         }
+    }
+
+    /// The same ring, or one in its place: what the VMM has said stands.
+    pub fn keep_refusals(&mut self, before: &Model) {
+        self.refused = before.refused;
     }
 
     /// The same ring: what it asked for stands.

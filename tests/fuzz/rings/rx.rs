@@ -56,7 +56,7 @@ impl Held {
     }
 }
 
-/// The model does not know what becomes of a chain that waits.
+/// The model does not know what becomes of every chain that waits.
 struct Unsure;
 
 struct Judge<'a> {
@@ -80,7 +80,11 @@ impl Judge<'_> {
             return Ok(None);
         };
         match self.model.chain(self.ram, self.areas, head, Access::Write) {
-            Chain::Lacks | Chain::Long(..) => return Err(Unsure),
+            Chain::Unclear => return Err(Unsure),
+            Chain::Lacks => {
+                self.model.park();
+                return Ok(None);
+            }
             Chain::Good(runs, descriptors) if !payload || length(&runs) > HEADER => {
                 self.model.next_avail = self.model.next_avail.wrapping_add(1);
                 return Ok(Some(Some((head, runs, descriptors))));
@@ -279,9 +283,13 @@ fn burst(rig: &mut Rig, input: &mut Input<'_>) {
                 judge.give_back();
                 let head = judge.model.next_head(judge.ram, &areas);
                 let chain = head.map(|head| judge.model.chain(judge.ram, &areas, head, Access::Write));
-                unsure |= matches!(chain, Some(Chain::Lacks | Chain::Long(..)));
+                unsure |= chain == Some(Chain::Unclear);
+                if chain == Some(Chain::Lacks) {
+                    judge.model.park();
+                }
                 if !unsure {
-                    assert_eq!(has.ok(), (!judge.model.broken).then_some(head.is_some()));
+                    let expected = chain.is_some_and(|chain| chain != Chain::Lacks);
+                    assert_eq!(has.ok(), (!judge.model.broken).then_some(expected));
                 }
                 // It only looked.
                 judge.model.broken = false;
@@ -311,7 +319,7 @@ fn burst(rig: &mut Rig, input: &mut Input<'_>) {
         match finished {
             Some(Ok(finished)) => {
                 assert!(!model.broken);
-                assert_eq!((finished.used, finished.parked), (used, false));
+                assert_eq!((finished.used, finished.parked), (used, model.is_parked()));
             }
             Some(Err(error)) => assert!(model.broken, "{error}"),
             None => {}

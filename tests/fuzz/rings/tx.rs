@@ -50,7 +50,7 @@ fn burst(rig: &mut Rig, input: &mut Input<'_>) {
     };
     assert!(begins, "an available index that cannot be");
 
-    // The model does not know what becomes of a chain that waits.
+    // The model does not know what becomes of every chain that waits.
     let mut unsure = false;
     let mut faults = 0;
     let mut taken = 0;
@@ -67,7 +67,7 @@ fn burst(rig: &mut Rig, input: &mut Input<'_>) {
         }
         let head = model.next_head(ram, &areas);
         let chain = head.map(|head| model.chain(ram, &areas, head, Access::Read));
-        unsure |= matches!(chain, Some(Chain::Lacks | Chain::Long(..)));
+        unsure |= chain == Some(Chain::Unclear);
         let popped = burst.pop();
         taken += usize::from(popped.is_some());
         assert!(taken <= 2 * 65_536, "invariant 4");
@@ -90,6 +90,11 @@ fn burst(rig: &mut Rig, input: &mut Input<'_>) {
             }
             continue;
         };
+        if chain == Chain::Lacks {
+            assert!(popped.is_none(), "invariant 10: {popped:?}");
+            model.park();
+            continue;
+        }
         model.next_avail = model.next_avail.wrapping_add(1);
         match (popped.expect("there is a chain"), chain) {
             (Ok(packet), Chain::Good(runs, _)) => {
@@ -120,7 +125,7 @@ fn burst(rig: &mut Rig, input: &mut Input<'_>) {
         match finished {
             Some(Ok(finished)) => {
                 assert!(!model.broken);
-                assert_eq!((finished.used, finished.parked), (used, false));
+                assert_eq!((finished.used, finished.parked), (used, model.is_parked()));
             }
             Some(Err(error)) => assert!(model.broken, "{error}"),
             None => {}
