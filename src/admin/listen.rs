@@ -83,6 +83,8 @@ impl AdminServer {
                     let (listener, guard) = bind_unix(path, SOCKET_MODE)?;
                     Bound::Unix(listener, guard)
                 }
+                // The configuration refuses it here.
+                ListenAddress::Vsock(_) => continue,
             });
         }
         Ok(AdminServer {
@@ -127,7 +129,7 @@ fn listen_tcp(address: SocketAddr, all: &[ListenAddress]) -> io::Result<TcpListe
     // `[::]` takes IPv4 as well, unless the configuration has a listener of its own for that port on IPv4.
     let has_ipv4 = |other: &ListenAddress| match other {
         ListenAddress::Tcp(other) => other.is_ipv4() && other.port() == address.port(),
-        ListenAddress::Unix(_) => false,
+        ListenAddress::Unix(_) | ListenAddress::Vsock(_) => false,
     };
     if address.is_ipv6() && address.ip().is_unspecified() && all.iter().any(has_ipv4) {
         socket.set_only_v6(true)?;

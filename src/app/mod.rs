@@ -25,8 +25,8 @@ mod capture;
 mod source;
 
 use crate::admin::{Admin, AdminError, AdminHandle, AdminServer, Readiness};
-use crate::config::{AccessPlatform, Config, Guest, ListenAddress, VhostUserMode};
-use crate::device::{self, Command, DeviceConfig, DeviceHandle, Router, RunningDevice};
+use crate::config::{AccessPlatform, Config, Guest, ListenAddress, Target, VhostUserMode};
+use crate::device::{self, Command, DeviceConfig, DeviceHandle, Router, RunningDevice, Siblings};
 use crate::drain::{self, Drain, Report};
 use crate::guest::RingFault;
 use crate::host::dial::Dialer;
@@ -233,6 +233,27 @@ impl BoundGuest {
     }
 }
 
+/// What all devices share.
+struct Surroundings {
+    dialer: Dialer,
+    siblings: Siblings,
+}
+
+/// The names of the guests whose rules lead to the guest `name`.
+fn callers(guests: &[Guest], name: &str) -> Vec<String> {
+    let leads_there = |guest: &&Guest| {
+        guest
+            .outbound
+            .iter()
+            .any(|rule| matches!(&rule.target, Target::Guest { name: to, .. } if to == name))
+    };
+    guests
+        .iter()
+        .filter(leads_there)
+        .map(|guest| guest.name.clone())
+        .collect()
+}
+
 /// The running program.
 pub struct Sidecar {
     // In the order in which they end.
@@ -264,7 +285,10 @@ impl Sidecar {
         let drain = Drain::new();
         let startup = Readiness::new();
         let starting_up = startup.latch("guests and listeners have started");
-        let dialer = Dialer::new(control.handle.clone());
+        let surroundings = Surroundings {
+            dialer: Dialer::new(control.handle.clone()),
+            siblings: Siblings::default(),
+        };
         let mut sidecar = Sidecar {
             admin: None,
             admin_addresses,
@@ -276,7 +300,8 @@ impl Sidecar {
         };
         let mut views = Vec::with_capacity(bound.len());
         for guest in bound {
-            views.push(sidecar.start_guest(guest, &registry, &dialer)?);
+            let callers = callers(&config.guests, &guest.config.name);
+            views.push(sidecar.start_guest(guest, &callers, &registry, &surroundings)?);
         }
         drop(starting_up);
 
@@ -308,13 +333,17 @@ impl Sidecar {
     fn start_guest(
         &mut self,
         guest: BoundGuest,
+        callers: &[String],
         registry: &Registry,
-        dialer: &Dialer,
+        surroundings: &Surroundings,
     ) -> Result<GuestView, Error> {
         let config = guest.config;
         let rules = RuleNames {
             outbound: config.outbound.iter().map(|rule| rule.name.clone()).collect(),
-            inbound: config.inbound.iter().map(|rule| rule.name.clone()).collect(),
+            // No rule can have a name with a colon.
+            inbound: (config.inbound.iter().map(|rule| rule.name.clone()))
+                .chain(callers.iter().map(|caller| format!("guest://{caller}")))
+                .collect(),
         };
         let metrics = registry.guest(&config.name, &rules, &LABELS);
         let device = device::spawn(DeviceConfig {
@@ -322,11 +351,14 @@ impl Sidecar {
             cid: config.cid,
             limits: config.limits.clone(),
             router: Router::new(config.outbound.clone()),
-            dialer: dialer.clone(),
+            dialer: surroundings.dialer.clone(),
+            siblings: surroundings.siblings.clone(),
+            inbound_rules: config.inbound.len(),
             metrics: Arc::clone(&metrics),
         })
         .map_err(starting("a device thread"))?;
         let handle = device.handle.clone();
+        surroundings.siblings.add(&config.name, handle.clone(), callers);
 
         let watch = NegotiationWatch::new(&guest.session_config);
         let (sampled, gauges, draining) =
@@ -347,6 +379,8 @@ impl Sidecar {
                 protocol: rule.protocol,
                 handshake_timeout: config.limits.guest_timeout,
                 wait_for_guest: rule.wait_for_guest,
+                socket_type: rule.guest_socket_type(),
+                framing: rule.framing,
             };
             self.control.handle.spawn(serve_inbound(
                 listener,

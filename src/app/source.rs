@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::capture::{self, Places};
 use crate::admin::{Answer, CaptureRefused, CaptureRequest, Check, Chunks, Source};
-use crate::config::{InboundProtocol, ListenAddress, Target};
+use crate::config::InboundProtocol;
 use crate::device::{Command, DeviceGauges, DeviceHandle};
 use crate::drain;
 use crate::metrics::{
@@ -120,11 +120,8 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
                 "traffic": traffic(&guest.metrics.outbound, index),
                 "name": rule.name,
                 "ports": [rule.ports.start(), rule.ports.end()],
-                "to": match &rule.target {
-                    Target::Tcp { host, port } if host.contains(':') => format!("tcp://[{host}]:{port}"),
-                    Target::Tcp { host, port } => format!("tcp://{host}:{port}"),
-                    Target::Unix { path } => format!("unix://{path}"),
-                },
+                "cid": rule.cid,
+                "to": rule.target.to_string(),
                 "proxyProtocol": rule.proxy_protocol,
             })
         })
@@ -137,10 +134,7 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
             json!({
                 "traffic": traffic(&guest.metrics.inbound, index),
                 "name": rule.name,
-                "listen": match &rule.listen {
-                    ListenAddress::Tcp(address) => format!("tcp://{address}"),
-                    ListenAddress::Unix(path) => format!("unix://{}", path.display()),
-                },
+                "listen": rule.listen.to_string(),
                 "port": match rule.protocol {
                     InboundProtocol::Plain { port } => Some(port),
                     InboundProtocol::Connect => None,

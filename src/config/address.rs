@@ -66,6 +66,7 @@ impl fmt::Display for ListenAddress {
         match self {
             ListenAddress::Tcp(address) => write!(f, "tcp://{address}"),
             ListenAddress::Unix(path) => write!(f, "unix://{}", path.display()),
+            ListenAddress::Vsock(port) => write!(f, "vsock://{port}"),
         }
     }
 }
@@ -110,7 +111,7 @@ impl Target {
     /// filled in.
     pub(super) fn check_length(&self, last_port: u32, cid: Option<u32>) -> Result<(), Refusal> {
         match self {
-            Target::Tcp { .. } => Ok(()),
+            Target::Tcp { .. } | Target::Vsock { .. } | Target::Guest { .. } => Ok(()),
             Target::Unix { path } => {
                 // Without a readable CID the shortest stands in: that mistake is reported already.
                 let cid = cid.unwrap_or(3).to_string();
@@ -130,6 +131,12 @@ impl fmt::Display for Target {
             Target::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
             Target::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
             Target::Unix { path } => write!(f, "unix://{path}"),
+            Target::Vsock { cid, port } => write!(f, "vsock://{cid}:{port}"),
+            Target::Guest { name, port: None } => write!(f, "guest://{name}"),
+            Target::Guest {
+                name,
+                port: Some(port),
+            } => write!(f, "guest://{name}:{port}"),
         }
     }
 }

@@ -56,7 +56,7 @@ impl Cidr {
     pub(super) fn check_list(ranges: &[Cidr], listen: &ListenAddress) -> Result<(), Refusal> {
         let listen = match listen {
             ListenAddress::Tcp(listen) => listen,
-            ListenAddress::Unix(_) => {
+            ListenAddress::Unix(_) | ListenAddress::Vsock(_) => {
                 return Err(Refusal::new(
                     "clients of a unix socket have no IP addresses to allow",
                     "remove `allow`: who may connect is a matter of the permissions of the socket (owner and group, 0660) and \

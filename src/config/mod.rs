@@ -168,6 +168,9 @@ pub enum VhostUserMode {
     Client,
 }
 
+/// The CID that stands for the host (VMADDR_CID_HOST).
+pub const HOST_CID: u32 = 2;
+
 /// A rule that lets the guest connect to a target.
 #[derive(Clone, PartialEq, Debug)]
 pub struct OutboundRule {
@@ -175,10 +178,36 @@ pub struct OutboundRule {
     pub name: String,
     /// Ports of the guest's connect(), never 0.
     pub ports: RangeInclusive<u32>,
+    /// The CID that the guest addresses: 2 (the host), or the sibling's when the target is a guest, unless the file says
+    /// otherwise.
+    pub cid: u32,
     /// Where connections go.
     pub target: Target,
     /// What the target gets ahead of the guest's bytes, if anything.
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// How SEQPACKET messages travel on a stream of bytes. None: SEQPACKET is refused where the target is TCP.
+    pub framing: Option<Framing>,
+    /// Connections of this rule at once; none: as many as the guest's limit lets through.
+    pub connections: Option<usize>,
+}
+
+/// How messages travel on a stream of bytes: each behind its length, a `u32` in network byte order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Framing {
+    /// Longest message, in bytes, in either direction.
+    pub max_message: u32,
+}
+
+/// A type of vsock connection, and of the unix socket at its host end.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum SocketType {
+    /// A stream of bytes (SOCK_STREAM).
+    #[default]
+    Stream,
+    /// Messages with boundaries (SOCK_SEQPACKET).
+    Seqpacket,
 }
 
 /// How a target is told on whose behalf it was dialled.
@@ -206,6 +235,20 @@ pub enum Target {
         /// Absolute path, possibly with placeholders.
         path: String,
     },
+    /// An address of AF_VSOCK as this host sees it: `vsock://CID:PORT`. Ranges keep their offset, as with TCP.
+    Vsock {
+        /// Context identifier.
+        cid: u32,
+        /// Port of the first guest port.
+        port: u32,
+    },
+    /// Another guest of this sidecar: `guest://NAME` or `guest://NAME:PORT`.
+    Guest {
+        /// Its name in the file.
+        name: String,
+        /// Port of the first guest port, ranges keep their offset; none: the port that the guest asked for.
+        port: Option<u32>,
+    },
 }
 
 /// A rule that lets clients of a listener connect to the guest.
@@ -221,6 +264,22 @@ pub struct InboundRule {
     pub protocol: InboundProtocol,
     /// Clients wait for a guest that does not listen yet, until [`Limits::guest_timeout`].
     pub wait_for_guest: bool,
+    /// The type of a unix listener's socket. Seqpacket: the guest gets SEQPACKET connections.
+    pub socket_type: SocketType,
+    /// Set: clients speak in frames on a stream of bytes, and the guest gets SEQPACKET connections.
+    pub framing: Option<Framing>,
+    /// Connections of this rule at once; none: as many as the guest's limit lets through.
+    pub connections: Option<usize>,
+}
+
+impl InboundRule {
+    /// The type of the connections that the guest gets.
+    pub fn guest_socket_type(&self) -> SocketType {
+        match self.framing {
+            Some(_) => SocketType::Seqpacket,
+            None => self.socket_type,
+        }
+    }
 }
 
 /// How an inbound connection finds its guest port.
@@ -242,6 +301,8 @@ pub enum ListenAddress {
     Tcp(SocketAddr),
     /// `unix:///path`, absolute.
     Unix(PathBuf),
+    /// `vsock://PORT`: AF_VSOCK, any CID of this host.
+    Vsock(u32),
 }
 
 /// Bounds of one guest.

@@ -222,8 +222,11 @@ impl Resolver<'_, '_> {
                 Some(OutboundRule {
                     name: name?,
                     ports: ports?,
+                    cid: super::HOST_CID,
                     target: target?,
                     proxy_protocol: proxy_protocol?,
+                    framing: None,
+                    connections: None,
                 })
             })
             .collect();
@@ -391,6 +394,9 @@ impl Resolver<'_, '_> {
                     allow: allow?,
                     protocol: protocol?,
                     wait_for_guest: wait_for_guest?,
+                    socket_type: super::SocketType::Stream,
+                    framing: None,
+                    connections: None,
                 })
             })
             .collect();
@@ -520,6 +526,7 @@ impl Resolver<'_, '_> {
                 }
             }
             ListenAddress::Unix(path) => self.claim_unix(path, at),
+            ListenAddress::Vsock(_) => {}
         }
         Some(address.clone())
     }

@@ -10,10 +10,11 @@ use crate::guest::{Finished, RingError, RingFault, RingPosition, RxBurst, TxBurs
 use crate::metrics::{Direction, QUEUE_LABELS};
 use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::readv;
-use crate::vsock::{Disposition, HEADER_LEN, Header, Op, Outgoing, SocketType};
+use crate::vsock::{Boundary, ConnectionId, Disposition, HEADER_LEN, Header, Op, Outgoing};
 
 use super::captures::Captures;
 use super::handle::DeviceEvent;
+use super::messages::Wire;
 use super::reports::Reports;
 use super::switchboard::{Gather, ReadOutcome, Switchboard};
 use super::{Device, Hold, RX, RunningRing, TX, budget};
@@ -249,7 +250,7 @@ fn take_burst(
         }
         match switchboard.muxer.handle_packet(now, &header, packet.payload_len) {
             Disposition::Consumed => {}
-            Disposition::Payload { id, len } => {
+            Disposition::Payload { id, len, boundary } => {
                 switchboard
                     .metrics
                     .payload(Direction::GuestToHost, header.socket_type, u64::from(len));
@@ -260,6 +261,9 @@ fn take_burst(
                         // An empty list has room for one.
                         let _ = gather.slices.push(&slice);
                     }
+                }
+                if boundary.is_end() {
+                    switchboard.end_message(now, &mut gather, boundary);
                 }
             }
         }
@@ -349,7 +353,15 @@ fn give_burst(
                     }
                     Ok(room) => room,
                 };
-                packets += give_data(&mut burst, switchboard, captures, now, id, most.min(room))?;
+                let most = most.min(room);
+                if !switchboard.has_messages(id) {
+                    packets += give_data(&mut burst, switchboard, captures, now, id, most)?;
+                    continue;
+                }
+                match give_message(&mut burst, switchboard, captures, now, id, most)? {
+                    Some(given) => packets += given,
+                    None => break Given::NoBuffers,
+                }
             }
         }
     };
@@ -366,25 +378,107 @@ fn give_burst(
     })
 }
 
+/// The header of an RW packet with `len` bytes, which announces credit as of now and is counted as sent by what follows it.
+fn data_header(
+    switchboard: &mut Switchboard,
+    id: ConnectionId,
+    len: u32,
+    boundary: Boundary,
+) -> [u8; HEADER_LEN] {
+    let socket_type = switchboard.socket_type(id);
+    switchboard
+        .metrics
+        .packet(Direction::HostToGuest, Op::Rw as u16, socket_type);
+    switchboard
+        .muxer
+        .data_header(id, len, boundary)
+        .map_or([0; HEADER_LEN], |header| header.encode())
+}
+
+/// Fills reserved buffers with up to `most` bytes of the next message of a connection's host end; tells how many packets that
+/// made. `None`: the message is empty and there is no buffer for its one packet, it stays the next.
+fn give_message(
+    burst: &mut RxBurst<'_, '_>,
+    switchboard: &mut Switchboard,
+    captures: &mut Captures,
+    now: Instant,
+    id: ConnectionId,
+    most: usize,
+) -> Result<Option<usize>, RingError> {
+    let (Some((message, left)), Some(wire)) = (switchboard.next_message(now, id), switchboard.wire(id))
+    else {
+        burst.give_back();
+        return Ok(Some(0));
+    };
+    if left == 0 {
+        let header = data_header(switchboard, id, 0, message.boundary());
+        if !burst.control(&header)? {
+            switchboard.muxer.host_readable(id);
+            return Ok(None);
+        }
+        if captures.is_on() {
+            captures.record(Direction::HostToGuest, &header, 0, |_| 0);
+        }
+        switchboard.packet_given(now, id, 0);
+        return Ok(Some(1));
+    }
+    let most = most.min(left as usize);
+    let boundary = |end: usize| match end < left as usize {
+        true => Boundary::None,
+        false => message.boundary(),
+    };
+    let mut at = 0;
+    if wire == Wire::Packets {
+        let bytes = switchboard.packet_left(id);
+        let bytes = bytes.get(..most.min(bytes.len())).unwrap_or_default();
+        let n = burst.fill(bytes);
+        // Where it is will be gone when it is asked for.
+        let kept = captures.is_on().then(|| bytes.to_vec());
+        let packets = burst.commit(0, |len| {
+            let header = data_header(switchboard, id, len, boundary(at + len as usize));
+            if let Some(kept) = &kept {
+                let rest = kept.get(at..).unwrap_or_default();
+                captures.record(Direction::HostToGuest, &header, len, |mut into| {
+                    into.write(rest).unwrap_or_default()
+                });
+            }
+            at += len as usize;
+            header
+        })?;
+        switchboard.packet_given(now, id, n as u32);
+        return Ok(Some(packets));
+    }
+    let mut list = IoVecs::new();
+    let asked = burst.push_payload(&mut list, most);
+    let outcome = switchboard.read(now, id, asked, |stream| readv(stream.as_fd(), &list));
+    let ReadOutcome::Bytes(n) = outcome else {
+        burst.give_back();
+        return Ok(Some(0));
+    };
+    switchboard.message_given(id, n);
+    let packets = burst.commit(n as usize, |len| {
+        let header = data_header(switchboard, id, len, boundary(at + len as usize));
+        if captures.is_on() {
+            captures.record(Direction::HostToGuest, &header, len, |into| {
+                list.copy_to(at, into)
+            });
+        }
+        at += len as usize;
+        header
+    })?;
+    Ok(Some(packets))
+}
+
 /// Fills reserved buffers with up to `most` bytes of a connection's host end; tells how many packets that made.
 fn give_data(
     burst: &mut RxBurst<'_, '_>,
     switchboard: &mut Switchboard,
     captures: &mut Captures,
     now: Instant,
-    id: crate::vsock::ConnectionId,
+    id: ConnectionId,
     most: usize,
 ) -> Result<usize, RingError> {
-    // Headers announce credit as of now, and are counted as sent by what follows them.
-    let header = |switchboard: &mut Switchboard, len: u32| -> [u8; HEADER_LEN] {
-        switchboard
-            .metrics
-            .packet(Direction::HostToGuest, Op::Rw as u16, SocketType::Stream as u16);
-        switchboard
-            .muxer
-            .data_header(id, len)
-            .map_or([0; HEADER_LEN], |header| header.encode())
-    };
+    let header = |switchboard: &mut Switchboard, len: u32| data_header(switchboard, id, len, Boundary::None);
     if let Some(preface) = switchboard.preface(id) {
         let bytes = preface.get(..most.min(preface.len())).unwrap_or_default();
         let n = burst.fill(bytes);

@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use crate::guest::{Ring, RingError, RingParts, RingPosition};
 use crate::metrics::QUEUE_LABELS;
+use crate::vsock::SocketTypes;
 
 use super::handle::Command;
 use super::{Device, Hold, QUEUES, RX, RunningRing, TX, budget, token};
@@ -76,6 +77,16 @@ impl Device {
                 self.flush_translations();
                 let _ = done.send(());
             }
+            Command::SetTypes {
+                stream,
+                seqpacket,
+                done,
+            } => {
+                self.switchboard
+                    .muxer
+                    .set_types(SocketTypes { stream, seqpacket });
+                let _ = done.send(());
+            }
             Command::StartQueue { index, parts, done } => {
                 let _ = done.send(self.start_queue(now, index, parts));
             }
@@ -132,10 +143,12 @@ impl Device {
                 self.translation.end_session(&self.switchboard.metrics.iotlb);
                 self.reports.forget();
                 self.switchboard.session_ended(now);
+                self.switchboard.muxer.set_types(SocketTypes::IMPLIED);
                 self.ram = None;
                 let _ = done.send(());
             }
             Command::Incoming(incoming) => self.switchboard.handle_incoming(now, incoming),
+            Command::Sibling(request) => self.switchboard.handle_sibling(now, *request),
             Command::Dialed { token, result, took } => {
                 self.switchboard.handle_dialed(now, token, result, took)
             }
@@ -273,6 +286,7 @@ impl Device {
 fn is_of_session(command: &Command) -> bool {
     match command {
         Command::SetMemory { .. }
+        | Command::SetTypes { .. }
         | Command::StartQueue { .. }
         | Command::StopQueue { .. }
         | Command::SetCall { .. }
@@ -283,6 +297,7 @@ fn is_of_session(command: &Command) -> bool {
         | Command::MissAnswered { .. }
         | Command::EndSession { .. } => true,
         Command::Incoming(_)
+        | Command::Sibling(_)
         | Command::Dialed { .. }
         | Command::Capture { .. }
         | Command::Snapshot(_)

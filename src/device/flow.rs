@@ -7,6 +7,9 @@ use crate::host::{HostStream, SpillBuf};
 use crate::metrics::{Direction, GuestMetrics, RuleMetrics};
 use crate::vsock::ConnectionId;
 
+use super::messages::Messages;
+use super::sibling::SiblingAnswer;
+
 /// Which rule allowed a connection. `None` as index: no rule did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct RuleRef {
@@ -62,6 +65,10 @@ pub(super) struct Flow {
     pub(super) end: HostEnd,
     /// Guest bytes the socket did not take; bounded by `buf_alloc` (invariant 1 of the law).
     pub(super) spill: SpillBuf,
+    /// What becomes of messages; none: its bytes are a stream.
+    pub(super) messages: Option<Box<Messages>>,
+    /// The guest that asked for this connection and waits for what this guest says.
+    pub(super) asked_by: Option<Box<SiblingAnswer>>,
     /// Bytes a client sent together with its CONNECT line, to be sent before the socket's.
     pub(super) preface: Vec<u8>,
     /// How many bytes of `preface` have been sent.
@@ -105,6 +112,15 @@ impl Flow {
     /// that was to be told OK first.
     pub(super) fn left_bytes(&self) -> bool {
         !self.wants_ok && self.stream().is_some_and(HostStream::has_bytes)
+    }
+
+    /// Whether bytes or messages of the guest wait for the socket.
+    pub(super) fn holds_back(&self) -> bool {
+        !self.spill.is_empty()
+            || self
+                .messages
+                .as_ref()
+                .is_some_and(|messages| messages.outbox.has_whole())
     }
 
     /// Bytes of the preface still to be sent.

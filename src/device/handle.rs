@@ -11,6 +11,7 @@ use crate::guest::{GuestRam, Mapping, Miss, RingError, RingParts, RingPosition};
 use crate::host::dial::DialResult;
 use crate::host::listen::Incoming;
 
+use super::sibling::SiblingRequest;
 use super::snapshot::DeviceSnapshot;
 
 /// The answer of a command.
@@ -23,6 +24,15 @@ pub enum Command {
         /// The new memory; `None` when the session has none any more.
         ram: Option<GuestRam>,
         /// Answered when the old memory is no longer in use.
+        done: Reply<()>,
+    },
+    /// What types of connection the driver knows (features STREAM, SEQPACKET and NO_IMPLIED_STREAM).
+    SetTypes {
+        /// Streams.
+        stream: bool,
+        /// SEQPACKET.
+        seqpacket: bool,
+        /// Answered when connections of another type are refused.
         done: Reply<()>,
     },
     /// Run a ring.
@@ -95,6 +105,8 @@ pub enum Command {
     },
     /// A client of an inbound rule.
     Incoming(Incoming),
+    /// Another guest of this sidecar wants a connection.
+    Sibling(Box<SiblingRequest>),
     /// A dial ended.
     Dialed {
         /// What the device called it.

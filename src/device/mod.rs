@@ -88,8 +88,10 @@ mod flow;
 pub mod handle;
 mod linger;
 mod logbook;
+mod messages;
 mod reports;
 mod router;
+pub mod sibling;
 pub mod snapshot;
 mod switchboard;
 mod token;
@@ -97,6 +99,7 @@ mod translation;
 
 pub use handle::{Command, DeviceEvent, DeviceGone, DeviceHandle};
 pub use router::Router;
+pub use sibling::Siblings;
 pub use snapshot::DeviceSnapshot;
 
 use captures::Captures;
@@ -129,6 +132,10 @@ pub struct DeviceConfig {
     pub router: Router,
     /// Reaches targets.
     pub dialer: Dialer,
+    /// The other guests of the sidecar.
+    pub siblings: Siblings,
+    /// How many inbound rules there are. Behind their metrics stand those of guests that may dial this one ([`Siblings::add`]).
+    pub inbound_rules: usize,
     /// What is counted.
     pub metrics: Arc<GuestMetrics>,
 }
@@ -279,6 +286,8 @@ impl Device {
             metrics: config.metrics,
             router: config.router,
             dialer: config.dialer,
+            siblings: config.siblings,
+            inbound_rules: config.inbound_rules,
             dial_timeout: config.limits.connect_timeout,
             buf_alloc: config.limits.buffer,
             max_lingering: config.limits.connections,

@@ -15,15 +15,12 @@ impl Router {
         Router { rules }
     }
 
-    /// The rule for a port and its position. Only the host has ports that rules speak of.
+    /// The rule for an address and its position.
     pub fn route(&self, cid: Cid, port: u32) -> Option<(usize, &OutboundRule)> {
-        if cid != Cid::HOST {
-            return None;
-        }
         self.rules
             .iter()
             .enumerate()
-            .find(|(_, rule)| rule.ports.contains(&port))
+            .find(|(_, rule)| Cid(u64::from(rule.cid)) == cid && rule.ports.contains(&port))
     }
 }
 
@@ -36,12 +33,15 @@ mod tests {
     fn the_first_match_wins() {
         let rule = |ports, port| OutboundRule {
             name: String::new(),
+            cid: 2,
             ports,
             target: Target::Tcp {
                 host: "h".into(),
                 port,
             },
             proxy_protocol: None,
+            framing: None,
+            connections: None,
         };
         let router = Router::new(vec![rule(10..=10, 1), rule(5..=20, 100)]);
         let route = |cid, port| router.route(cid, port).map(|(i, _)| i);
@@ -49,5 +49,7 @@ mod tests {
         assert_eq!(route(Cid::HOST, 11), Some(1));
         assert_eq!(route(Cid::HOST, 21), None);
         assert_eq!(route(Cid(3), 10), None, "another guest's port");
+        // The upper 32 bits are reserved: they make it another address, not this one.
+        assert_eq!(route(Cid(2 | 1 << 32), 10), None);
     }
 }

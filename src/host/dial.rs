@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::HostStream;
 use super::connect::{self, Started};
 use super::resolve::{Lookup, Names, SystemResolver};
-use crate::config::Target;
+use crate::config::{SocketType, Target};
 use crate::sys::readiness::PolledFd;
 
 /// First and longest pause between attempts at a unix socket whose backlog is full.
@@ -87,6 +87,8 @@ pub struct DialRequest<'a> {
     pub first_port: u32,
     /// The port the guest connects to, in the rule's range.
     pub guest_port: u32,
+    /// The type of the guest's connection, and of a unix target's socket.
+    pub socket_type: SocketType,
     /// The guest.
     pub cid: u32,
     /// Bytes that the target gets ahead of all others; a dial has not succeeded before its socket has taken them. Mostly none.
@@ -468,6 +470,10 @@ impl Destination {
                     },
                 })
             }
+            Target::Vsock { .. } | Target::Guest { .. } => Err(DialError::Unreachable {
+                target: target.to_string(),
+                source: io::ErrorKind::Unsupported.into(),
+            }),
             Target::Unix { path } => {
                 let path = path
                     .replace("{port}", &guest_port.to_string())

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use super::HostStream;
 use super::handshake::{ConnectLine, Wanted};
 use super::stream::set_tcp_options;
-use crate::config::{Cidr, InboundProtocol, ListenAddress};
+use crate::config::{Cidr, Framing, InboundProtocol, ListenAddress, SocketType};
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::{self, BindError, SocketGuard};
 
@@ -53,6 +53,10 @@ pub struct Incoming {
     pub wants_ok: bool,
     /// Whether it waits for a guest that does not listen yet.
     pub wait_for_guest: bool,
+    /// The type of the connection that the guest gets.
+    pub socket_type: SocketType,
+    /// Set: the client's messages come in frames on a stream of bytes.
+    pub framing: Option<Framing>,
     /// The client, for the log: an address, or a unix path.
     pub peer: String,
 }
@@ -79,6 +83,10 @@ pub struct InboundSpec {
     pub handshake_timeout: Duration,
     /// Whether clients wait for a guest that does not listen yet.
     pub wait_for_guest: bool,
+    /// The type of the connections that the guest gets.
+    pub socket_type: SocketType,
+    /// Set: the client's messages come in frames on a stream of bytes.
+    pub framing: Option<Framing>,
 }
 
 /// Why a listener could not be bound. Every message names the address and what to do.
@@ -114,6 +122,9 @@ pub enum ListenError {
         /// The system's words.
         source: io::Error,
     },
+    /// Not built yet.
+    #[error("cannot listen on AF_VSOCK")]
+    NoVsock,
     /// Anything else.
     #[error("cannot {action} tcp://{address}: {source}")]
     Io {
@@ -152,6 +163,7 @@ impl Listener {
                     file: None,
                 })
             }
+            ListenAddress::Vsock(_) => Err(ListenError::NoVsock),
             ListenAddress::Unix(path) => {
                 let (socket, file) = unix_socket::bind_unix(path, UNIX_MODE)?;
                 Ok(Listener {
@@ -318,6 +330,8 @@ impl Client {
             preface: wanted.preface,
             wants_ok: spec.protocol == InboundProtocol::Connect,
             wait_for_guest: spec.wait_for_guest,
+            socket_type: spec.socket_type,
+            framing: spec.framing,
             peer,
         }
     }
@@ -336,6 +350,7 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Clien
                 peer: peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.to_string()),
             })
         }
+        ListenAddress::Vsock(_) => Err(io::ErrorKind::Unsupported.into()),
         // Clients of unix sockets have no names; which listener they came by is all there is to say.
         ListenAddress::Unix(path) => {
             let socket = rustix::net::accept_with(listener, flags)?;
@@ -507,6 +522,7 @@ impl fmt::Display for Shown<'_> {
         match self.0 {
             ListenAddress::Tcp(address) => write!(f, "tcp://{address}"),
             ListenAddress::Unix(path) => write!(f, "unix://{}", path.display()),
+            ListenAddress::Vsock(port) => write!(f, "vsock://{port}"),
         }
     }
 }

@@ -70,4 +70,4 @@ mod spill;
 mod stream;
 
 pub use spill::{Flush, SpillBuf, SpillFull};
-pub use stream::HostStream;
+pub use stream::{HostStream, Packet};

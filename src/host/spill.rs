@@ -132,6 +132,14 @@ impl SpillBuf {
         Flush { written, error: None }
     }
 
+    /// The oldest `n` bytes held, or all of them, in the (up to) two pieces in which they lie in the ring.
+    pub fn front(&self, n: usize) -> [&[u8]; 2] {
+        let [first, second] = self.filled();
+        let here = n.min(first.len());
+        let there = (n - here).min(second.len());
+        [&first[..here], &second[..there]]
+    }
+
     /// Bytes held.
     pub fn len(&self) -> usize {
         self.len
@@ -193,8 +201,8 @@ impl SpillBuf {
         self.head = 0;
     }
 
-    /// Forgets the oldest `n` bytes.
-    fn consume(&mut self, n: usize) {
+    /// Forgets the oldest `n` bytes; all of them, if there are fewer.
+    pub fn consume(&mut self, n: usize) {
         let n = n.min(self.len);
         self.len -= n;
         self.head += n;
@@ -369,6 +377,7 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(content(&spill), &model[..]);
+                prop_assert_eq!(spill.front(model.len() / 2).concat(), &model[..model.len() / 2]);
                 prop_assert_eq!(spill.room(), limit - model.len());
                 prop_assert!(spill.capacity() <= limit);
                 prop_assert_eq!(spill.capacity() == 0, model.is_empty());

@@ -56,6 +56,15 @@ impl HostStream {
         }
     }
 
+    /// Takes a connected socket of a pair, whose peer has no name that a log could show.
+    ///
+    /// # Errors
+    /// As [`HostStream::new`].
+    pub fn named(socket: Socket, peer: &str) -> io::Result<HostStream> {
+        socket.set_nonblocking(true)?;
+        Ok(HostStream::configured(socket, false, peer.to_owned()))
+    }
+
     /// Reads what is there; 0 is the end of the peer's stream.
     ///
     /// # Errors
@@ -83,6 +92,19 @@ impl HostStream {
             rustix::net::sendmsg(&self.socket, from, &mut no_descriptors, SendFlags::NOSIGNAL)
         })
         .map_err(io::Error::from)
+    }
+
+    /// Sends a message to a packet socket: whole, or not at all.
+    pub fn send_packet(&self, from: &[IoSlice<'_>]) -> io::Result<()> {
+        self.write(from).map(|_| ())
+    }
+
+    /// Takes the next message of a packet socket, of at most `most` bytes.
+    pub fn receive_packet(&self, into: &mut Vec<u8>, most: usize) -> io::Result<Packet> {
+        into.resize(most, 0);
+        let n = self.read(into)?;
+        into.truncate(n);
+        Ok(if n == 0 { Packet::End } else { Packet::Message })
     }
 
     /// Ends our half of the stream: the peer reads the end after all that was written.
@@ -151,6 +173,20 @@ impl AsRawFd for HostStream {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
+}
+
+/// What [`HostStream::receive_packet`] found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Packet {
+    /// A message, whole.
+    Message,
+    /// A message longer than asked for.
+    TooLong {
+        /// Its length in bytes.
+        len: usize,
+    },
+    /// The peer sends nothing more.
+    End,
 }
 
 /// TCP_NODELAY and keep-alive. Accepted sockets inherit both from their listener (tcp(7); a test holds it), so that

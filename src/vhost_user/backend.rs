@@ -16,6 +16,7 @@ use crate::guest::{GuestRam, Memory};
 
 use super::features::{
     Features, VHOST_F_LOG_ALL, VIRTIO_F_ACCESS_PLATFORM, offered_features, offered_protocol_features,
+    socket_types,
 };
 use super::link::{DeviceLink, lock};
 use super::negotiation::{MAX_QUEUE_SIZE, QUEUES};
@@ -119,6 +120,15 @@ impl VhostUserBackend for Backend {
             let _ = self
                 .link
                 .call("forget translations", |done| Command::FlushIotlb { done });
+        }
+        if socket_types(before) != socket_types(features) {
+            let (stream, seqpacket) = socket_types(features);
+            // An error has raised the alarm.
+            let _ = self.link.call("set the socket types", |done| Command::SetTypes {
+                stream,
+                seqpacket,
+                done,
+            });
         }
         if (before ^ features) & VHOST_F_LOG_ALL != 0 {
             self.log_writes(features & VHOST_F_LOG_ALL != 0);

@@ -7,6 +7,13 @@ use super::{AccessPlatform, Mode};
 
 /// VIRTIO_VSOCK_F_STREAM: stream sockets (virtio 1.2, 5.10.3).
 pub const VIRTIO_VSOCK_F_STREAM: u64 = 1 << 0;
+/// VIRTIO_VSOCK_F_SEQPACKET: seqpacket sockets.
+pub const VIRTIO_VSOCK_F_SEQPACKET: u64 = 1 << 1;
+/// VIRTIO_VSOCK_F_NO_IMPLIED_STREAM: stream sockets only if VIRTIO_VSOCK_F_STREAM says so.
+pub const VIRTIO_VSOCK_F_NO_IMPLIED_STREAM: u64 = 1 << 2;
+/// The features that say which types of socket there are.
+pub const SOCKET_TYPES: u64 =
+    VIRTIO_VSOCK_F_STREAM | VIRTIO_VSOCK_F_SEQPACKET | VIRTIO_VSOCK_F_NO_IMPLIED_STREAM;
 /// VHOST_F_LOG_ALL: the front-end wants written pages logged (vhost-user.rst, "Migration").
 pub const VHOST_F_LOG_ALL: u64 = 1 << 26;
 /// VIRTIO_RING_F_INDIRECT_DESC.
@@ -46,6 +53,8 @@ const OFFERED_FEATURES: u64 = VIRTIO_F_VERSION_1
     | VIRTIO_RING_F_EVENT_IDX
     | VIRTIO_F_IN_ORDER
     | VIRTIO_VSOCK_F_STREAM
+    | VIRTIO_VSOCK_F_SEQPACKET
+    | VIRTIO_VSOCK_F_NO_IMPLIED_STREAM
     | VHOST_F_LOG_ALL
     | VHOST_USER_F_PROTOCOL_FEATURES;
 
@@ -57,6 +66,15 @@ pub fn offered_features(policy: AccessPlatform) -> u64 {
             OFFERED_FEATURES | VIRTIO_F_ACCESS_PLATFORM
         }
     }
+}
+
+/// Whether streams and whether SEQPACKET connections were agreed on (virtio 1.2, section 5.10.3): a driver that has no word for
+/// either has streams, and so has one that acknowledges SEQPACKET alone, unless it acknowledges NO_IMPLIED_STREAM too. Linux's
+/// does not say STREAM (`features` in net/vmw_vsock/virtio_transport.c).
+pub fn socket_types(features: u64) -> (bool, bool) {
+    let named = features & VIRTIO_VSOCK_F_STREAM != 0;
+    let implied = features & VIRTIO_VSOCK_F_NO_IMPLIED_STREAM == 0;
+    (named || implied, features & VIRTIO_VSOCK_F_SEQPACKET != 0)
 }
 
 /// The vhost-user protocol features this device offers.
@@ -216,6 +234,22 @@ mod tests {
                 Features::protocol(offered_protocol_features(mode)).unknown_bits(),
                 0
             );
+        }
+    }
+
+    #[test]
+    fn streams_are_implied_unless_the_driver_says_otherwise() {
+        for (acknowledged, types) in [
+            (0, (true, false)),
+            (VIRTIO_VSOCK_F_STREAM, (true, false)),
+            (VIRTIO_VSOCK_F_SEQPACKET, (true, true)),
+            (
+                VIRTIO_VSOCK_F_NO_IMPLIED_STREAM | VIRTIO_VSOCK_F_SEQPACKET,
+                (false, true),
+            ),
+            (SOCKET_TYPES, (true, true)),
+        ] {
+            assert_eq!(socket_types(acknowledged), types, "{acknowledged:#x}");
         }
     }
 

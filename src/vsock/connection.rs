@@ -1,9 +1,10 @@
-//! One stream connection: its states, its credit, what is owed to the guest for it.
+//! One connection: its states, its credit, what is owed to the guest for it.
 
 use std::time::{Duration, Instant};
 
 use super::credit::{RecvCredit, SendCredit};
-use super::header::{Cid, Header, Op, Port, ShutdownFlags, SocketType};
+use super::header::{Boundary, Cid, Header, Op, Port, ShutdownFlags, SocketType};
+use super::misbehavior::Misbehavior;
 use super::reason::CloseReason;
 
 /// What identifies a connection of one guest: the guest's own CID is implied.
@@ -143,6 +144,8 @@ pub struct Connection {
     pub(super) socket_type: SocketType,
     pub(super) send: SendCredit,
     pub(super) recv: RecvCredit,
+    /// Bytes of the message that the guest has begun and not ended (SEQPACKET).
+    pub(super) message: u32,
     /// What the guest will do no more; only grows.
     pub(super) guest_shut: ShutdownFlags,
     /// What the host end will do no more, told to the guest or owed; only grows.
@@ -210,6 +213,7 @@ impl Connection {
             socket_type,
             send: SendCredit::new(),
             recv: RecvCredit::new(buf_alloc),
+            message: 0,
             guest_shut: ShutdownFlags::NONE,
             host_shut: ShutdownFlags::NONE,
             host_write_closed: false,
@@ -281,6 +285,23 @@ impl Connection {
         }
     }
 
+    /// Takes note of `len` more bytes of the guest's message (of a stream: of no message), which may end with them.
+    pub(super) fn message_grows(&mut self, len: u32, boundary: Boundary) -> Result<(), Misbehavior> {
+        if self.socket_type == SocketType::Stream {
+            return Ok(());
+        }
+        self.message = match boundary.is_end() {
+            true => 0,
+            // No overflow: it is no more than what is held.
+            false => self.message.saturating_add(len),
+        };
+        // What is before it in the buffer makes room when the host end takes it; itself it never will.
+        match self.message < self.recv.window() {
+            true => Ok(()),
+            false => Err(Misbehavior::MessageTooLong),
+        }
+    }
+
     /// Whether bytes of the host socket may go to the guest, credit aside.
     pub(super) fn may_send(&self) -> bool {
         self.state == State::Established
@@ -298,6 +319,16 @@ impl Connection {
     /// What identifies it.
     pub fn key(&self) -> ConnectionKey {
         self.key
+    }
+
+    /// Stream or SEQPACKET.
+    pub fn socket_type(&self) -> SocketType {
+        self.socket_type
+    }
+
+    /// The longest message that the guest can take, in bytes: one that is longer would never have the credit it needs.
+    pub fn longest_message(&self) -> u32 {
+        self.send.window()
     }
 
     /// Who asked for it.

@@ -53,10 +53,15 @@ impl SendCredit {
         self.tx_cnt = self.tx_cnt.wrapping_add(n);
     }
 
+    /// The most bytes that can be under way at once: no message may be longer.
+    pub fn window(&self) -> u32 {
+        self.peer_buf_alloc.min(MAX_WINDOW)
+    }
+
     /// Payload bytes that may be sent now. With `buf_alloc` 65536, 50000 sent and 20000 consumed, 35536; if the guest
     /// then shrinks `buf_alloc` to 16384, the signed room is -13616 and this is 0.
     pub fn room(&self) -> u32 {
-        let window = i64::from(self.peer_buf_alloc.min(MAX_WINDOW));
+        let window = i64::from(self.window());
         let in_flight = i64::from(self.tx_cnt.wrapping_sub(self.peer_fwd_cnt));
         u32::try_from((window - in_flight).max(0)).unwrap_or(0)
     }
@@ -105,6 +110,11 @@ impl RecvCredit {
     pub fn forwarded(&mut self, n: u32) {
         debug_assert!(n <= self.held(), "forwarded {n} of {} held", self.held());
         self.fwd_cnt = self.fwd_cnt.wrapping_add(n.min(self.held()));
+    }
+
+    /// The promise, in bytes.
+    pub fn window(&self) -> u32 {
+        self.buf_alloc
     }
 
     /// Bytes received and not yet taken by the host socket; never more than `buf_alloc`.

@@ -159,6 +159,46 @@ impl SocketType {
     }
 }
 
+/// Whether a message of a SEQPACKET connection ends with an RW packet: that packet's flags.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Boundary {
+    /// The message goes on with the next RW packet. Also what every RW packet of a stream has.
+    #[default]
+    None,
+    /// The message ends here (VIRTIO_VSOCK_SEQ_EOM).
+    Message,
+    /// The message ends here, and with it a record (VIRTIO_VSOCK_SEQ_EOR beside it: the sender gave MSG_EOR).
+    Record,
+}
+
+impl Boundary {
+    const EOM: u32 = 1;
+    const EOR: u32 = 1 << 1;
+
+    /// The meaning of a header's `flags` field. A record can only end where a message does, so EOR alone means nothing.
+    pub fn from_wire(flags: u32) -> Boundary {
+        match (flags & Boundary::EOM != 0, flags & Boundary::EOR != 0) {
+            (false, _) => Boundary::None,
+            (true, false) => Boundary::Message,
+            (true, true) => Boundary::Record,
+        }
+    }
+
+    /// The value of a header's `flags` field.
+    pub fn bits(self) -> u32 {
+        match self {
+            Boundary::None => 0,
+            Boundary::Message => Boundary::EOM,
+            Boundary::Record => Boundary::EOM | Boundary::EOR,
+        }
+    }
+
+    /// Whether a message ends.
+    pub fn is_end(self) -> bool {
+        self != Boundary::None
+    }
+}
+
 /// The flags of [`Op::Shutdown`]: what the sender of the packet will do no more. Sets that only grow.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct ShutdownFlags(u32);
@@ -232,6 +272,21 @@ mod tests {
         assert_eq!(Op::from_wire(8), None);
         assert_eq!(SocketType::from_wire(0), None);
         assert_eq!(SocketType::from_wire(3), None);
+    }
+
+    #[test]
+    fn a_record_ends_only_where_a_message_does() {
+        for (flags, boundary) in [
+            (0, Boundary::None),
+            (1, Boundary::Message),
+            (2, Boundary::None),
+            (3, Boundary::Record),
+        ] {
+            assert_eq!(Boundary::from_wire(flags | 0xffff_fffc), boundary);
+            if flags != 2 {
+                assert_eq!(boundary.bits(), flags);
+            }
+        }
     }
 
     #[test]

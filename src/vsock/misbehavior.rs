@@ -31,6 +31,12 @@ labelled! {
         FwdCntBeyondSent => "fwd_cnt_beyond_sent",
         /// `len` is larger than the descriptor chain.
         PayloadShort => "payload_short",
+        /// A message of a SEQPACKET connection that fills the whole receive buffer and does not end: it never could.
+        MessageTooLong => "message_too_long",
+        /// SHUTDOWN(SEND) in the midst of a message.
+        MessageCut => "message_cut",
+        /// Very many empty messages that the host end does not take; they need no credit.
+        EmptyMessages => "empty_messages",
         /// An operation other than RW with a payload. The payload is ignored.
         UnexpectedPayload => "unexpected_payload",
     }

@@ -72,8 +72,16 @@
 //! 9. A name ([`ConnectionId`]) is never reused; its slot may be, once its connection is gone.
 //! 10. A request that waits is sent again at most once for each RST that answers it, and not before its pause is over.
 //!
-//! SEQPACKET will need: message boundaries in [`Disposition`] and [`Outgoing`], credit for whole messages, and the
-//! socket type in [`Event::Dial`]. Connections carry their type already.
+//! # SEQPACKET
+//!
+//! A connection of type SEQPACKET has the states, the credit and the deadlines of a stream; what differs is that its bytes are
+//! messages, whose ends the flags of RW packets mark ([`Boundary`]). The law counts bytes and passes boundaries on, it holds no
+//! message: the caller keeps what the guest has said until the message is whole, within the credit that was promised. So
+//! no message can be longer than `buf_alloc`, and one that fills it without an end is a [`Misbehavior`]. Towards the guest the
+//! caller asks [`Connection::longest_message`] before it begins a message: with the credit of Linux, which is given back when
+//! an application takes a whole message, one that is longer would stop half-way for ever.
+//!
+//! Which types there are is negotiated ([`Muxer::set_types`]); without word of it, streams only.
 
 #![forbid(unsafe_code)]
 
@@ -90,7 +98,9 @@ mod timer;
 mod tests;
 
 pub use connection::{Connection, ConnectionKey, Origin, State};
-pub use header::{Cid, HEADER_LEN, Header, Op, Port, ShutdownFlags, SocketType};
+pub use header::{Boundary, Cid, HEADER_LEN, Header, Op, Port, ShutdownFlags, SocketType};
 pub use misbehavior::Misbehavior;
-pub use muxer::{ConnectionId, Disposition, Event, ListLengths, Muxer, MuxerConfig, NoRoom, Outgoing};
+pub use muxer::{
+    Caller, ConnectionId, Disposition, Event, ListLengths, Muxer, MuxerConfig, Outgoing, SocketTypes,
+};
 pub use reason::{CloseReason, RefuseReason};

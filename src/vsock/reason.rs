@@ -40,6 +40,8 @@ labelled! {
         GuestRst => "guest_rst",
         /// The guest did not answer REQUEST within `guestTimeout`.
         GuestTimeout => "guest_timeout",
+        /// The connection is SEQPACKET, and the target or the guest knows only streams.
+        UnsupportedType => "unsupported_type",
         /// The sidecar is shutting down.
         Draining => "draining",
         /// The client of a `protocol: connect` listener sent no CONNECT line, a wrong one, or none in time.
@@ -72,6 +74,8 @@ labelled! {
         SessionLost => "session_lost",
         /// The guest broke the protocol; see `vsock_misbehavior_total`.
         Misbehavior => "misbehavior",
+        /// A message of the host end is longer than the guest or the rule takes, or than the host's socket takes.
+        MessageTooLong => "message_too_long",
         /// A failure of our own (for example a socket that could not be watched).
         Error => "error",
     }

@@ -151,9 +151,12 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                                 next = *ports.end();
                                 OutboundRule {
                                     name: format!("{name}-{rule}"),
+                                    cid: 2,
                                     ports,
                                     target,
                                     proxy_protocol,
+                                    framing: None,
+                                    connections: None,
                                 }
                             })
                             .collect(),
@@ -168,6 +171,9 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                                 },
                                 allow: ranges.unwrap_or_default(),
                                 wait_for_guest,
+                                socket_type: Default::default(),
+                                framing: None,
+                                connections: None,
                                 protocol: port
                                     .map_or(InboundProtocol::Connect, |port| InboundProtocol::Plain { port }),
                             })

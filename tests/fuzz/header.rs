@@ -1,7 +1,7 @@
 //! The packet header: every bit pattern is one, and none of its bits is lost or moved.
 
 use vsock_sidecar::vsock::header::{HEADER_LEN, MAX_PACKET_PAYLOAD};
-use vsock_sidecar::vsock::{Header, Op, ShutdownFlags, SocketType};
+use vsock_sidecar::vsock::{Boundary, Header, Op, ShutdownFlags, SocketType};
 
 /// Where the fields are, by virtio 1.2, section 5.10.6: offset and length in bytes.
 const FIELDS: [(usize, usize); 10] = [
@@ -46,6 +46,12 @@ pub fn run(bytes: &[u8]) {
     let more = ShutdownFlags::from_wire(header.len);
     assert_eq!(flags.with(more).bits(), (header.flags | header.len) & 3);
     assert_eq!(flags.contains(more), header.len & 3 & !header.flags == 0);
+    let boundary = Boundary::from_wire(header.flags);
+    assert_eq!(boundary.is_end(), header.flags & 1 == 1);
+    // EOR means something beside EOM only.
+    let flags = header.flags & if boundary.is_end() { 3 } else { 1 };
+    assert_eq!(boundary.bits(), flags);
+    assert_eq!(Boundary::from_wire(boundary.bits()), boundary);
     assert_eq!(MAX_PACKET_PAYLOAD, 0x1_0000);
 }
 

@@ -124,10 +124,13 @@ fn the_negotiation_is_told() {
     assert_eq!((now.session, now.connected, now.assumed), (1, true, false));
     assert!(now.since.is_some());
     assert_eq!(now.peer.as_ref().unwrap().pid, Some(std::process::id()));
+    assert_eq!(rig.device.types(), (true, true));
     assert_eq!(
         now.features_offered.names(),
         [
             "stream",
+            "seqpacket",
+            "no_implied_stream",
             "log_all",
             "ring_indirect_desc",
             "ring_event_idx",
@@ -717,7 +720,7 @@ fn a_device_thread_that_has_ended_ends_the_session() {
         (reason, detail.as_str()),
         (
             "io",
-            "the device thread has ended, change the guest memory was not done"
+            "the device thread has ended, set the socket types was not done"
         )
     );
 }

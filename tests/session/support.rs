@@ -58,6 +58,7 @@ struct Shared {
     refusal: Option<String>,
     ram: Option<GuestRam>,
     listener: Option<Listener>,
+    types: (bool, bool),
 }
 
 /// A device thread that answers every command, when it may.
@@ -110,6 +111,19 @@ impl FakeDevice {
             Command::SetListener { .. } => {
                 if let Command::SetListener { listener, done } = command {
                     shared.0.lock().unwrap().listener = listener;
+                    done.send(()).ok();
+                }
+                return;
+            }
+            // With the features, and no more than that.
+            Command::SetTypes { .. } => {
+                if let Command::SetTypes {
+                    stream,
+                    seqpacket,
+                    done,
+                } = command
+                {
+                    shared.0.lock().unwrap().types = (stream, seqpacket);
                     done.send(()).ok();
                 }
                 return;
@@ -171,6 +185,11 @@ impl FakeDevice {
 
     fn state(&self) -> std::sync::MutexGuard<'_, Shared> {
         self.shared.0.lock().unwrap()
+    }
+
+    /// Whether it was told of streams and of SEQPACKET.
+    pub fn types(&self) -> (bool, bool) {
+        self.state().types
     }
 
     /// Tells the session something.

@@ -7,17 +7,27 @@ use std::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::Switchboard;
-use crate::config::ProxyProtocol;
-use crate::device::flow::{Flow, HostEnd, RuleRef};
+use super::wire;
+use crate::config::{self, ProxyProtocol, Target};
+use crate::device::flow::{HostEnd, RuleRef};
 use crate::device::handle::Command;
+use crate::device::messages::Messages;
 use crate::host::dial::DialRequest;
 use crate::host::listen::Incoming;
 use crate::host::proxy_protocol;
 use crate::metrics::Direction;
-use crate::vsock::{CloseReason, ConnectionId, ConnectionKey, Misbehavior, RefuseReason, ShutdownFlags};
+use crate::vsock::{
+    CloseReason, ConnectionId, ConnectionKey, Misbehavior, RefuseReason, ShutdownFlags, SocketType,
+};
 
 impl Switchboard {
-    pub(super) fn dial(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
+    pub(super) fn dial(
+        &mut self,
+        now: Instant,
+        id: ConnectionId,
+        key: ConnectionKey,
+        socket_type: SocketType,
+    ) {
         let port = key.peer_port.0;
         let Some((index, outbound)) = self.router.route(key.peer_cid, port) else {
             let flow = self.new_flow(
@@ -37,6 +47,34 @@ impl Switchboard {
         if let Some(dials) = &rule.metrics(&self.metrics).dials {
             dials.inc();
         }
+        let kind = match socket_type {
+            SocketType::Stream => config::SocketType::Stream,
+            SocketType::Seqpacket => config::SocketType::Seqpacket,
+        };
+        let carried = match &outbound.target {
+            Target::Unix { .. } | Target::Guest { .. } => true,
+            Target::Tcp { .. } | Target::Vsock { .. } => {
+                socket_type == SocketType::Stream || outbound.framing.is_some()
+            }
+        };
+        let mut flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
+        if socket_type == SocketType::Seqpacket {
+            flow.messages = Some(Box::new(Messages::new(wire(outbound.framing))));
+        }
+        if !carried {
+            let target = outbound.target.to_string();
+            self.flows.insert(flow);
+            self.log_no_boundaries(rule, port, &target);
+            self.muxer.refused(id, RefuseReason::UnsupportedType);
+            return;
+        }
+        if let Target::Guest { name, port: to } = &outbound.target {
+            let offset = port.saturating_sub(*outbound.ports.start());
+            let to = to.map_or(port, |first| first.saturating_add(offset));
+            let name = name.clone();
+            self.dial_sibling(now, flow, &name, to);
+            return;
+        }
         let greeting = match outbound.proxy_protocol {
             None => Vec::new(),
             Some(ProxyProtocol::V2) => proxy_protocol::header(proxy_protocol::Origin {
@@ -50,6 +88,10 @@ impl Switchboard {
         let token = id.token();
         let request = DialRequest {
             target: &outbound.target,
+            socket_type: match outbound.framing {
+                Some(_) => config::SocketType::Stream,
+                None => kind,
+            },
             first_port: *outbound.ports.start(),
             guest_port: port,
             cid: self.cid,
@@ -60,7 +102,6 @@ impl Switchboard {
             // A device that is gone needs no answer.
             let _ = handle.send(Command::Dialed { token, result, took });
         });
-        let mut flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
         flow.end = HostEnd::Dialing { _task: Some(task) };
         self.flows.insert(flow);
     }
@@ -68,7 +109,12 @@ impl Switchboard {
     pub(super) fn accepted(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
         // Before the line, which may fail: for the guest the connection exists, and what is closed was opened.
         self.established(now, id);
-        let Some(flow) = self.flows.get(id) else { return };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        if let Some(asked_by) = flow.asked_by.take() {
+            asked_by.accepted();
+        }
         if flow.wants_ok {
             let line = format!("OK {}\n", key.peer_port);
             // The first bytes of a fresh socket: one that cannot take so few has lost its client.
@@ -108,6 +154,21 @@ impl Switchboard {
         }
     }
 
+    fn log_no_boundaries(&mut self, rule: RuleRef, port: u32, target: &str) {
+        let reason = RefuseReason::UnsupportedType.label();
+        let news = self.logbook.target_failed(rule.index);
+        let rule = rule.metrics(&self.metrics).name.as_str();
+        if news {
+            warn!(
+                guest = %self.name, rule, port, target, reason,
+                "the guest asked for a SEQPACKET connection, and the target's bytes have no message boundaries; \
+                 a service that speaks in frames can be given `framing: length-prefixed`"
+            );
+        } else {
+            debug!(guest = %self.name, rule, port, target, reason, "refused");
+        }
+    }
+
     pub(super) fn limit_reached(&mut self, key: ConnectionKey) {
         let port = key.peer_port.0;
         let refused = |index: Option<usize>, reason: RefuseReason| {
@@ -138,7 +199,12 @@ impl Switchboard {
     }
 
     pub(super) fn forget_refused(&mut self, id: ConnectionId, reason: RefuseReason) {
-        let Some(flow) = self.flows.remove(id) else { return };
+        let Some(mut flow) = self.flows.remove(id) else {
+            return;
+        };
+        if let Some(asked_by) = flow.asked_by.take() {
+            asked_by.refused(reason);
+        }
         let metrics = flow.rule.metrics(&self.metrics);
         metrics.refused[reason as usize].inc();
         debug!(
@@ -152,9 +218,18 @@ impl Switchboard {
     }
 
     pub(super) fn shutdown_host(&mut self, now: Instant, id: ConnectionId, flags: ShutdownFlags) {
-        let Some(stream) = self.flows.get(id).and_then(Flow::stream) else {
+        let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
+        // Empty messages hold no credit, so that the law does not know of them.
+        if flags.contains(ShutdownFlags::SEND)
+            && let Some(messages) = &mut flow.messages
+            && messages.outbox.has_whole()
+        {
+            messages.outbox.shutdown_due = true;
+            return;
+        }
+        let Some(stream) = flow.stream() else { return };
         // ENOTCONN: the peer was faster; its reset is read in the usual way.
         let result = if flags.contains(ShutdownFlags::SEND) {
             stream.shutdown_write()
@@ -188,11 +263,12 @@ impl Switchboard {
             reason = reason.label(),
             "connection ended"
         );
+        let cut_off = flow.holds_back();
         let HostEnd::Connected(stream) = flow.end else {
             return;
         };
         // What was cut off must not look complete: the time was up while bytes of the guest were still here.
-        if abort || !flow.spill.is_empty() {
+        if abort || cut_off {
             self.deregister(&stream);
             stream.abort();
         } else if flow.eof || !stream.is_tcp() {

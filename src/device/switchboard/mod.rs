@@ -2,6 +2,8 @@
 //! the muxer. Knows nothing of rings.
 
 mod events;
+mod messages;
+mod siblings;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -13,6 +15,7 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tracing::{debug, warn};
 
+use crate::config::{self, Framing};
 use crate::host::dial::{DialError, Dialer};
 use crate::host::listen::Incoming;
 use crate::host::{HostStream, SpillBuf};
@@ -20,14 +23,17 @@ use crate::metrics::{Direction, GuestMetrics};
 use crate::sys::iovec::IoVecs;
 use crate::sys::vectored::{Received, writev};
 use crate::vsock::{
-    CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags, SocketType,
+    Caller, CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags,
+    SocketType,
 };
 
 use super::flow::{Flow, Flows, HostEnd, RuleRef};
 use super::handle::DeviceHandle;
 use super::linger::Lingering;
 use super::logbook::Logbook;
+use super::messages::{Messages, Outbox, Wire};
 use super::router::Router;
+use super::sibling::Siblings;
 use super::snapshot::ConnectionSnapshot;
 use super::token;
 
@@ -56,6 +62,8 @@ pub(super) struct Switchboard {
     lingering: Lingering,
     router: Router,
     dialer: Dialer,
+    siblings: Siblings,
+    inbound_rules: usize,
     dial_timeout: Duration,
     buf_alloc: u32,
     registry: Registry,
@@ -74,6 +82,8 @@ pub(super) struct SwitchboardParts {
     pub(super) metrics: Arc<GuestMetrics>,
     pub(super) router: Router,
     pub(super) dialer: Dialer,
+    pub(super) siblings: Siblings,
+    pub(super) inbound_rules: usize,
     pub(super) dial_timeout: Duration,
     pub(super) buf_alloc: u32,
     pub(super) max_lingering: usize,
@@ -92,6 +102,8 @@ impl Switchboard {
             lingering: Lingering::new(parts.max_lingering),
             router: parts.router,
             dialer: parts.dialer,
+            siblings: parts.siblings,
+            inbound_rules: parts.inbound_rules,
             dial_timeout: parts.dial_timeout,
             buf_alloc: parts.buf_alloc,
             registry: parts.registry,
@@ -158,18 +170,30 @@ impl Switchboard {
             return;
         }
         let port = Port(incoming.port);
-        let connection = match incoming.wait_for_guest {
-            true => self.muxer.connect_waiting(now, port),
-            false => self.muxer.connect(now, port),
+        let caller = Caller {
+            guest_port: port,
+            socket_type: match incoming.socket_type {
+                config::SocketType::Stream => SocketType::Stream,
+                config::SocketType::Seqpacket => SocketType::Seqpacket,
+            },
+            address: None,
+            waits: incoming.wait_for_guest,
         };
-        let Ok(id) = connection else {
-            self.refuse_incoming(rule, incoming, RefuseReason::Limit);
-            return;
+        let id = match self.muxer.request(now, caller) {
+            Ok(id) => id,
+            Err(reason) => {
+                self.refuse_incoming(rule, incoming, reason);
+                return;
+            }
         };
         let host_port = self.muxer.connection(id).map_or(0, |c| c.key().peer_port.0);
         let peer = incoming.peer;
         let mut flow = self.new_flow(id, rule, incoming.port, host_port, now, peer);
         flow.preface = incoming.preface;
+        flow.messages = match caller.socket_type {
+            SocketType::Stream => None,
+            SocketType::Seqpacket => Some(Box::new(Messages::new(wire(incoming.framing)))),
+        };
         flow.wants_ok = incoming.wants_ok;
         if let Err(error) = self.register(&incoming.stream, id) {
             warn!(guest = %self.name, %error, "cannot watch an inbound client's socket");
@@ -254,7 +278,7 @@ impl Switchboard {
     pub(super) fn handle_events(&mut self, now: Instant) {
         while let Some(event) = self.muxer.poll_event() {
             match event {
-                Event::Dial { id, key } => self.dial(now, id, key),
+                Event::Dial { id, key, socket_type } => self.dial(now, id, key, socket_type),
                 Event::Accepted { id, key } => self.accepted(now, id, key),
                 Event::Refused { id, reason } => self.forget_refused(id, reason),
                 Event::LimitReached { key } => self.limit_reached(key),
@@ -288,7 +312,9 @@ impl Switchboard {
     pub(super) fn flush(&mut self, now: Instant, gather: &mut Gather<'_>) {
         let Some(id) = gather.id else { return };
         let bytes = gather.slices.bytes();
-        if bytes > 0 {
+        if bytes > 0 && self.has_messages(id) {
+            self.keep_of_message(id, gather, bytes);
+        } else if bytes > 0 {
             self.send_to_host(now, id, &gather.slices, bytes);
         }
         gather.slices.clear();
@@ -352,6 +378,10 @@ impl Switchboard {
     }
 
     fn flush_spill(&mut self, now: Instant, id: ConnectionId) {
+        if self.has_messages(id) {
+            self.flush_messages(now, id);
+            return;
+        }
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
@@ -394,6 +424,9 @@ impl Switchboard {
         if let Some(flow) = self.flows.get_mut(id) {
             let lost = std::mem::replace(&mut flow.spill, SpillBuf::new(self.buf_alloc as usize)).len();
             self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(lost as i64);
+            if let Some(messages) = &mut flow.messages {
+                messages.outbox = Outbox::default();
+            }
             flow.read_on = true;
             flow.write_failed = true;
         }
@@ -441,10 +474,7 @@ impl Switchboard {
             return ReadOutcome::Nothing;
         };
         match read(stream) {
-            Ok(Received { bytes: 0, .. }) => {
-                flow.eof = true;
-                self.muxer.host_eof(now, id);
-            }
+            Ok(Received { bytes: 0, .. }) => self.messages_ended(now, id),
             Ok(Received { bytes: n, cut_short }) => {
                 flow.bytes_to_guest += n as u64;
                 // A short read of a stream socket means that it is drained, and its next bytes will be an edge
@@ -453,7 +483,7 @@ impl Switchboard {
                 let rule = flow.rule;
                 rule.metrics(&self.metrics).upstream_bytes[Direction::HostToGuest as usize].inc_by(n as u64);
                 self.metrics
-                    .payload(Direction::HostToGuest, SocketType::Stream as u16, n as u64);
+                    .payload(Direction::HostToGuest, self.socket_type(id), n as u64);
                 self.muxer.host_read(now, id, n as u32, more);
                 return ReadOutcome::Bytes(n as u32);
             }
@@ -464,6 +494,13 @@ impl Switchboard {
             }
         }
         ReadOutcome::Nothing
+    }
+
+    /// The socket type of a connection, as headers have it.
+    pub(super) fn socket_type(&self, id: ConnectionId) -> u16 {
+        self.muxer
+            .connection(id)
+            .map_or(SocketType::Stream, |connection| connection.socket_type()) as u16
     }
 
     /// The VMM is gone, and with it whatever its guest was told about.
@@ -532,6 +569,8 @@ impl Switchboard {
             rule,
             end: HostEnd::Dialing { _task: None },
             spill: SpillBuf::new(self.buf_alloc as usize),
+            messages: None,
+            asked_by: None,
             preface: Vec::new(),
             preface_sent: 0,
             wants_ok: false,
@@ -566,6 +605,17 @@ impl Switchboard {
     fn deregister(&self, stream: &HostStream) {
         // Closing the only descriptor removes it from the poll as well; this is for order.
         let _ = self.registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
+    }
+}
+
+/// How messages travel on a socket that is dialled or accepted.
+fn wire(framing: Option<Framing>) -> Wire {
+    match framing {
+        None => Wire::Packets,
+        Some(Framing { max_message }) => Wire::Frames {
+            max_message,
+            marks_records: false,
+        },
     }
 }
 

@@ -89,11 +89,14 @@ impl Bench {
         let service = UnixListener::bind(&path).unwrap();
         let rule = OutboundRule {
             name: "service".into(),
+            cid: 2,
             ports: PORT..=PORT,
             target: Target::Unix {
                 path: path.to_str().unwrap().into(),
             },
             proxy_protocol: None,
+            framing: None,
+            connections: None,
         };
         let rules = RuleNames {
             outbound: vec!["service".into()],
@@ -111,6 +114,8 @@ impl Bench {
                 idle_timeout: Duration::ZERO,
             },
             router: Router::new(vec![rule]),
+            siblings: Default::default(),
+            inbound_rules: 0,
             dialer: Dialer::new(control.handle().clone()),
             metrics: GuestMetrics::detached(&rules, &labels()),
         })

@@ -30,6 +30,8 @@ fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
             idle_timeout: Duration::ZERO,
         },
         router: Router::new(Vec::new()),
+        siblings: Default::default(),
+        inbound_rules: 0,
         dialer: Dialer::new(control.handle().clone()),
         metrics: GuestMetrics::detached(&RuleNames::default(), &labels()),
     })

@@ -46,6 +46,7 @@ impl Dials {
         let (tell, told) = mpsc::channel();
         let request = DialRequest {
             target,
+            socket_type: crate::config::SocketType::Stream,
             first_port: 100,
             guest_port: 100,
             cid: 3,
@@ -185,6 +186,7 @@ fn a_range_keeps_its_offset_and_placeholders_are_filled_in() {
     let to = |target: &Target, first_port, guest_port| {
         let request = DialRequest {
             target,
+            socket_type: crate::config::SocketType::Stream,
             first_port,
             guest_port,
             cid: 7,
@@ -539,6 +541,7 @@ fn a_greeting_comes_first() {
         let (tell, told) = mpsc::channel();
         let request = DialRequest {
             target: &target,
+            socket_type: crate::config::SocketType::Stream,
             first_port: 100,
             guest_port: 100,
             cid: 3,
@@ -554,7 +557,7 @@ fn a_greeting_comes_first() {
         let mut got = Vec::new();
         match &target {
             Target::Unix { .. } => unix_service.accept().unwrap().0.read_to_end(&mut got).unwrap(),
-            Target::Tcp { .. } => tcp_service.accept().unwrap().0.read_to_end(&mut got).unwrap(),
+            _ => tcp_service.accept().unwrap().0.read_to_end(&mut got).unwrap(),
         };
         assert_eq!(got, [GREETING, b"payload"].concat(), "{target}");
     }

@@ -36,6 +36,8 @@ impl Served {
             protocol,
             handshake_timeout: Duration::from_secs(5),
             wait_for_guest: false,
+            socket_type: crate::config::SocketType::Stream,
+            framing: None,
         };
         let stopped = async {
             let _ = stopped.await;
@@ -56,7 +58,7 @@ impl Served {
     fn connect(&self) -> TcpStream {
         match &self.address {
             ListenAddress::Tcp(address) => TcpStream::connect(address).unwrap(),
-            ListenAddress::Unix(_) => panic!("not a TCP listener"),
+            _ => panic!("not a TCP listener"),
         }
     }
 
@@ -218,6 +220,8 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
         protocol: InboundProtocol::Connect,
         handshake_timeout: LONG,
         wait_for_guest: false,
+        socket_type: crate::config::SocketType::Stream,
+        framing: None,
     };
     let mut handshakes = Handshakes::new(2);
     let mut clients = Vec::new();

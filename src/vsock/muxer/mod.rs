@@ -11,7 +11,7 @@ use slab::Slab;
 
 use crate::vsock::backlog::Backlog;
 use crate::vsock::connection::{Connection, ConnectionKey, Origin, Owed, Retry, State};
-use crate::vsock::header::{Cid, Header, Port, ShutdownFlags, SocketType};
+use crate::vsock::header::{Boundary, Cid, Header, Port, ShutdownFlags, SocketType};
 use crate::vsock::misbehavior::Misbehavior;
 use crate::vsock::reason::{CloseReason, RefuseReason};
 use crate::vsock::timer::Deadlines;
@@ -71,8 +71,10 @@ pub enum Disposition {
     Payload {
         /// The connection.
         id: ConnectionId,
-        /// Bytes, never 0, never more than the packet holds.
+        /// Bytes, never more than the packet holds; 0 only where an empty message ends, or one whose last bytes came before.
         len: u32,
+        /// Whether a message of a SEQPACKET connection ends behind them.
+        boundary: Boundary,
     },
 }
 
@@ -99,6 +101,8 @@ pub enum Event {
         id: ConnectionId,
         /// Whom the guest wants.
         key: ConnectionKey,
+        /// What it wants there.
+        socket_type: SocketType,
     },
     /// The guest accepted the connection that [`Muxer::connect`] asked for.
     Accepted {
@@ -156,9 +160,54 @@ pub enum Event {
     },
 }
 
-/// No host-side port is left for a connection, or the limit of connections is reached.
+/// Who wants a connection to the guest, and what kind of one.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NoRoom;
+pub struct Caller {
+    /// Port in the guest.
+    pub guest_port: Port,
+    /// Stream or SEQPACKET.
+    pub socket_type: SocketType,
+    /// The caller's own address, if it is another guest; none: a port of the host is found for it.
+    pub address: Option<(Cid, Port)>,
+    /// An RST of the guest means "not yet"; see [`Muxer::connect_waiting`].
+    pub waits: bool,
+}
+
+impl Caller {
+    /// A client of the host that wants a stream, at once or not at all.
+    pub fn host(guest_port: Port) -> Caller {
+        Caller {
+            guest_port,
+            socket_type: SocketType::Stream,
+            address: None,
+            waits: false,
+        }
+    }
+}
+
+/// The socket types that were negotiated (VIRTIO_VSOCK_F_STREAM, _SEQPACKET, _NO_IMPLIED_STREAM; virtio 1.2, section 5.10.3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SocketTypes {
+    /// Streams, which a driver has unless it says that nothing is implied.
+    pub stream: bool,
+    /// SEQPACKET.
+    pub seqpacket: bool,
+}
+
+impl SocketTypes {
+    /// What there is when nothing was negotiated.
+    pub const IMPLIED: SocketTypes = SocketTypes {
+        stream: true,
+        seqpacket: false,
+    };
+
+    fn contains(self, socket_type: SocketType) -> bool {
+        match socket_type {
+            SocketType::Stream => self.stream,
+            SocketType::Seqpacket => self.seqpacket,
+        }
+    }
+}
 
 #[derive(Debug)]
 struct Entry {
@@ -174,6 +223,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct Muxer {
     config: MuxerConfig,
+    types: SocketTypes,
     entries: Slab<Entry>,
     keys: HashMap<ConnectionKey, ConnectionId>,
     backlog: Backlog,
@@ -189,6 +239,7 @@ impl Muxer {
     pub fn new(config: MuxerConfig) -> Muxer {
         Muxer {
             config,
+            types: SocketTypes::IMPLIED,
             entries: Slab::new(),
             keys: HashMap::new(),
             backlog: Backlog::default(),
@@ -214,14 +265,63 @@ impl Muxer {
         }
     }
 
-    /// Asks the guest for a connection to `guest_port` for a client of the host side. [`Event::Accepted`] or
-    /// [`Event::Refused`] follows.
-    pub fn connect(&mut self, now: Instant, guest_port: Port) -> Result<ConnectionId, NoRoom> {
-        if self.entries.len() >= self.config.max_connections {
-            return Err(NoRoom);
+    /// What was negotiated. Connections of a type that is no longer among them are left alone: the rings stop with a change.
+    pub fn set_types(&mut self, types: SocketTypes) {
+        self.types = types;
+    }
+
+    /// Asks the guest for a stream to `guest_port` for a client of the host side; see [`Muxer::request`].
+    pub fn connect(&mut self, now: Instant, guest_port: Port) -> Result<ConnectionId, RefuseReason> {
+        self.request(now, Caller::host(guest_port))
+    }
+
+    /// Asks the guest for a connection. [`Event::Accepted`] or [`Event::Refused`] follows.
+    ///
+    /// # Errors
+    /// [`RefuseReason::Limit`] when there are too many connections, [`RefuseReason::UnsupportedType`] when the guest's driver
+    /// has not agreed on the type. Nothing follows then.
+    pub fn request(&mut self, now: Instant, caller: Caller) -> Result<ConnectionId, RefuseReason> {
+        if !self.types.contains(caller.socket_type) {
+            return Err(RefuseReason::UnsupportedType);
         }
+        if self.entries.len() >= self.config.max_connections {
+            return Err(RefuseReason::Limit);
+        }
+        let key = self.free_key(caller);
+        let give_up = now + self.config.guest_timeout;
+        let id = self.insert(
+            now,
+            key,
+            Origin::Host,
+            caller.socket_type,
+            self.config.guest_timeout,
+        );
+        if caller.waits
+            && let Some(connection) = self.connection_mut(id)
+        {
+            connection.retry = Some(Retry::new(give_up));
+        }
+        self.owe(id, Owed::REQUEST);
+        Ok(id)
+    }
+
+    /// The ports and the CID by which the guest will know a caller. A guest that calls has ports of its own; should one be in
+    /// use here still (its connection ended there, and not here yet), another one stands in.
+    fn free_key(&mut self, caller: Caller) -> ConnectionKey {
+        let guest_port = caller.guest_port;
+        if let Some((peer_cid, peer_port)) = caller.address {
+            let key = ConnectionKey {
+                guest_port,
+                peer_cid,
+                peer_port,
+            };
+            if !self.keys.contains_key(&key) {
+                return key;
+            }
+        }
+        let peer_cid = caller.address.map_or(Cid::HOST, |(cid, _)| cid);
         // There are more ports than connections may ever be, so this ends.
-        let key = loop {
+        loop {
             let peer_port = Port(self.next_local_port);
             self.next_local_port += 1;
             if !LOCAL_PORTS.contains(&self.next_local_port) {
@@ -229,28 +329,26 @@ impl Muxer {
             }
             let key = ConnectionKey {
                 guest_port,
-                peer_cid: Cid::HOST,
+                peer_cid,
                 peer_port,
             };
             if !self.keys.contains_key(&key) {
-                break key;
+                return key;
             }
-        };
-        let id = self.insert(now, key, Origin::Host, self.config.guest_timeout);
-        self.owe(id, Owed::REQUEST);
-        Ok(id)
+        }
     }
 
     /// As [`Muxer::connect`], for a client that waits for the guest: an RST is followed by another REQUEST after a pause
     /// that grows from 50 ms to 500 ms, and the guest may reboot meanwhile, until `guest_timeout` ends. Then the refusal says
     /// what the guest did last.
-    pub fn connect_waiting(&mut self, now: Instant, guest_port: Port) -> Result<ConnectionId, NoRoom> {
-        let give_up = now + self.config.guest_timeout;
-        let id = self.connect(now, guest_port)?;
-        if let Some(connection) = self.connection_mut(id) {
-            connection.retry = Some(Retry::new(give_up));
-        }
-        Ok(id)
+    pub fn connect_waiting(&mut self, now: Instant, guest_port: Port) -> Result<ConnectionId, RefuseReason> {
+        self.request(
+            now,
+            Caller {
+                waits: true,
+                ..Caller::host(guest_port)
+            },
+        )
     }
 
     /// Refuses the clients that wait for the guest and have no answer coming; those that have get no second chance.
@@ -495,15 +593,15 @@ impl Muxer {
         }
     }
 
-    fn insert(&mut self, now: Instant, key: ConnectionKey, origin: Origin, within: Duration) -> ConnectionId {
-        let connection = Connection::new(
-            key,
-            origin,
-            SocketType::Stream,
-            self.config.buf_alloc,
-            now,
-            within,
-        );
+    fn insert(
+        &mut self,
+        now: Instant,
+        key: ConnectionKey,
+        origin: Origin,
+        socket_type: SocketType,
+        within: Duration,
+    ) -> ConnectionId {
+        let connection = Connection::new(key, origin, socket_type, self.config.buf_alloc, now, within);
         let generation = self.next_generation;
         self.next_generation = generation.wrapping_add(1);
         let slot = self.entries.insert(Entry {

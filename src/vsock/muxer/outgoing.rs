@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{ConnectionId, Event, Muxer, Outgoing};
 use crate::vsock::connection::{Owed, State};
-use crate::vsock::header::{Header, Op};
+use crate::vsock::header::{Boundary, Header, Op};
 
 impl Muxer {
     /// The next packet for the guest. The caller has a buffer for it.
@@ -54,11 +54,11 @@ impl Muxer {
         !self.backlog.is_empty()
     }
 
-    /// The header of an RW packet with `len` payload bytes.
-    pub fn data_header(&mut self, id: ConnectionId, len: u32) -> Option<Header> {
+    /// The header of an RW packet with `len` payload bytes, behind which a message ends or not ([`Boundary::None`] for streams).
+    pub fn data_header(&mut self, id: ConnectionId, len: u32, boundary: Boundary) -> Option<Header> {
         let guest_cid = self.config.guest_cid;
         self.connection_mut(id)
-            .map(|connection| connection.header(guest_cid, Op::Rw, len, 0))
+            .map(|connection| connection.header(guest_cid, Op::Rw, len, boundary.bits()))
     }
 
     pub(super) fn resume_after_credit(&mut self, now: Instant, id: ConnectionId) {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::{ConnectionId, DRAIN_TIMEOUT, Disposition, Event, Muxer};
 use crate::vsock::connection::{ConnectionKey, Origin, Owed, State};
-use crate::vsock::header::{Header, Op, ShutdownFlags, SocketType};
+use crate::vsock::header::{Boundary, Header, Op, ShutdownFlags, SocketType};
 use crate::vsock::misbehavior::Misbehavior;
 use crate::vsock::reason::{CloseReason, RefuseReason};
 
@@ -63,7 +63,9 @@ impl Muxer {
         let fault = match (SocketType::from_wire(header.socket_type), op) {
             (None, _) => Some(Misbehavior::UnknownType),
             (_, None) => Some(Misbehavior::UnknownOp),
-            (Some(SocketType::Seqpacket), Some(Op::Request)) => Some(Misbehavior::UnsupportedType),
+            (Some(socket_type), Some(Op::Request)) if !self.types.contains(socket_type) => {
+                Some(Misbehavior::UnsupportedType)
+            }
             _ => None,
         };
         if let Some(kind) = fault {
@@ -71,12 +73,14 @@ impl Muxer {
         } else if op == Some(Op::Request) {
             if self.entries.len() < self.config.max_connections {
                 self.backlog.forget_strays_of(&key);
-                let id = self.insert(now, key, Origin::Guest, self.config.connect_timeout);
+                // Judged above.
+                let socket_type = SocketType::from_wire(header.socket_type).unwrap_or(SocketType::Stream);
+                let id = self.insert(now, key, Origin::Guest, socket_type, self.config.connect_timeout);
                 if let Some(connection) = self.connection_mut(id) {
                     // A fresh flow has sent nothing; a claim to the contrary is judged with the next packet.
                     let _ = connection.send.update(header.buf_alloc, header.fwd_cnt);
                 }
-                self.events.push_back(Event::Dial { id, key });
+                self.events.push_back(Event::Dial { id, key, socket_type });
                 return;
             }
             self.events.push_back(Event::LimitReached { key });
@@ -138,7 +142,7 @@ impl Muxer {
         // Before the operation, which may end the connection: nothing is told of it after its end.
         self.resume_after_credit(now, id);
         let verdict = match op {
-            Some(Op::Rw) => return self.handle_rw(now, id, key, header.len, available),
+            Some(Op::Rw) => return self.handle_rw(now, id, key, header, available),
             Some(Op::Shutdown) => self.handle_shutdown(now, id, ShutdownFlags::from_wire(header.flags)),
             Some(Op::Response) => {
                 self.accepted(now, id, key);
@@ -177,21 +181,25 @@ impl Muxer {
         now: Instant,
         id: ConnectionId,
         key: ConnectionKey,
-        len: u32,
+        header: &Header,
         available: u32,
     ) -> Disposition {
         let Some(connection) = self.connection_mut(id) else {
             return Disposition::Consumed;
         };
+        let len = header.len;
+        let boundary = match connection.socket_type {
+            SocketType::Stream => Boundary::None,
+            SocketType::Seqpacket => Boundary::from_wire(header.flags),
+        };
         let fault = match connection.state {
             State::Dialing | State::Requested => Some(Misbehavior::NotEstablished),
             _ if connection.guest_shut.contains(ShutdownFlags::SEND) => Some(Misbehavior::DataAfterShutdown),
             _ if len > available => Some(Misbehavior::PayloadShort),
-            _ => connection
-                .recv
-                .receive(len)
-                .err()
-                .map(|_| Misbehavior::CreditExceeded),
+            _ => match connection.recv.receive(len) {
+                Err(_) => Some(Misbehavior::CreditExceeded),
+                Ok(()) => connection.message_grows(len, boundary).err(),
+            },
         };
         if let Some(kind) = fault {
             self.offend(id, key, kind);
@@ -206,10 +214,10 @@ impl Muxer {
         if update_owed {
             self.owe(id, Owed::CREDIT_UPDATE);
         }
-        if len == 0 || discard {
+        if discard || (len == 0 && !boundary.is_end()) {
             Disposition::Consumed
         } else {
-            Disposition::Payload { id, len }
+            Disposition::Payload { id, len, boundary }
         }
     }
 
@@ -230,6 +238,9 @@ impl Muxer {
             }
             State::Dialing | State::Requested => return Err(Misbehavior::NotEstablished),
             _ => {}
+        }
+        if flags.contains(ShutdownFlags::SEND) && connection.message > 0 {
+            return Err(Misbehavior::MessageCut);
         }
         let before = connection.guest_shut;
         connection.guest_shut = before.with(flags);
@@ -312,6 +323,13 @@ impl Muxer {
             self.set_deadline(id, due);
         }
         true
+    }
+
+    /// The guest broke the protocol on a connection, in a way that only the caller sees: the connection ends.
+    pub fn misbehaves(&mut self, id: ConnectionId, kind: Misbehavior) {
+        if let Some(key) = self.connection(id).map(|connection| connection.key) {
+            self.offend(id, key, kind);
+        }
     }
 
     /// The guest broke the protocol on a connection, which ends.

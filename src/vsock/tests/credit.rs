@@ -137,7 +137,7 @@ fn an_update_rides_on_data_if_there_is_any() {
     s.mux.host_wrote(s.now, id, OUR_BUF);
     s.mux.host_readable(id);
     // The shell asks for data's header before it polls for replies.
-    assert_eq!(s.mux.data_header(id, 1).unwrap().fwd_cnt, OUR_BUF);
+    assert_eq!(s.mux.data_header(id, 1, Boundary::None).unwrap().fwd_cnt, OUR_BUF);
     assert!(
         matches!(s.poll(), Some(Outgoing::Data { .. })),
         "CREDIT_UPDATE is settled"

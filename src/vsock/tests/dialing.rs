@@ -190,7 +190,7 @@ fn beyond_the_limit_a_request_is_reset_and_told() {
     s.guest(third.sends(Op::Request));
     assert_eq!(s.events(), [Event::LimitReached { key: third.key() }]);
     assert_eq!(s.sent(), [third.gets_stray_rst()]);
-    assert_eq!(s.mux.connect(s.now, Port(22)), Err(crate::vsock::NoRoom));
+    assert_eq!(s.mux.connect(s.now, Port(22)), Err(RefuseReason::Limit));
     // A connection that is over makes room as soon as its RST is out, not before.
     s.mux.refused(first, RefuseReason::DialRefused);
     s.events();

@@ -213,7 +213,7 @@ impl Shell {
         }
         let known = self.s.mux.len();
         let disposition = self.s.mux.handle_packet(self.s.now, header, available);
-        if let Disposition::Payload { id, len } = disposition {
+        if let Disposition::Payload { id, len, .. } = disposition {
             assert!(0 < len && len <= available && len == header.len);
             assert_eq!(self.live.get(&id), Some(&true), "payload for nobody");
         }
@@ -248,7 +248,11 @@ impl Shell {
                         1 => self.s.mux.host_eof(self.s.now, id),
                         turn => {
                             let n = if turn == 2 { limit } else { limit.min(100) };
-                            let header = self.s.mux.data_header(id, n).expect("it has data");
+                            let header = self
+                                .s
+                                .mux
+                                .data_header(id, n, Boundary::None)
+                                .expect("it has data");
                             assert_eq!((header.op, header.len), (Op::Rw as u16, n));
                             self.s.mux.host_read(self.s.now, id, n, polls % 8 < 4);
                         }

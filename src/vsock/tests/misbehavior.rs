@@ -193,7 +193,11 @@ fn more_in_the_chain_than_the_header_says_is_not_payload() {
     let id = s.established(FLOW);
     assert_eq!(
         s.mux.handle_packet(s.now, &FLOW.sends_rw(10), 4096),
-        Disposition::Payload { id, len: 10 }
+        Disposition::Payload {
+            id,
+            len: 10,
+            boundary: Boundary::None,
+        }
     );
     assert_eq!(s.events(), []);
 }

@@ -13,6 +13,7 @@ mod linux;
 mod misbehavior;
 mod properties;
 mod requested;
+mod seqpacket;
 mod session;
 mod timers;
 mod turns;
@@ -22,7 +23,7 @@ mod world;
 use std::time::{Duration, Instant};
 
 use super::connection::{ConnectionKey, State};
-use super::header::{Cid, Header, Op, Port, ShutdownFlags, SocketType};
+use super::header::{Boundary, Cid, Header, Op, Port, ShutdownFlags, SocketType};
 use super::{ConnectionId, Disposition, Event, Muxer, MuxerConfig, Outgoing};
 
 const GUEST: Cid = Cid(3);
@@ -213,7 +214,10 @@ impl Scene {
             Some(Outgoing::Data { id: turn, limit }) if turn == id => assert!(n <= limit, "limit {limit}"),
             other => panic!("not the turn of {id:?}: {other:?}"),
         }
-        let header = self.mux.data_header(id, n).expect("the connection exists");
+        let header = self
+            .mux
+            .data_header(id, n, Boundary::None)
+            .expect("the connection exists");
         self.mux.host_read(self.now, id, n, more);
         header
     }
@@ -234,7 +238,7 @@ impl Scene {
     fn dialing(&mut self, flow: Flow) -> ConnectionId {
         assert_eq!(self.guest(flow.sends(Op::Request)), Disposition::Consumed);
         match self.events()[..] {
-            [Event::Dial { id, key }] if key == flow.key() => id,
+            [Event::Dial { id, key, .. }] if key == flow.key() => id,
             ref other => panic!("no dial: {other:?}"),
         }
     }
@@ -261,7 +265,14 @@ impl Scene {
 
     /// The guest sends `n` bytes, which wait for the host end.
     fn guest_sends(&mut self, id: ConnectionId, flow: Flow, n: u32) {
-        assert_eq!(self.guest(flow.sends_rw(n)), Disposition::Payload { id, len: n });
+        assert_eq!(
+            self.guest(flow.sends_rw(n)),
+            Disposition::Payload {
+                id,
+                len: n,
+                boundary: Boundary::None
+            }
+        );
     }
 
     /// Nothing is left: no connection, packet, event, timer, or entry in a list.

@@ -147,7 +147,7 @@ fn names_are_never_used_again() {
         s.mux.host_failed(id, CloseReason::Error);
         s.mux.refused(id, RefuseReason::Limit);
         assert!(!s.mux.connected(s.now, id));
-        assert_eq!(s.mux.data_header(id, 1), None);
+        assert_eq!(s.mux.data_header(id, 1, Boundary::None), None);
     }
     assert_eq!(slots.len(), 1, "but slots are");
     s.assert_over();

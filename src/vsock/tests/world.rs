@@ -218,7 +218,7 @@ impl World {
         if let Some(h) = host {
             h.limit = packet.fwd + u64::from(packet.header.buf_alloc);
         }
-        if let Disposition::Payload { id, len } = disposition {
+        if let Disposition::Payload { id, len, .. } = disposition {
             let host = self.by_id[&id];
             let h = &mut self.hosts[host];
             assert_eq!(h.socket, packet.socket);
@@ -260,7 +260,10 @@ impl World {
                 let mut done = 0;
                 while n > 0 && self.buffers > 0 {
                     let len = n.min(RX_PAYLOAD);
-                    let header = self.mux.data_header(id, len).expect("it has data");
+                    let header = self
+                        .mux
+                        .data_header(id, len, Boundary::None)
+                        .expect("it has data");
                     self.put(header, at + u64::from(done));
                     done += len;
                     n -= len;

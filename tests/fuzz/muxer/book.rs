@@ -5,8 +5,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use vsock_sidecar::vsock::{
-    CloseReason, ConnectionId, ConnectionKey, Disposition, Event, Header, Misbehavior, MuxerConfig, Op,
-    Origin, RefuseReason, SocketType,
+    Boundary, Caller, CloseReason, ConnectionId, ConnectionKey, Disposition, Event, Header, Misbehavior,
+    MuxerConfig, Op, Origin, RefuseReason, SocketType, SocketTypes,
 };
 
 const RCV: u32 = 1;
@@ -22,6 +22,7 @@ pub struct Entry {
     pub id: ConnectionId,
     pub key: ConnectionKey,
     pub origin: Origin,
+    pub socket_type: SocketType,
     /// Its client waits for the guest.
     pub waits: bool,
     pub begun: Instant,
@@ -35,6 +36,8 @@ pub struct Entry {
     /// Bytes of the guest that were accepted, and those of them that the host end took or that were thrown away.
     pub received: u64,
     pub taken: u64,
+    /// Bytes of a message that has not ended (SEQPACKET): the host end cannot take them.
+    pub message: u64,
     /// How far the guest may send as it was told.
     pub promised: u64,
     pub write_failed: bool,
@@ -68,11 +71,18 @@ pub enum Ended {
 }
 
 impl Entry {
-    fn new(id: ConnectionId, key: ConnectionKey, origin: Origin, now: Instant) -> Entry {
+    fn new(
+        id: ConnectionId,
+        key: ConnectionKey,
+        origin: Origin,
+        socket_type: SocketType,
+        now: Instant,
+    ) -> Entry {
         Entry {
             id,
             key,
             origin,
+            socket_type,
             waits: false,
             begun: now,
             established: false,
@@ -80,6 +90,7 @@ impl Entry {
             moved: now,
             received: 0,
             taken: 0,
+            message: 0,
             promised: 0,
             write_failed: false,
             guest_shut: 0,
@@ -105,6 +116,20 @@ impl Entry {
 
     pub fn held(&self) -> u64 {
         self.received - self.taken
+    }
+
+    /// Bytes that the host end can take: those of whole messages.
+    pub fn takeable(&self) -> u64 {
+        self.held().saturating_sub(self.message)
+    }
+
+    /// What the flags of an RW packet mean.
+    fn boundary(&self, header: &Header) -> Boundary {
+        match (self.socket_type, header.flags & 3) {
+            (SocketType::Seqpacket, 1) => Boundary::Message,
+            (SocketType::Seqpacket, 3) => Boundary::Record,
+            _ => Boundary::None,
+        }
     }
 
     /// Bytes that the guest has room for by what it said last; of more than 1 GiB no use is made.
@@ -136,6 +161,7 @@ struct Resets {
 /// All connections that there have been.
 pub struct Book {
     config: MuxerConfig,
+    pub types: SocketTypes,
     pub entries: Vec<Entry>,
     /// Those that have not ended.
     live: BTreeSet<usize>,
@@ -151,6 +177,7 @@ impl Book {
     pub fn new(config: MuxerConfig) -> Book {
         Book {
             config,
+            types: SocketTypes::IMPLIED,
             entries: Vec::new(),
             live: BTreeSet::new(),
             by_id: HashMap::new(),
@@ -187,10 +214,10 @@ impl Book {
 
     // ------------------------------------------------------------------------------------------ host side
 
-    pub fn connects(&mut self, id: ConnectionId, key: ConnectionKey, waits: bool, now: Instant) {
+    pub fn connects(&mut self, id: ConnectionId, key: ConnectionKey, caller: Caller, now: Instant) {
         assert!(self.linked(&key).is_none_or(|entry| entry.ended.is_some()));
-        let mut entry = Entry::new(id, key, Origin::Host, now);
-        entry.waits = waits;
+        let mut entry = Entry::new(id, key, Origin::Host, caller.socket_type, now);
+        entry.waits = caller.waits;
         self.begin(entry);
     }
 
@@ -277,6 +304,8 @@ impl Book {
                     | Misbehavior::DataAfterShutdown
                     | Misbehavior::PayloadShort
                     | Misbehavior::CreditExceeded
+                    | Misbehavior::MessageTooLong
+                    | Misbehavior::MessageCut
             ) {
                 entry.learn(header);
             }
@@ -285,21 +314,30 @@ impl Book {
         }
         entry.learn(header);
         let payload = match disposition {
-            Disposition::Consumed => 0,
-            Disposition::Payload { id, len, .. } => {
+            Disposition::Consumed => None,
+            Disposition::Payload { id, len, boundary } => {
                 assert_eq!(id, entry.id);
-                len
+                Some((len, boundary))
             }
         };
+        let boundary = entry.boundary(header);
         match op {
             Some(Op::Rw) => {
                 entry.received += u64::from(header.len);
                 entry.moved = now;
+                if entry.socket_type == SocketType::Seqpacket {
+                    entry.message = match boundary {
+                        Boundary::None => entry.message + u64::from(header.len),
+                        Boundary::Message | Boundary::Record => 0,
+                    };
+                }
+                let says_something = header.len > 0 || boundary != Boundary::None;
                 if entry.write_failed {
                     entry.taken = entry.received;
-                    assert_eq!(payload, 0);
+                    assert_eq!(payload, None);
                 } else {
-                    assert_eq!(payload, header.len, "the promise was {buf_alloc}: {entry:?}");
+                    let expected = says_something.then_some((header.len, boundary));
+                    assert_eq!(payload, expected, "the promise was {buf_alloc}: {entry:?}");
                 }
             }
             Some(Op::Shutdown) => entry.guest_shut |= header.flags & BOTH,
@@ -310,7 +348,7 @@ impl Book {
             _ => {}
         }
         if op != Some(Op::Rw) {
-            assert_eq!(payload, 0);
+            assert_eq!(payload, None);
         }
     }
 
@@ -327,7 +365,10 @@ impl Book {
             (Some(Op::Rst), _) => {}
             (_, None) => self.faults.push(Misbehavior::UnknownType),
             (None, _) => self.faults.push(Misbehavior::UnknownOp),
-            (Some(Op::Request), Some(SocketType::Seqpacket)) => {
+            (Some(Op::Request), Some(SocketType::Seqpacket)) if !self.types.seqpacket => {
+                self.faults.push(Misbehavior::UnsupportedType)
+            }
+            (Some(Op::Request), Some(SocketType::Stream)) if !self.types.stream => {
                 self.faults.push(Misbehavior::UnsupportedType)
             }
             _ => {}
@@ -353,14 +394,15 @@ impl Book {
     /// What the law told after some input. `by_packet` is the guest's packet, if that was it.
     pub fn event(&mut self, event: Event, by_packet: Option<&Header>, now: Instant, connections: usize) {
         match event {
-            Event::Dial { id, key, .. } => {
+            Event::Dial { id, key, socket_type } => {
                 let header = by_packet.expect("a guest dials by packet");
                 assert_eq!(Op::from_wire(header.op), Some(Op::Request));
                 assert_eq!(
                     (key.guest_port, key.peer_cid, key.peer_port),
                     (header.src_port, header.dst_cid, header.dst_port)
                 );
-                let mut entry = Entry::new(id, key, Origin::Guest, now);
+                assert_eq!(header.socket_type, socket_type as u16);
+                let mut entry = Entry::new(id, key, Origin::Guest, socket_type, now);
                 entry.learn(header);
                 self.begin(entry);
             }
@@ -436,6 +478,11 @@ impl Book {
                 entry.stalled = false;
             }
         }
+    }
+
+    /// The guest did something wrong that only the caller of the law sees.
+    pub fn misbehaves(&mut self, kind: Misbehavior) {
+        self.faults = vec![kind];
     }
 
     /// What the guest did wrong was told.
@@ -539,11 +586,17 @@ impl Book {
     }
 
     /// An RW packet.
-    pub fn data(&mut self, id: ConnectionId, header: &Header) {
+    pub fn data(&mut self, id: ConnectionId, header: &Header, boundary: Boundary) {
         let key = self.own(header);
         let at = self.by_id[&id];
         assert_eq!(self.linked.get(&key), Some(&at), "{header:?}");
         assert_eq!(Op::from_wire(header.op), Some(Op::Rw));
+        let flags = match boundary {
+            Boundary::None => 0,
+            Boundary::Message => 1,
+            Boundary::Record => 3,
+        };
+        assert_eq!(header.flags, flags);
         self.credit_fields(at, header);
         self.may_speak(at, header);
         let entry = &mut self.entries[at];
@@ -580,7 +633,7 @@ impl Book {
 
     fn credit_fields(&mut self, at: usize, header: &Header) {
         let entry = &mut self.entries[at];
-        assert_eq!(header.socket_type, SocketType::Stream as u16);
+        assert_eq!(header.socket_type, entry.socket_type as u16);
         assert_eq!(
             (header.buf_alloc, header.fwd_cnt),
             (self.config.buf_alloc, entry.taken as u32),
@@ -619,8 +672,9 @@ impl Book {
             if entry.guest_shut & RCV != 0 {
                 assert_ne!(entry.told_host & RCV, 0, "{entry:?}");
             }
+            // The rest of a message may be all that it wants to send.
             assert!(
-                entry.promised > entry.received,
+                entry.promised > entry.received || entry.guest_shut & SEND != 0,
                 "the guest waits for credit: {entry:?}"
             );
             if entry.host_eof {
@@ -661,7 +715,7 @@ fn fault(
     let Some(op) = op else {
         return Some(Misbehavior::UnknownOp);
     };
-    if socket_type != SocketType::Stream {
+    if socket_type != entry.socket_type {
         return Some(Misbehavior::UnsupportedType);
     }
     let unanswered = entry.origin == Origin::Guest && !entry.response_sent;
@@ -675,11 +729,19 @@ fn fault(
             let gives_up = entry.origin == Origin::Guest && header.flags & BOTH == BOTH;
             return (!gives_up).then_some(Misbehavior::NotEstablished);
         }
+        Op::Shutdown if header.flags & SEND != 0 && entry.message > 0 => {
+            return Some(Misbehavior::MessageCut);
+        }
         Op::Rw if !entry.established => return Some(Misbehavior::NotEstablished),
         Op::Rw if entry.guest_shut & SEND != 0 => return Some(Misbehavior::DataAfterShutdown),
         Op::Rw if header.len > available => return Some(Misbehavior::PayloadShort),
         Op::Rw if entry.held() + u64::from(header.len) > buf_alloc => {
             return Some(Misbehavior::CreditExceeded);
+        }
+        Op::Rw if socket_type == SocketType::Seqpacket && entry.boundary(header) == Boundary::None => {
+            // It can never end: the rest of the buffer is for its end.
+            let too_long = entry.message + u64::from(header.len) >= buf_alloc;
+            return too_long.then_some(Misbehavior::MessageTooLong);
         }
         _ => {}
     }

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use book::Book;
 use vsock_sidecar::vsock::{
-    Cid, CloseReason, ConnectionId, ConnectionKey, Header, Muxer, MuxerConfig, Origin, Outgoing, Port,
-    RefuseReason, State,
+    Boundary, Caller, Cid, CloseReason, ConnectionId, ConnectionKey, Header, Misbehavior, Muxer, MuxerConfig,
+    Origin, Outgoing, Port, RefuseReason, SocketType, SocketTypes, State,
 };
 
 use super::input::Input;
@@ -64,7 +64,7 @@ impl Muxed {
             guest_timeout: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(input.choose(&[0, 0, 1, 60])),
         };
-        Muxed {
+        let mut muxed = Muxed {
             mux: Muxer::new(config.clone()),
             book: Book::new(config.clone()),
             config,
@@ -74,7 +74,20 @@ impl Muxed {
                 peer_cid: Cid::HOST,
                 peer_port: Port(22),
             },
-        }
+        };
+        muxed.negotiates(input);
+        muxed
+    }
+
+    /// A driver says which types it knows.
+    fn negotiates(&mut self, input: &mut Input<'_>) {
+        let which = input.below(8);
+        let types = SocketTypes {
+            stream: which != 6,
+            seqpacket: which < 7,
+        };
+        self.book.types = types;
+        self.mux.set_types(types);
     }
 
     fn step(&mut self, input: &mut Input<'_>) {
@@ -106,6 +119,7 @@ impl Muxed {
                     self.book.reset();
                     self.mux.reset();
                     self.events(None);
+                    self.negotiates(input);
                 }
                 1 => {
                     self.mux.close_all(CloseReason::Drain, RefuseReason::Draining);
@@ -169,7 +183,12 @@ impl Muxed {
             src_port: key.guest_port,
             dst_port: key.peer_port,
             len,
-            socket_type: input.choose(&[1, 1, 1, 1, 1, 1, 2, 0, 3, 257]),
+            socket_type: match input.u8() {
+                0..=199 => self.type_of(key),
+                200..=219 => 1,
+                220..=239 => 2,
+                n => input.choose(&[0, 3, 257, u16::from(n)]),
+            },
             op,
             flags: input.choose(&[0, 0, 1, 2, 3, 4, 7, u32::MAX]),
             buf_alloc: input.choose(&[65_536, 65_536, 0, 1, 1000, u32::MAX, 1 << 30]),
@@ -187,6 +206,11 @@ impl Muxed {
         (header, available)
     }
 
+    fn type_of(&self, key: ConnectionKey) -> u16 {
+        let entry = self.book.entries.iter().rev().find(|entry| entry.key == key);
+        entry.map_or(1, |entry| entry.socket_type as u16)
+    }
+
     fn honest_fwd_cnt(&self, key: ConnectionKey) -> u32 {
         let entry = self.book.entries.iter().rev().find(|entry| entry.key == key);
         entry.map_or(0, |entry| entry.sent as u32)
@@ -202,9 +226,9 @@ impl Muxed {
                 peer_port: Port(22),
             };
             self.flow = key;
-            return self.packet(self.header(key, 1, 0, 0, 65_536, 0), 0);
+            return self.packet(self.header(key, input.choose(&[1, 2]), 1, 0, 0, 65_536, 0), 0);
         };
-        let (key, sent) = (entry.key, entry.sent as u32);
+        let (key, sent, socket_type) = (entry.key, entry.sent as u32, entry.socket_type as u16);
         let window = u64::from(self.config.buf_alloc);
         let room = window.saturating_sub(entry.held()) as u32;
         let unread = sent.wrapping_sub(entry.peer_fwd_cnt);
@@ -215,8 +239,8 @@ impl Muxed {
             (false, Origin::Guest, 0..=13) => (1, 0, 0),
             (false, Origin::Host, 0..=9) => (2, 0, 0),
             (false, _, _) => (3, 0, 0),
-            (true, _, 0..=5) => (5, 0, input.size().min(room)),
-            (true, _, 6) => (5, 0, room),
+            (true, _, 0..=5) => (5, input.choose(&[1, 0, 3, 2]), input.size().min(room)),
+            (true, _, 6) => (5, 1, room),
             (true, _, 7..=9) => (6, 0, 0),
             (true, _, 10) => (7, 0, 0),
             (true, _, 11) => (4, 1, 0),
@@ -230,15 +254,19 @@ impl Muxed {
                     peer_cid: Cid::HOST,
                     peer_port: Port(22),
                 };
-                return self.packet(self.header(key, 1, 0, 0, buf_alloc, 0), 0);
+                let header = self.header(key, input.choose(&[1, 2]), 1, 0, 0, buf_alloc, 0);
+                return self.packet(header, 0);
             }
         };
-        self.packet(self.header(key, op, flags, len, buf_alloc, fwd_cnt), len);
+        let header = self.header(key, socket_type, op, flags, len, buf_alloc, fwd_cnt);
+        self.packet(header, len);
     }
 
+    #[allow(clippy::too_many_arguments)] // a header has so many
     fn header(
         &self,
         key: ConnectionKey,
+        socket_type: u16,
         op: u16,
         flags: u32,
         len: u32,
@@ -251,7 +279,7 @@ impl Muxed {
             src_port: key.guest_port,
             dst_port: key.peer_port,
             len,
-            socket_type: 1,
+            socket_type,
             op,
             flags,
             buf_alloc,
@@ -274,18 +302,38 @@ impl Muxed {
     // ------------------------------------------------------------------------------------------ host ends
 
     fn connects(&mut self, input: &mut Input<'_>) {
-        let (port, waits) = (Port(22 + u32::from(input.u8() % 2)), input.bool());
-        let full = self.mux.len() >= self.config.max_connections;
-        let id = if waits {
-            self.mux.connect_waiting(self.now, port)
-        } else {
-            self.mux.connect(self.now, port)
+        let what = input.u8();
+        let caller = Caller {
+            guest_port: Port(22 + u32::from(what & 1)),
+            socket_type: match what & 4 {
+                0 => SocketType::Stream,
+                _ => SocketType::Seqpacket,
+            },
+            // A sibling, whose ports may still be in use here.
+            address: (what & 0x30 == 0).then(|| {
+                (
+                    Cid(4 + u64::from(what >> 7)),
+                    Port(1000 + u32::from(what >> 6 & 1)),
+                )
+            }),
+            waits: what & 2 != 0,
         };
-        assert_eq!(id.is_err(), full);
-        if let Ok(id) = id {
-            let key = self.mux.connection(id).expect("it has just begun").key();
-            assert_eq!((key.guest_port, key.peer_cid), (port, Cid::HOST));
-            self.book.connects(id, key, waits, self.now);
+        let types = self.book.types;
+        let known = match caller.socket_type {
+            SocketType::Stream => types.stream,
+            SocketType::Seqpacket => types.seqpacket,
+        };
+        let full = self.mux.len() >= self.config.max_connections;
+        match self.mux.request(self.now, caller) {
+            Err(RefuseReason::UnsupportedType) => assert!(!known),
+            Err(reason) => assert!(reason == RefuseReason::Limit && full && known),
+            Ok(id) => {
+                assert!(known && !full);
+                let key = self.mux.connection(id).expect("it has just begun").key();
+                let cid = caller.address.map_or(Cid::HOST, |(cid, _)| cid);
+                assert_eq!((key.guest_port, key.peer_cid), (caller.guest_port, cid));
+                self.book.connects(id, key, caller, self.now);
+            }
         }
         self.events(None);
     }
@@ -297,7 +345,7 @@ impl Muxed {
             return;
         };
         let entry = &entries[at];
-        let (id, held, open) = (entry.id, entry.held(), entry.is_open());
+        let (id, held, open) = (entry.id, entry.takeable(), entry.is_open());
         let begun = entry.established || entry.origin == Origin::Host;
         match what & 15 {
             0..=2 => {
@@ -320,6 +368,10 @@ impl Muxed {
                 entry.readable = false;
                 entry.host_eof |= entry.ended.is_none() && begun;
                 self.mux.host_eof(self.now, id);
+            }
+            14 if open && input.u8() == 0 => {
+                self.book.misbehaves(Misbehavior::EmptyMessages);
+                self.mux.misbehaves(id, Misbehavior::EmptyMessages);
             }
             14 if begun => {
                 self.book.host_write_failed(id);
@@ -344,7 +396,11 @@ impl Muxed {
     }
 
     fn takes_everything(&mut self) {
-        let held: Vec<_> = self.book.live().map(|entry| (entry.id, entry.held())).collect();
+        let held: Vec<_> = self
+            .book
+            .live()
+            .map(|entry| (entry.id, entry.takeable()))
+            .collect();
         for (id, n) in held {
             if n > 0 {
                 self.takes(id, n as u32);
@@ -387,10 +443,16 @@ impl Muxed {
                 }
                 // It may take several buffers.
                 let first = reads.min(4096);
-                for len in [first, reads - first].into_iter().filter(|len| *len > 0) {
-                    let header = self.mux.data_header(id, len).expect("it lives");
+                // Of messages, one ends amid what is read, one goes on behind it, and one is empty.
+                let boundaries = match self.book.entry(id).socket_type {
+                    SocketType::Stream => [Boundary::None; 3],
+                    SocketType::Seqpacket => [Boundary::None, Boundary::Record, Boundary::Message],
+                };
+                let lengths = [first, reads - first, 0].into_iter().zip(boundaries);
+                for (len, boundary) in lengths.filter(|(len, end)| *len > 0 || *end == Boundary::Message) {
+                    let header = self.mux.data_header(id, len, boundary).expect("it lives");
                     assert_eq!(header.len, len);
-                    self.book.data(id, &header);
+                    self.book.data(id, &header, boundary);
                 }
                 let entry = self.book.entry(id);
                 entry.readable = more;

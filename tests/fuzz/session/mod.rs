@@ -88,6 +88,8 @@ impl Live {
                 idle_timeout: Duration::ZERO,
             },
             router: Router::new(Vec::new()),
+            siblings: Default::default(),
+            inbound_rules: 0,
             dialer: Dialer::new(runtime.handle().clone()),
             metrics: GuestMetrics::detached(&RuleNames::default(), &labels),
         })

@@ -1,0 +1,166 @@
+//! Connections between two guests of one sidecar.
+//!
+//! Each device has half of the connection, as with any other host end: the two halves are the ends of a socket pair. So
+//! back-pressure, half-close and resets pass through the kernel as they do with a service, and nothing that one guest does to
+//! its half can be more to the other than what a service can do.
+//!
+//! ```text
+//!   guest a: REQUEST b:5 ──▶ device a ── Command::Sibling { stream } ──▶ device b ── REQUEST from a's CID ──▶ guest b
+//!   guest a: RESPONSE   ◀── device a ◀── Command::Dialed (Ok) ────────── device b ◀── RESPONSE ──────────── guest b
+//!                            stream ◀═══════ socket pair ═══════▶ stream
+//! ```
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::host::HostStream;
+use crate::host::dial::{DialError, DialResult};
+use crate::vsock::RefuseReason;
+
+use super::handle::DeviceHandle;
+
+/// The guests of the sidecar, for those who may dial them. Clones share the list, which grows while guests start.
+#[derive(Clone, Default)]
+pub struct Siblings {
+    by_name: Arc<Mutex<HashMap<String, Sibling>>>,
+}
+
+/// A guest that can be dialled.
+#[derive(Clone)]
+struct Sibling {
+    handle: DeviceHandle,
+    /// Who may dial it, in the order of its [`super::DeviceConfig::siblings_from`].
+    from: Arc<[String]>,
+}
+
+impl Siblings {
+    /// Makes a guest known. `from` are the names of the guests whose rules may lead to it.
+    pub fn add(&self, name: &str, handle: DeviceHandle, from: &[String]) {
+        let sibling = Sibling {
+            handle,
+            from: from.into(),
+        };
+        self.lock().insert(name.to_owned(), sibling);
+    }
+
+    /// How to reach the guest `name`, and by which number it knows the guest `from`.
+    pub(super) fn find(&self, name: &str, from: &str) -> Option<(DeviceHandle, usize)> {
+        let siblings = self.lock();
+        let sibling = siblings.get(name)?;
+        let index = sibling.from.iter().position(|known| known == from)?;
+        Some((sibling.handle.clone(), index))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Sibling>> {
+        // An insertion is all that ever happens under it.
+        self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Siblings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.lock().keys()).finish()
+    }
+}
+
+/// A guest that wants a connection to another one.
+#[derive(Debug)]
+pub struct SiblingRequest {
+    /// Its number among those who may.
+    pub(super) from: usize,
+    /// Its name.
+    pub(super) peer: Arc<str>,
+    /// Its CID and port.
+    pub(super) address: (u32, u32),
+    /// Port in the guest that is asked.
+    pub(super) port: u32,
+    /// Whether messages are wanted, in frames.
+    pub(super) seqpacket: bool,
+    /// The half of the connection that is for the guest that is asked.
+    pub(super) stream: HostStream,
+    /// Who waits for the outcome.
+    pub(super) answer: SiblingAnswer,
+}
+
+/// The outcome of a request, which is told once: when it is dropped untold, the guest that was asked is gone.
+pub(super) struct SiblingAnswer {
+    target: String,
+    stream: Option<HostStream>,
+    tell: Option<Box<dyn FnOnce(DialResult) + Send>>,
+}
+
+impl SiblingAnswer {
+    /// `stream` is the half of the guest that asks, `target` the guest that is asked; `tell` must not block.
+    pub(super) fn new(
+        target: String,
+        stream: HostStream,
+        tell: impl FnOnce(DialResult) + Send + 'static,
+    ) -> SiblingAnswer {
+        SiblingAnswer {
+            target,
+            stream: Some(stream),
+            tell: Some(Box::new(tell)),
+        }
+    }
+
+    /// The guest has accepted.
+    pub(super) fn accepted(mut self) {
+        if let (Some(tell), Some(stream)) = (self.tell.take(), self.stream.take()) {
+            tell(Ok(stream));
+        }
+    }
+
+    /// The guest has refused, or was not asked.
+    pub(super) fn refused(mut self, reason: RefuseReason) {
+        self.refuse(reason);
+    }
+
+    fn refuse(&mut self, reason: RefuseReason) {
+        let Some(tell) = self.tell.take() else { return };
+        let target = self.target.clone();
+        let because = |kind: io::ErrorKind, text: &str| io::Error::new(kind, text.to_owned());
+        tell(Err(match reason {
+            RefuseReason::GuestRst => DialError::Refused {
+                target,
+                source: because(
+                    io::ErrorKind::ConnectionRefused,
+                    "nothing listens on that port in the guest",
+                ),
+            },
+            RefuseReason::Limit => DialError::Resources {
+                target,
+                source: because(io::ErrorKind::QuotaExceeded, "its limits.connections is reached"),
+            },
+            reason => DialError::Unreachable {
+                target,
+                source: because(
+                    io::ErrorKind::HostUnreachable,
+                    match reason {
+                        RefuseReason::GuestTimeout => {
+                            "the guest does not answer: it is not running, or it hangs"
+                        }
+                        RefuseReason::UnsupportedType => "the guest's driver has not agreed on SEQPACKET",
+                        RefuseReason::Draining => "the sidecar is shutting down",
+                        _ => "the guest went away",
+                    },
+                ),
+            },
+        }));
+    }
+}
+
+impl Drop for SiblingAnswer {
+    fn drop(&mut self) {
+        self.refuse(RefuseReason::SessionLost);
+    }
+}
+
+impl fmt::Debug for SiblingAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SiblingAnswer")
+            .field("target", &self.target)
+            .finish_non_exhaustive()
+    }
+}

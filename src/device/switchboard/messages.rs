@@ -1,0 +1,312 @@
+//! SEQPACKET connections against their sockets: whole messages out, whole messages in.
+
+use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use rustix::io::Errno;
+use tracing::{debug, warn};
+
+use super::{Gather, Switchboard};
+use crate::device::flow::{Flow, HostEnd};
+use crate::device::messages::{Message, Wire};
+use crate::host::Packet;
+use crate::metrics::Direction;
+use crate::sys::vectored::writev;
+use crate::vsock::{Boundary, CloseReason, ConnectionId, Misbehavior};
+
+impl Switchboard {
+    /// Whether this connection's bytes are messages.
+    pub(in crate::device) fn has_messages(&self, id: ConnectionId) -> bool {
+        self.flows.get(id).is_some_and(|flow| flow.messages.is_some())
+    }
+
+    /// How this connection's messages travel.
+    pub(in crate::device) fn wire(&self, id: ConnectionId) -> Option<Wire> {
+        Some(self.flows.get(id)?.messages.as_ref()?.wire)
+    }
+
+    /// A message of the guest ends with what was gathered.
+    pub(in crate::device) fn end_message(
+        &mut self,
+        now: Instant,
+        gather: &mut Gather<'_>,
+        boundary: Boundary,
+    ) {
+        let Some(id) = gather.id else { return };
+        if self.send_packet(now, id, gather) {
+            return;
+        }
+        self.flush(now, gather);
+        // That may have been the connection's end.
+        let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.write_failed) else {
+            return;
+        };
+        let Some(messages) = &mut flow.messages else {
+            return;
+        };
+        if messages.outbox.unfinished() > messages.wire.max_message() {
+            self.message_too_long(id, "the guest's message is longer than the rule's maxMessage");
+        } else if messages.outbox.end(boundary).is_err() {
+            self.muxer.misbehaves(id, Misbehavior::EmptyMessages);
+        } else {
+            self.flush_messages(now, id);
+        }
+    }
+
+    /// Sends a message that was gathered as a whole to a packet socket, straight from guest memory; whether that was all that
+    /// there is to do.
+    fn send_packet(&mut self, now: Instant, id: ConnectionId, gather: &mut Gather<'_>) -> bool {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return false;
+        };
+        let (Some(messages), HostEnd::Connected(stream)) = (&flow.messages, &flow.end) else {
+            return false;
+        };
+        let bytes = gather.slices.bytes();
+        let direct = messages.wire == Wire::Packets && messages.outbox.is_empty() && !flow.write_failed;
+        if !direct || bytes == 0 {
+            return false;
+        }
+        match writev(stream.as_fd(), &gather.slices) {
+            Ok(_) => {
+                flow.bytes_from_guest += bytes as u64;
+                let rule = flow.rule;
+                gather.slices.clear();
+                self.wrote(now, id, rule, bytes);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+            Err(error) => {
+                gather.slices.clear();
+                self.message_failed(now, id, &error);
+            }
+        }
+        true
+    }
+
+    /// Keeps gathered bytes of a message that is not whole yet, or that others are ahead of.
+    pub(super) fn keep_of_message(&mut self, id: ConnectionId, gather: &Gather<'_>, bytes: usize) {
+        let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.write_failed) else {
+            return;
+        };
+        let Some(messages) = &mut flow.messages else {
+            return;
+        };
+        flow.bytes_from_guest += bytes as u64;
+        let mut taken = 0;
+        let kept = flow.spill.extend_with(bytes, |piece| {
+            taken += gather.slices.copy_to(taken, piece);
+            Ok::<(), crate::host::SpillFull>(())
+        });
+        match kept {
+            Ok(()) => {
+                messages.outbox.extend(bytes);
+                self.metrics.buffered_bytes[Direction::GuestToHost as usize].add(bytes as i64);
+            }
+            Err(error) => {
+                warn!(guest = %self.name, %error, "the spill buffer is smaller than the credit");
+                self.muxer.host_failed(id, CloseReason::Error);
+            }
+        }
+    }
+
+    /// Sends the messages that are whole, until the socket takes no more.
+    pub(super) fn flush_messages(&mut self, now: Instant, id: ConnectionId) {
+        loop {
+            let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.write_failed) else {
+                return;
+            };
+            let rule = flow.rule;
+            match send_first(flow) {
+                Ok(None) => break,
+                Ok(Some(taken)) => {
+                    self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(taken as i64);
+                    self.wrote(now, id, rule, taken);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.metrics.backpressure_pauses[Direction::GuestToHost as usize].inc();
+                    return;
+                }
+                Err(error) => {
+                    self.message_failed(now, id, &error);
+                    return;
+                }
+            }
+        }
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        let due = flow
+            .messages
+            .as_mut()
+            .is_some_and(|messages| std::mem::take(&mut messages.outbox.shutdown_due));
+        if let Some(stream) = flow.stream().filter(|_| due)
+            && let Err(error) = stream.shutdown_write()
+        {
+            debug!(guest = %self.name, %error, "shutdown of a host socket");
+        }
+    }
+
+    /// The message of the host end that is the guest's next, and how many of its bytes the guest has not got. `None`: there is
+    /// none now, or the connection has ended.
+    pub(in crate::device) fn next_message(
+        &mut self,
+        now: Instant,
+        id: ConnectionId,
+    ) -> Option<(Message, u32)> {
+        let longest = self.muxer.connection(id)?.longest_message();
+        let flow = self.flows.get_mut(id)?;
+        let messages = flow.messages.as_mut()?;
+        if let Some(current) = messages.inbox.current() {
+            return Some(current);
+        }
+        let HostEnd::Connected(stream) = &flow.end else {
+            return None;
+        };
+        let wire = messages.wire;
+        let inbox = &mut messages.inbox;
+        let found = match wire {
+            Wire::Packets => stream
+                .receive_packet(&mut inbox.packet, longest as usize)
+                .map(|packet| match packet {
+                    Packet::End => None,
+                    Packet::Message => Some(inbox.packet.len()),
+                    Packet::TooLong { len } => Some(len.max(longest as usize + 1)),
+                })
+                .map(|len| {
+                    len.map(|len| Message {
+                        len: u32::try_from(len).unwrap_or(u32::MAX),
+                        ends_record: false,
+                    })
+                }),
+            Wire::Frames { .. } => loop {
+                match stream.read(inbox.header_space()) {
+                    Ok(0) => break Ok(None),
+                    Ok(n) => {
+                        if let Some(message) = inbox.header_came(n, wire) {
+                            break Ok(Some(message));
+                        }
+                    }
+                    Err(error) => break Err(error),
+                }
+            },
+        };
+        match found {
+            Ok(Some(message)) if message.len > longest.min(wire.max_message()) => {
+                self.message_too_long(
+                    id,
+                    "the host end's message is longer than the guest's buffer or the rule's maxMessage",
+                );
+            }
+            Ok(Some(message)) => {
+                inbox.begin(message);
+                return Some((message, message.len));
+            }
+            Ok(None) => self.messages_ended(now, id),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.muxer.host_drained(id),
+            Err(error) => {
+                debug!(guest = %self.name, %error, "a host socket failed");
+                self.muxer.host_failed(id, CloseReason::PeerRst);
+            }
+        }
+        None
+    }
+
+    /// The stream of the host end has ended: in order between two messages, else what was begun can never be whole.
+    pub(super) fn messages_ended(&mut self, now: Instant, id: ConnectionId) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.eof = true;
+        if flow
+            .messages
+            .as_ref()
+            .is_some_and(|messages| messages.inbox.is_amid_frame())
+        {
+            debug!(guest = %self.name, "a host end stopped within a message");
+            self.muxer.host_failed(id, CloseReason::PeerRst);
+        } else {
+            self.muxer.host_eof(now, id);
+        }
+    }
+
+    /// The rest of a message of a packet socket, which goes to the guest from here.
+    pub(in crate::device) fn packet_left(&self, id: ConnectionId) -> &[u8] {
+        self.flows
+            .get(id)
+            .and_then(|flow| flow.messages.as_ref())
+            .map(|messages| messages.inbox.packet_left())
+            .unwrap_or_default()
+    }
+
+    /// The guest got `n` bytes of a packet socket's message, or an empty message of whatever socket.
+    pub(in crate::device) fn packet_given(&mut self, now: Instant, id: ConnectionId, n: u32) {
+        self.message_given(id, n);
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.bytes_to_guest += u64::from(n);
+        let direction = Direction::HostToGuest;
+        flow.rule.metrics(&self.metrics).upstream_bytes[direction as usize].inc_by(u64::from(n));
+        self.metrics
+            .payload(direction, self.socket_type(id), u64::from(n));
+        self.muxer.host_read(now, id, n, true);
+    }
+
+    /// The guest got `n` bytes more of the message under way.
+    pub(in crate::device) fn message_given(&mut self, id: ConnectionId, n: u32) {
+        if let Some(messages) = self.flows.get_mut(id).and_then(|flow| flow.messages.as_mut()) {
+            messages.inbox.given(n);
+        }
+    }
+
+    fn message_failed(&mut self, now: Instant, id: ConnectionId, error: &io::Error) {
+        match Errno::from_io_error(error) {
+            Some(Errno::MSGSIZE) => {
+                self.message_too_long(
+                    id,
+                    "the guest's message is longer than the service's socket takes",
+                );
+            }
+            _ => self.write_failed(now, id, error),
+        }
+    }
+
+    fn message_too_long(&mut self, id: ConnectionId, what: &str) {
+        debug!(guest = %self.name, what, "connection ended");
+        self.muxer.host_failed(id, CloseReason::MessageTooLong);
+    }
+}
+
+/// Sends the first message that is whole, or goes on with it; how many of its bytes the socket took. `None` if there is none.
+fn send_first(flow: &mut Flow) -> io::Result<Option<usize>> {
+    let (Some(messages), HostEnd::Connected(stream)) = (&mut flow.messages, &flow.end) else {
+        return Ok(None);
+    };
+    let outbox = &mut messages.outbox;
+    let taken = match messages.wire {
+        Wire::Packets => {
+            let Some(message) = outbox.first() else {
+                return Ok(None);
+            };
+            let [first, second] = flow.spill.front(message.len as usize);
+            stream.send_packet(&[IoSlice::new(first), IoSlice::new(second)])?;
+            outbox.pop();
+            message.len as usize
+        }
+        Wire::Frames { .. } => {
+            let Some((header, header_sent, left)) = outbox.first_frame(messages.wire) else {
+                return Ok(None);
+            };
+            let [first, second] = flow.spill.front(left);
+            let header = header.get(header_sent..).unwrap_or_default();
+            let n = stream.write(&[IoSlice::new(header), IoSlice::new(first), IoSlice::new(second)])?;
+            if n == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            outbox.frame_sent(n)
+        }
+    };
+    flow.spill.consume(taken);
+    Ok(Some(taken))
+}

@@ -1,0 +1,126 @@
+//! The two ends of a connection between guests of one sidecar; see [`crate::device::sibling`].
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tracing::{debug, warn};
+
+use super::Switchboard;
+use crate::device::flow::{Flow, HostEnd, RuleRef};
+use crate::device::handle::Command;
+use crate::device::messages::{Messages, Wire};
+use crate::device::sibling::{SiblingAnswer, SiblingRequest};
+use crate::host::HostStream;
+use crate::vsock::{Caller, Cid, Port, RefuseReason, SocketType};
+
+impl Switchboard {
+    /// The guest wants port `to` of the guest `name`, as `flow` says.
+    pub(super) fn dial_sibling(&mut self, now: Instant, mut flow: Flow, name: &str, to: u32) {
+        let id = flow.id;
+        let seqpacket = flow.messages.is_some();
+        if seqpacket {
+            flow.messages = Some(Box::new(Messages::new(Wire::SIBLING)));
+        }
+        let target = format!("guest://{name}:{to}");
+        flow.peer.clone_from(&target);
+        let rule = flow.rule;
+        let guest_port = flow.guest_port;
+        self.flows.insert(flow);
+
+        let found = self.siblings.find(name, &self.name);
+        let pair = UnixStream::pair().and_then(|(ours, theirs)| {
+            let theirs = HostStream::named(theirs.into(), &format!("guest://{}:{guest_port}", self.name))?;
+            Ok((HostStream::named(ours.into(), &target)?, theirs))
+        });
+        let reason = match (found, pair) {
+            (Some((sibling, from)), Ok((ours, theirs))) => {
+                let handle = self.handle.clone();
+                let token = id.token();
+                let answer = SiblingAnswer::new(target.clone(), ours, move |result| {
+                    let took = now.elapsed();
+                    // A device that is gone needs no answer.
+                    let _ = handle.send(Command::Dialed { token, result, took });
+                });
+                let request = SiblingRequest {
+                    from,
+                    peer: Arc::clone(&self.name),
+                    address: (self.cid, guest_port),
+                    port: to,
+                    seqpacket,
+                    stream: theirs,
+                    answer,
+                };
+                // What a device that is gone does not take is dropped, which is an answer too.
+                let _ = sibling.send(Command::Sibling(Box::new(request)));
+                return;
+            }
+            (None, _) => {
+                warn!(guest = %self.name, target, "a rule leads to a guest that does not run");
+                RefuseReason::Unreachable
+            }
+            (_, Err(error)) => {
+                if self.logbook.target_failed(rule.index) {
+                    warn!(guest = %self.name, target, %error, "no socket pair for a connection to another guest");
+                }
+                RefuseReason::Limit
+            }
+        };
+        self.muxer.refused(id, reason);
+    }
+
+    /// Another guest wants a port of this one.
+    pub(in crate::device) fn handle_sibling(&mut self, now: Instant, request: SiblingRequest) {
+        let SiblingRequest {
+            from,
+            peer,
+            address: (cid, guest_port),
+            port,
+            seqpacket,
+            stream,
+            answer,
+        } = request;
+        let rule = RuleRef::inbound(self.inbound_rules.saturating_add(from));
+        let caller = Caller {
+            guest_port: Port(port),
+            socket_type: match seqpacket {
+                true => SocketType::Seqpacket,
+                false => SocketType::Stream,
+            },
+            address: Some((Cid(u64::from(cid)), Port(guest_port))),
+            waits: false,
+        };
+        let asked = match self.draining {
+            true => Err(RefuseReason::Draining),
+            false => self.muxer.request(now, caller),
+        };
+        let id = match asked {
+            Ok(id) => id,
+            Err(reason) => {
+                let metrics = rule.metrics(&self.metrics);
+                metrics.refused[reason as usize].inc();
+                debug!(guest = %self.name, rule = metrics.name, port, %peer, reason = reason.label(), "refused another guest");
+                answer.refused(reason);
+                return;
+            }
+        };
+        let host_port = self.muxer.connection(id).map_or(0, |c| c.key().peer_port.0);
+        let mut flow = self.new_flow(id, rule, port, host_port, now, stream.peer().to_owned());
+        flow.asked_by = Some(Box::new(answer));
+        if seqpacket {
+            flow.messages = Some(Box::new(Messages::new(Wire::SIBLING)));
+        }
+        match self.register(&stream, id) {
+            Ok(()) => {
+                flow.end = HostEnd::Connected(stream);
+                self.flows.insert(flow);
+            }
+            Err(error) => {
+                warn!(guest = %self.name, %error, "cannot watch the socket of another guest's connection");
+                self.flows.insert(flow);
+                self.muxer.refused(id, RefuseReason::Limit);
+            }
+        }
+        self.handle_events(now);
+    }
+}

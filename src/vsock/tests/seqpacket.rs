@@ -1,0 +1,268 @@
+//! Messages: boundaries pass, credit counts bytes, and what could never end is ended.
+
+use super::*;
+use crate::vsock::{Caller, CloseReason, Misbehavior, RefuseReason, SocketTypes};
+
+const FLOW: Flow = Flow::new(1024, 80);
+
+const BOTH: SocketTypes = SocketTypes {
+    stream: true,
+    seqpacket: true,
+};
+
+/// The same packet on a SEQPACKET connection.
+fn seq(header: Header) -> Header {
+    Header {
+        socket_type: SocketType::Seqpacket as u16,
+        ..header
+    }
+}
+
+/// An RW packet of a message, which ends with it or not.
+fn piece(len: u32, boundary: Boundary) -> Header {
+    Header {
+        flags: boundary.bits(),
+        ..seq(FLOW.sends_rw(len))
+    }
+}
+
+fn scene() -> Scene {
+    let mut s = Scene::new();
+    s.mux.set_types(BOTH);
+    s
+}
+
+fn established(s: &mut Scene) -> ConnectionId {
+    assert_eq!(s.guest(seq(FLOW.sends(Op::Request))), Disposition::Consumed);
+    let id = match s.events()[..] {
+        [
+            Event::Dial {
+                id,
+                key,
+                socket_type: SocketType::Seqpacket,
+            },
+        ] if key == FLOW.key() => id,
+        ref other => panic!("no dial: {other:?}"),
+    };
+    assert!(s.mux.connected(s.now, id));
+    assert_eq!(s.sent(), [seq(FLOW.gets(Op::Response))]);
+    id
+}
+
+#[test]
+fn without_the_feature_a_request_is_reset() {
+    let mut s = Scene::new();
+    s.guest(seq(FLOW.sends(Op::Request)));
+    assert_eq!(
+        s.events(),
+        [Event::Misbehaved {
+            kind: Misbehavior::UnsupportedType,
+            key: FLOW.key()
+        }]
+    );
+    assert_eq!(s.sent(), [seq(FLOW.gets_stray_rst())]);
+    let caller = Caller {
+        socket_type: SocketType::Seqpacket,
+        ..Caller::host(Port(22))
+    };
+    assert_eq!(s.mux.request(s.now, caller), Err(RefuseReason::UnsupportedType));
+    s.assert_over();
+}
+
+#[test]
+fn streams_can_be_ruled_out() {
+    let mut s = Scene::new();
+    s.mux.set_types(SocketTypes {
+        stream: false,
+        seqpacket: true,
+    });
+    s.guest(FLOW.sends(Op::Request));
+    assert_eq!(
+        s.events(),
+        [Event::Misbehaved {
+            kind: Misbehavior::UnsupportedType,
+            key: FLOW.key()
+        }]
+    );
+    assert_eq!(s.sent(), [FLOW.gets_stray_rst()]);
+}
+
+#[test]
+fn boundaries_pass_in_both_directions() {
+    let mut s = scene();
+    let id = established(&mut s);
+    for (len, boundary) in [
+        (100, Boundary::None),
+        (20, Boundary::Message),
+        (0, Boundary::Record),
+        (1, Boundary::Record),
+    ] {
+        assert_eq!(
+            s.guest(piece(len, boundary)),
+            Disposition::Payload { id, len, boundary }
+        );
+    }
+    // What says nothing is nothing.
+    assert_eq!(s.guest(piece(0, Boundary::None)), Disposition::Consumed);
+    s.mux.host_wrote(s.now, id, 121);
+
+    s.mux.host_readable(id);
+    assert_eq!(s.poll(), Some(Outgoing::Data { id, limit: GUEST_BUF }));
+    for boundary in [Boundary::None, Boundary::Message, Boundary::Record] {
+        let header = s.mux.data_header(id, 10, boundary).unwrap();
+        assert_eq!(
+            header,
+            Header {
+                len: 10,
+                flags: boundary.bits(),
+                ..seq(FLOW.gets_with(Op::Rw, 121))
+            }
+        );
+    }
+    s.mux.host_read(s.now, id, 30, false);
+    assert_eq!(s.room(id), GUEST_BUF - 30);
+    assert_eq!(s.events(), []);
+}
+
+#[test]
+fn the_flags_of_a_stream_mean_nothing() {
+    let mut s = scene();
+    let id = s.established(FLOW);
+    let header = Header {
+        flags: Boundary::Record.bits(),
+        ..FLOW.sends_rw(5)
+    };
+    assert_eq!(
+        s.guest(header),
+        Disposition::Payload {
+            id,
+            len: 5,
+            boundary: Boundary::None
+        }
+    );
+}
+
+#[test]
+fn a_message_as_long_as_the_buffer_is_whole_and_one_that_fills_it_without_an_end_is_reset() {
+    let mut s = scene();
+    let id = established(&mut s);
+    let whole = piece(OUR_BUF, Boundary::Message);
+    assert!(matches!(
+        s.guest(whole),
+        Disposition::Payload { len: OUR_BUF, .. }
+    ));
+    s.mux.host_wrote(s.now, id, OUR_BUF);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, OUR_BUF))]);
+
+    assert!(matches!(
+        s.guest(piece(OUR_BUF - 1, Boundary::None)),
+        Disposition::Payload { .. }
+    ));
+    assert_eq!(s.guest(piece(1, Boundary::None)), Disposition::Consumed);
+    assert_eq!(
+        s.events(),
+        [
+            Event::Misbehaved {
+                kind: Misbehavior::MessageTooLong,
+                key: FLOW.key()
+            },
+            Event::Closed {
+                id,
+                reason: CloseReason::Misbehavior,
+                abort: true
+            }
+        ]
+    );
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::Rst, OUR_BUF))]);
+    s.assert_over();
+}
+
+#[test]
+fn a_message_that_waits_behind_others_is_not_too_long() {
+    let mut s = scene();
+    let id = established(&mut s);
+    s.guest(piece(OUR_BUF - 10, Boundary::Message));
+    assert_eq!(
+        s.guest(piece(10, Boundary::None)),
+        Disposition::Payload {
+            id,
+            len: 10,
+            boundary: Boundary::None
+        }
+    );
+    assert_eq!(s.events(), []);
+}
+
+#[test]
+fn a_shutdown_within_a_message_is_a_fault_and_behind_one_is_not() {
+    for (boundary, fault) in [(Boundary::None, true), (Boundary::Message, false)] {
+        let mut s = scene();
+        let id = established(&mut s);
+        s.guest(piece(7, boundary));
+        s.guest(seq(FLOW.sends_shutdown(ShutdownFlags::SEND)));
+        let cut = Event::Misbehaved {
+            kind: Misbehavior::MessageCut,
+            key: FLOW.key(),
+        };
+        assert_eq!(s.events().contains(&cut), fault);
+        if !fault {
+            s.mux.host_wrote(s.now, id, 7);
+            assert_eq!(
+                s.events(),
+                [Event::ShutdownHost {
+                    id,
+                    flags: ShutdownFlags::SEND
+                }]
+            );
+        }
+    }
+}
+
+#[test]
+fn the_type_of_a_connection_does_not_change() {
+    let mut s = scene();
+    established(&mut s);
+    s.guest(FLOW.sends_rw(1));
+    assert!(s.events().contains(&Event::Misbehaved {
+        kind: Misbehavior::UnsupportedType,
+        key: FLOW.key()
+    }));
+    s.sent();
+    s.assert_over();
+}
+
+#[test]
+fn another_guest_is_known_by_its_own_address_as_long_as_that_is_free() {
+    let mut s = scene();
+    let caller = Caller {
+        socket_type: SocketType::Seqpacket,
+        address: Some((Cid(7), Port(5000))),
+        ..Caller::host(Port(22))
+    };
+    let first = s.mux.request(s.now, caller).unwrap();
+    let second = s.mux.request(s.now, caller).unwrap();
+    let key = |id| s.mux.connection(id).unwrap().key();
+    assert_eq!(
+        key(first),
+        ConnectionKey {
+            guest_port: Port(22),
+            peer_cid: Cid(7),
+            peer_port: Port(5000)
+        }
+    );
+    assert_eq!(key(second).peer_cid, Cid(7));
+    assert_ne!(
+        key(second).peer_port,
+        Port(5000),
+        "the first may still be spoken of"
+    );
+    let request = s.sent()[0];
+    assert_eq!((request.src_cid, request.src_port), (Cid(7), Port(5000)));
+    let answer = Flow {
+        guest_port: 22,
+        peer_cid: Cid(7),
+        peer_port: 5000,
+    };
+    s.guest(seq(answer.sends(Op::Response)));
+    assert!(matches!(s.events()[..], [Event::Accepted { id, .. }] if id == first));
+}
