@@ -302,6 +302,11 @@ impl Connection {
         }
     }
 
+    /// Whether the guest should be told of new room although nothing else is to be said.
+    pub(super) fn update_owed(&self) -> bool {
+        self.recv.update_owed(self.message)
+    }
+
     /// Whether bytes of the host socket may go to the guest, credit aside.
     pub(super) fn may_send(&self) -> bool {
         self.state == State::Established
