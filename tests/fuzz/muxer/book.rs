@@ -61,6 +61,8 @@ pub struct Entry {
     /// When REQUEST may go out again.
     due: Option<Instant>,
     pub response_sent: bool,
+    /// It has ended, and an RST went out that may have been its own or not.
+    perhaps_gone: bool,
 }
 
 /// How a connection ended.
@@ -107,6 +109,7 @@ impl Entry {
             pauses: 0,
             due: None,
             response_sent: false,
+            perhaps_gone: false,
         }
     }
 
@@ -529,15 +532,25 @@ impl Book {
                 resets.sent <= resets.deserved,
                 "invariant 3: {resets:?} for {header:?}"
             );
+            // One for a flow that does not exist has no credit to speak of. It may have waited since before that flow's ports
+            // became those of a REQUEST of ours, and goes before it.
+            let of_nobody = header.buf_alloc == 0;
+            // Whether the bytes that were a fault count is nobody's business any more.
+            let judged =
+                |at: &usize| self.entries[*at].ended != Some(Ended::Closed(CloseReason::Misbehavior));
+            if let Some(at) = at.filter(judged).filter(|_| !of_nobody) {
+                self.credit_fields(at, header);
+            }
             if let Some(at) = at {
                 let entry = &self.entries[at];
-                // One for the flow that had its ports before us may come before our REQUEST.
-                let unheard = entry.origin == Origin::Host && !entry.requested && entry.ended.is_none();
+                let unheard = entry.origin == Origin::Host && !entry.requested;
                 assert!(
-                    entry.ended.is_some() || unheard,
+                    entry.ended.is_some() || (of_nobody && unheard),
                     "a connection that lives: {entry:?}"
                 );
-                if !unheard {
+                if of_nobody {
+                    self.entries[at].perhaps_gone = entry.ended.is_some();
+                } else {
                     self.linked.remove(&key);
                 }
             }
@@ -694,7 +707,7 @@ impl Book {
         for (key, at) in &self.linked {
             let entry = &self.entries[*at];
             assert!(
-                entry.ended.is_none() || entry.told_guest == BOTH,
+                entry.ended.is_none() || entry.told_guest == BOTH || entry.perhaps_gone,
                 "the guest was not told of the end of {key:?}: {entry:?}"
             );
         }

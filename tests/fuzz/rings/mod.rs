@@ -444,7 +444,7 @@ impl Driver {
         let len = match what & 7 {
             0 => 44,
             1 => 4096,
-            2 => 44 + len,
+            2 => len.saturating_add(44),
             _ => len,
         };
         let mut flags = more | if self.access == Access::Write { WRITE } else { 0 };
