@@ -96,6 +96,8 @@ fn burst(rig: &mut Rig, input: &mut Input<'_>) {
             continue;
         }
         model.next_avail = model.next_avail.wrapping_add(1);
+        // Before the header is read, as a driver sees whose buffers lie in its used ring.
+        model.use_chain(ram, &areas, head, 0);
         match (popped.expect("there is a chain"), chain) {
             (Ok(packet), Chain::Good(runs, _)) => {
                 let bytes: usize = runs.iter().map(|(_, n)| n).sum();
@@ -115,7 +117,6 @@ fn burst(rig: &mut Rig, input: &mut Input<'_>) {
             (Err(_), Chain::Bad(_)) => faults += 1,
             (popped, chain) => panic!("{popped:?} of {chain:?}"),
         }
-        model.use_chain(ram, &areas, head, 0);
     };
     let finished = finishes.then(|| burst.finish());
     if unsure {
