@@ -6,13 +6,12 @@ FUZZ_VERSION := 0.13.2
 # A fuzz target, and for how many seconds it runs.
 TARGET ?= gate
 SECONDS ?= 600
+FUZZ_TARGETS := capture config connect_line gate header muxer proxy rx_placement session tx_chains
+# The session says what the gate hears.
+CORPUS = $(if $(filter session,$(TARGET)),gate,$(TARGET))
 TOOLS := $(CURDIR)/target/tools
 
-<<<<<<< HEAD
-.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories demo fuzz
-=======
-.PHONY: all setup test unit check fmt clippy doc deny advisories demo fuzz hostile-figures
->>>>>>> main
+.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories demo fuzz fuzz-all hostile-figures soak
 
 all: check
 
@@ -68,8 +67,12 @@ hostile-figures:
 ## fuzz: one fuzz target for some time (make fuzz TARGET=session SECONDS=600); needs a nightly compiler
 fuzz: $(TOOLS)/bin/cargo-fuzz
 	mkdir -p fuzz/corpus/$(TARGET)
-	cd fuzz && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run --sanitizer none $(TARGET) corpus/$(TARGET) ../tests/corpus/gate \
+	cd fuzz && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run --sanitizer none $(TARGET) corpus/$(TARGET) ../tests/corpus/$(CORPUS) \
 		-- -max_total_time=$(SECONDS) -max_len=2048 -timeout=60 -rss_limit_mb=1024
+
+## fuzz-all: every fuzz target, one after the other (make fuzz-all SECONDS=600)
+fuzz-all:
+	set -e; for target in $(FUZZ_TARGETS); do $(MAKE) fuzz TARGET=$$target SECONDS=$(SECONDS); done
 
 $(TOOLS)/bin/cargo-fuzz:
 	CARGO_TARGET_DIR=$(TOOLS)/build $(CARGO) install --locked --quiet --root $(TOOLS) --version $(FUZZ_VERSION) cargo-fuzz

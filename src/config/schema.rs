@@ -8,8 +8,8 @@ use super::given::Given;
 use super::path::SocketPath;
 use super::values::{AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange};
 use super::{
-    AccessPlatform, Cidr, LandlockMode, ListenAddress, LogFormat, ProxyProtocol, SeccompMode, SocketType, Target,
-    VhostUserMode,
+    AccessPlatform, Cidr, LandlockMode, ListenAddress, LogFormat, ProxyProtocol, SeccompMode, SocketType,
+    Target, VhostUserMode,
 };
 
 /// How many guests one file may have: each has a thread.

@@ -68,7 +68,7 @@
 mod af_vsock;
 mod connect;
 pub mod dial;
-mod handshake;
+pub mod handshake;
 pub mod listen;
 pub mod proxy_protocol;
 pub mod resolve;

@@ -17,7 +17,7 @@ mod proxy_header;
 mod reconnect;
 mod seqpacket;
 mod shutdown;
-mod siblings;
 mod sibling_close;
+mod siblings;
 mod stream;
 mod waiting;

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use vsock_sidecar::demo::vm::cpio::Archive;
 use vsock_sidecar::demo::vm::text;
 
-use super::vm::assets::{Assets, add, assets};
+use super::vm::assets::{Assets, assets};
+use super::vm::extra::add;
 use super::vm::lab::tell;
 use super::vm::qemu::{Options, Vm};
 use super::vm::wait_until;

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use vsock_sidecar::demo::vm::text;
 
-use crate::programs::{add, fetch};
+use crate::programs::fetch;
 use crate::vm::assets::{Assets, assets};
+use crate::vm::extra::add;
 use crate::vm::qemu::{Options, Vm};
 use crate::vm::sidecar::Sidecar;
 use crate::vm::wait_until;

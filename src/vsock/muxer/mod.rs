@@ -664,20 +664,24 @@ impl Muxer {
     }
 }
 
-/// How long the lists are that invariant 6 bounds.
-#[cfg(test)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct ListLengths {
-    pub(super) strays: usize,
-    pub(super) replies: usize,
-    pub(super) data: usize,
-    pub(super) timers: usize,
-    pub(super) keys: usize,
+/// How long the lists are that invariant 6 bounds; for whoever holds the law to it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct ListLengths {
+    /// Resets for unknown flows.
+    pub strays: usize,
+    /// Connections to which a reply is owed, and some that are gone.
+    pub replies: usize,
+    /// Connections with bytes for the guest, and some that are gone.
+    pub data: usize,
+    /// Wake-ups.
+    pub timers: usize,
+    /// Flows of the guest.
+    pub keys: usize,
 }
 
-#[cfg(test)]
 impl Muxer {
-    pub(super) fn list_lengths(&self) -> ListLengths {
+    /// How long the lists are.
+    pub fn list_lengths(&self) -> ListLengths {
         let (strays, replies, data) = self.backlog.lengths();
         ListLengths {
             strays,
@@ -689,6 +693,7 @@ impl Muxer {
     }
 
     /// The host-side port to try next, as if so many had been used.
+    #[cfg(test)]
     pub(super) fn set_next_local_port(&mut self, port: u32) {
         self.next_local_port = port;
     }

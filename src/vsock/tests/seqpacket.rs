@@ -336,3 +336,21 @@ fn another_guest_is_known_by_its_own_address_as_long_as_that_is_free() {
     s.guest(seq(answer.sends(Op::Response)));
     assert!(matches!(s.events()[..], [Event::Accepted { id, .. }] if id == first));
 }
+
+/// Linux sends as much of a message as it has credit for. The host end had taken a short message, less than what is news in
+/// itself, and could not take the long one behind it, whose rest the guest had no credit for: both waited for ever.
+#[test]
+fn a_guest_that_ran_out_of_credit_within_a_message_hears_of_the_room_that_the_one_before_made() {
+    let mut s = scene();
+    let id = established(&mut s);
+    let short = OUR_BUF / 8;
+    s.guest(piece(short, Boundary::Message));
+    s.guest(piece(OUR_BUF - short, Boundary::None));
+    assert_eq!(s.sent(), []);
+    s.mux.host_wrote(s.now, id, short);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, short))]);
+    assert!(matches!(
+        s.guest(piece(short, Boundary::Message)),
+        Disposition::Payload { .. }
+    ));
+}
