@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::limits::{BufferAccount, MemoryFull, Place};
 use crate::host::dial::DialTask;
 use crate::host::{HostStream, SpillBuf};
 use crate::metrics::{Direction, GuestMetrics, RuleMetrics};
@@ -65,6 +66,10 @@ pub(super) struct Flow {
     pub(super) end: HostEnd,
     /// Guest bytes the socket did not take; bounded by `buf_alloc` (invariant 1 of the law).
     pub(super) spill: SpillBuf,
+    /// What `spill` is accounted for: never less than its capacity.
+    pub(super) account: BufferAccount,
+    /// What it holds of the bounds; none before it is let in.
+    pub(super) place: Option<Place>,
     /// What becomes of messages; none: its bytes are a stream.
     pub(super) messages: Option<Box<Messages>>,
     /// The guest that asked for this connection and waits for what this guest says.
@@ -121,6 +126,17 @@ impl Flow {
                 .messages
                 .as_ref()
                 .is_some_and(|messages| messages.outbox.has_whole())
+    }
+
+    /// Accounts for `n` bytes more in the buffer, before they are there.
+    pub(super) fn make_room(&mut self, n: usize) -> Result<(), MemoryFull> {
+        self.account.cover(self.spill.capacity_for(n))
+    }
+
+    /// Bytes have left the buffer: accounts for what it has now.
+    pub(super) fn settle(&mut self) {
+        // Less than it was, which always works.
+        let _ = self.account.cover(self.spill.capacity());
     }
 
     /// Bytes of the preface still to be sent.

@@ -166,16 +166,20 @@ fn configurations() -> impl Strategy<Value = config::Config> {
         0..4,
     );
     let limits = (
-        1..=1_000_000usize,
-        4096..=(16u32 << 20),
+        (1..=1_000_000usize, 0..=1_000_000u32),
+        (4096..=(16u32 << 20), (16u64 << 20)..=(1 << 40)),
         millis(1..=1999),
         millis(1..=3_600_000),
         millis(0..=2_592_000_000),
     );
     let guest = (outbound, inbound, limits, any::<bool>());
     let guests = prop::collection::vec(guest, 1..4);
-    (guests, millis(0..=3_600_000), any::<bool>(), 0..3usize).prop_map(
-        |(guests, drain_timeout, text, admin)| {
+    let total = (
+        prop::option::of(1..=1_000_000usize),
+        prop::option::of((1u64 << 20)..=(1 << 40)),
+    );
+    (guests, millis(0..=3_600_000), any::<bool>(), 0..3usize, total).prop_map(
+        |(guests, drain_timeout, text, admin, total)| {
             let count = guests.len();
             let unix = |name: String| ListenAddress::Unix(format!("/run/{name}").into());
             let guests = guests
@@ -183,7 +187,7 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                 .zip(0u32..)
                 .map(|((outbound, inbound, limits, server), n)| {
                     let mut next = 0;
-                    let (connections, buffer, connect_timeout, guest_timeout, idle_timeout) = limits;
+                    let ((connections, connections_per_second), (buffer, memory), connect_timeout, guest_timeout, idle_timeout) = limits;
                     Guest {
                         name: format!("guest-{n}"),
                         cid: 3 + n * 1_000_000,
@@ -271,7 +275,9 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                             .collect(),
                         limits: Limits {
                             connections,
+                            connections_per_second,
                             buffer,
+                            memory,
                             connect_timeout,
                             guest_timeout,
                             idle_timeout,
@@ -285,6 +291,10 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                     level: "info".to_owned(),
                 },
                 drain_timeout,
+                limits: SidecarLimits {
+                    connections: total.0,
+                    memory: total.1,
+                },
                 guests: guests.collect(),
             }
         },

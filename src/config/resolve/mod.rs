@@ -79,11 +79,13 @@ impl Resolver<'_, '_> {
             .drain
             .value()
             .and_then(|drain| self.bounded(&drain.timeout, Duration::ZERO..=MAX_DRAIN, "the drain period"));
+        let limits = file.limits.value().and_then(|limits| self.sidecar_limits(limits));
         let guests = self.guests(&file.guests, at);
         Some(Config {
             admin: admin?,
             log: log?,
             drain_timeout: drain_timeout?,
+            limits: limits?,
             guests: guests?,
         })
     }
