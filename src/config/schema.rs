@@ -85,7 +85,7 @@ pub struct Drain {
 #[derive(Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SidecarLimits {
-    /// Connections at once; more are refused (`process_limit`). Left out: as many as the limits of the guests and the file
+    /// Connections at once; more are refused (`sidecar_limit`). Left out: as many as the limits of the guests and the file
     /// descriptors of the process let through.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = 20000)]

@@ -12,7 +12,7 @@ use super::messages::Messages;
 use super::sibling::SiblingAnswer;
 
 /// Which rule allowed a connection. `None` as index: no rule did.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) struct RuleRef {
     /// Who asked for the connection: outbound rules serve the guest, inbound rules the host side.
     pub(super) opened_by: Direction,

@@ -5,7 +5,7 @@
 //! | `limits.connections` | `limit` | held by the muxer, which knows them all |
 //! | `connections` of a rule | `rule_limit` | one service or client takes no more than its part |
 //! | `limits.connectionsPerSecond` | `rate_limit` | a guest that connects in a loop |
-//! | `limits.connections` of the file | `process_limit` | all guests together |
+//! | `limits.connections` of the file | `sidecar_limit` | all guests together |
 //! | descriptors | `descriptors` | what is open, the admin server and the sessions go on (`crate::quota`) |
 //! | `limits.memory`, of the guest and of the file | the connection ends, `memory` | services that do not read |
 //!
@@ -68,7 +68,7 @@ impl Admission {
             Some(pool) => Some(Share::take(pool, 1).ok_or(RefuseReason::RuleLimit)?),
             None => None,
         };
-        let of_sidecar = Share::take(&self.quota.connections, 1).ok_or(RefuseReason::ProcessLimit)?;
+        let of_sidecar = Share::take(&self.quota.connections, 1).ok_or(RefuseReason::SidecarLimit)?;
         // Clients have their descriptor since they were accepted.
         let descriptor = match rule.opened_by {
             Direction::GuestToHost => Some(self.descriptor()?),
@@ -110,7 +110,7 @@ pub(super) fn is_bound(reason: RefuseReason) -> bool {
         RefuseReason::Limit
             | RefuseReason::RuleLimit
             | RefuseReason::RateLimit
-            | RefuseReason::ProcessLimit
+            | RefuseReason::SidecarLimit
             | RefuseReason::Descriptors
     )
 }
@@ -120,7 +120,7 @@ pub(super) fn remedy(reason: RefuseReason) -> &'static str {
     match reason {
         RefuseReason::RuleLimit => "raise `connections` of the rule",
         RefuseReason::RateLimit => "raise `limits.connectionsPerSecond` of the guest",
-        RefuseReason::ProcessLimit => {
+        RefuseReason::SidecarLimit => {
             "raise `limits.connections` of the file, which is for all guests together"
         }
         RefuseReason::Descriptors => {
@@ -279,7 +279,7 @@ mod tests {
         let third = web.admit(now, RuleRef::inbound(0)).unwrap();
         assert_eq!(
             db.admit(now, RuleRef::inbound(0)).err(),
-            Some(RefuseReason::ProcessLimit)
+            Some(RefuseReason::SidecarLimit)
         );
         drop((first, second, third));
         assert_eq!((quota.connections.used(), quota.descriptors.used()), (0, 0));

@@ -5,6 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use super::flow::RuleRef;
 use crate::vsock::{Misbehavior, RefuseReason};
 
 /// Ports remembered for [`Logbook::no_rule`]; more different ones are a scan, and one line says as much as a thousand.
@@ -20,7 +21,7 @@ pub(super) struct Logbook {
     kinds: HashSet<Misbehavior>,
     failing_rules: HashSet<usize>,
     /// When a bound was last said to be in the way, by rule where it is the rule's: no more than there are rules and reasons.
-    bounds: HashMap<(Bound, Option<usize>), Instant>,
+    bounds: HashMap<(Bound, Option<RuleRef>), Instant>,
 }
 
 /// What can be in the way of a guest.
@@ -56,7 +57,7 @@ impl Logbook {
     }
 
     /// Whether it is news that a bound is in the way; `rule` says whose bound it is, if it is a rule's.
-    pub(super) fn bound(&mut self, now: Instant, bound: Bound, rule: Option<usize>) -> bool {
+    pub(super) fn bound(&mut self, now: Instant, bound: Bound, rule: Option<RuleRef>) -> bool {
         let last = self.bounds.get(&(bound, rule));
         let news = last.is_none_or(|last| now.saturating_duration_since(*last) >= BOUND_SILENCE);
         if news {
@@ -80,16 +81,21 @@ mod tests {
     fn a_bound_is_told_once_a_minute() {
         let mut logbook = Logbook::default();
         let begin = Instant::now();
+        let one = Some(RuleRef::outbound(Some(1)));
         let full = Bound::Connections(RefuseReason::RuleLimit);
-        assert!(logbook.bound(begin, full, Some(1)));
-        assert!(logbook.bound(begin, full, Some(2)), "another rule's bound");
+        assert!(logbook.bound(begin, full, one));
+        assert!(logbook.bound(begin, full, Some(RuleRef::outbound(Some(2)))));
+        assert!(
+            logbook.bound(begin, full, Some(RuleRef::inbound(1))),
+            "the first of either list are two rules"
+        );
         assert!(logbook.bound(begin, Bound::Memory, None));
         for n in 0..60_000 {
-            assert!(!logbook.bound(begin + Duration::from_millis(n), full, Some(1)));
+            assert!(!logbook.bound(begin + Duration::from_millis(n), full, one));
         }
-        assert!(logbook.bound(begin + BOUND_SILENCE, full, Some(1)));
-        assert!(!logbook.bound(begin + BOUND_SILENCE + Duration::from_secs(1), full, Some(1)));
+        assert!(logbook.bound(begin + BOUND_SILENCE, full, one));
+        assert!(!logbook.bound(begin + BOUND_SILENCE + Duration::from_secs(1), full, one));
         logbook.forget();
-        assert!(logbook.bound(begin + BOUND_SILENCE, full, Some(1)));
+        assert!(logbook.bound(begin + BOUND_SILENCE, full, one));
     }
 }

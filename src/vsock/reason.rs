@@ -33,7 +33,7 @@ labelled! {
         /// The guest has had `limits.connectionsPerSecond`.
         RateLimit => "rate_limit",
         /// All guests together have the `limits.connections` of the file.
-        ProcessLimit => "process_limit",
+        SidecarLimit => "sidecar_limit",
         /// The file descriptors that connections may have are used up.
         Descriptors => "descriptors",
         /// The target refused (ECONNREFUSED, or a unix socket that nobody serves).

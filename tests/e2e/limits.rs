@@ -551,11 +551,11 @@ fn each_limit_refuses_by_its_own_name() {
     held.extend([guest.connect(2).unwrap(), guest.connect(2).unwrap()]);
     assert_eq!(sidecar.metric("vsock_sidecar_connections", &[]), 5.0);
     refused(&guest, 2);
-    assert_eq!(counted("many", "process_limit"), 1.0);
+    assert_eq!(counted("many", "sidecar_limit"), 1.0);
     // Another guest is refused for it too: that is what it is for.
     let other = linux(&sidecar.path("fast.sock"));
     refused(&other, 1);
-    assert_eq!(counted("echo", "process_limit"), 1.0);
+    assert_eq!(counted("echo", "sidecar_limit"), 1.0);
 
     for stream in &mut held {
         stream.write_all(b"alive").unwrap();

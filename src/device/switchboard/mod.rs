@@ -454,7 +454,7 @@ impl Switchboard {
 
     /// Says that a bound is in the way of a connection, and which key of the configuration it is.
     fn log_bound(&mut self, now: Instant, rule: RuleRef, port: u32, reason: RefuseReason) {
-        let whose = rule.index.filter(|_| reason == RefuseReason::RuleLimit);
+        let whose = (reason == RefuseReason::RuleLimit).then_some(rule);
         let news = self.logbook.bound(now, Bound::Connections(reason), whose);
         let (rule, reason, remedy) = (
             rule.metrics(&self.metrics).name.as_str(),
