@@ -33,6 +33,7 @@ use crate::host::dial::Dialer;
 use crate::host::listen::{InboundSpec, Incoming, ListenError, Listener, Rejected, Rejection};
 use crate::metrics::{self, GuestMetrics, LabelSets, Registry, RuleNames, TotalsSample};
 use crate::quota::{Descriptors, Pool, Quota};
+use crate::sys::sigbus;
 use crate::vhost_user::{self, Endpoint, NegotiationWatch, Session, SessionConfig, SessionHandle};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
 use source::{AdminSource, GuestView};
@@ -88,6 +89,9 @@ fn starting(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain.
 pub fn run(config: &Config, registry: Arc<Registry>) -> Result<(), Error> {
     raise_descriptor_limit();
+    if let Err(error) = sigbus::install() {
+        warn!(%error, "cannot handle SIGBUS: a VMM that truncates guest memory would end this process");
+    }
     let control = Control::start()?;
     let (first, signalled) = mpsc::channel();
     // Before anything is bound: a signal that comes meanwhile would end us with socket files left behind, or, as the

@@ -105,7 +105,7 @@ pub const OTHER_REQUEST: &str = "other";
 pub const ACCESS_PLATFORM_MODES: [&str; 4] = ["none", "undecided", "identity", "translate"];
 
 /// Values of the label `code` of `vsock_finding`: `docs/findings.md` has a section for each.
-pub const FINDINGS: [&str; 13] = [
+pub const FINDINGS: [&str; 14] = [
     "access-platform-without-iotlb",
     "feature-not-offered",
     "iotlb-without-backend-channel",
@@ -114,6 +114,7 @@ pub const FINDINGS: [&str; 13] = [
     "iotlb-miss-unanswered",
     "translation-fault-storm",
     "memory-not-shared",
+    "memory-lost",
     "version-1-not-acknowledged",
     "seqpacket-dropped",
     "ring-before-memory",

@@ -52,6 +52,12 @@ pub fn writev(fd: BorrowedFd<'_>, from: &IoVecs<'_>) -> io::Result<usize> {
     })
 }
 
+/// Whether [`readv`] or [`writev`] failed because a page of the memory could not be had: shared memory that its owner has
+/// shortened, or that nothing backs. (Where part of it could be had, less than asked for was moved instead.)
+pub fn is_memory_fault(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
+}
+
 fn header(slices: &IoVecs<'_>) -> io::Result<libc::msghdr> {
     let iovecs = slices.as_slice();
     if iovecs.is_empty() {

@@ -1,18 +1,16 @@
 //! SEQPACKET connections against their sockets: whole messages out, whole messages in.
 
 use std::io::{self, IoSlice};
-use std::os::fd::AsFd;
 use std::time::Instant;
 
 use rustix::io::Errno;
 use tracing::{debug, warn};
 
-use super::{Gather, Switchboard};
+use super::{Gather, Switchboard, Unspilled};
 use crate::device::flow::{Flow, HostEnd};
 use crate::device::messages::{Message, Wire};
 use crate::host::Packet;
 use crate::metrics::Direction;
-use crate::sys::vectored::writev;
 use crate::vsock::{Boundary, CloseReason, ConnectionId, Misbehavior};
 
 /// The longest message that is taken from a packet socket, in bytes: what room is made for, whatever a guest claims to have.
@@ -41,6 +39,10 @@ impl Switchboard {
             return;
         }
         self.flush(now, gather);
+        // What is left of it is no message of the guest.
+        if gather.memory.is_lost() {
+            return;
+        }
         // That may have been the connection's end.
         let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.write_failed) else {
             return;
@@ -71,7 +73,7 @@ impl Switchboard {
         if !direct || bytes == 0 {
             return false;
         }
-        match writev(stream.as_fd(), &gather.slices) {
+        match gather.write_to(stream) {
             Ok(_) => {
                 flow.bytes_from_guest += bytes as u64;
                 let rule = flow.rule;
@@ -106,19 +108,15 @@ impl Switchboard {
             self.out_of_memory(now, id, full);
             return;
         }
-        let mut taken = 0;
-        let kept = flow.spill.extend_with(bytes, |piece| {
-            taken += gather.slices.copy_to(taken, piece);
-            Ok::<(), crate::host::SpillFull>(())
-        });
-        match kept {
+        match gather.keep_in(&mut flow.spill, 0, bytes) {
             Ok(()) => {
                 if let Some(messages) = &mut flow.messages {
                     messages.outbox.extend(bytes);
                 }
                 self.metrics.buffered_bytes[Direction::GuestToHost as usize].add(bytes as i64);
             }
-            Err(error) => {
+            Err(Unspilled::MemoryLost) => {}
+            Err(Unspilled::Full(error)) => {
                 warn!(guest = %self.name, %error, "the spill buffer is smaller than the credit");
                 self.muxer.host_failed(id, CloseReason::Error);
             }

@@ -1,6 +1,7 @@
 //! Where connections meet their host ends: the muxer's events become socket calls, socket readiness becomes input of
 //! the muxer. Knows nothing of rings.
 
+mod abandon;
 mod events;
 mod messages;
 mod siblings;
@@ -17,12 +18,13 @@ use rustix::io::Errno;
 use tracing::{debug, warn};
 
 use crate::config::{self, Framing};
+use crate::guest::View;
 use crate::host::dial::{DialError, Dialer};
 use crate::host::listen::Incoming;
-use crate::host::{HostStream, SpillBuf};
+use crate::host::{HostStream, SpillBuf, SpillFull};
 use crate::metrics::{Direction, GuestMetrics};
 use crate::sys::iovec::IoVecs;
-use crate::sys::vectored::{Received, writev};
+use crate::sys::vectored::{Received, is_memory_fault, writev};
 use crate::vsock::{
     Caller, CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags,
     SocketType,
@@ -43,6 +45,49 @@ use super::token;
 pub(super) struct Gather<'m> {
     pub(super) id: Option<ConnectionId>,
     pub(super) slices: IoVecs<'m>,
+    /// What they are slices of.
+    pub(super) memory: View<'m>,
+}
+
+/// Why bytes of the guest were not kept.
+enum Unspilled {
+    Full(SpillFull),
+    MemoryLost,
+}
+
+impl From<SpillFull> for Unspilled {
+    fn from(full: SpillFull) -> Unspilled {
+        Unspilled::Full(full)
+    }
+}
+
+impl Gather<'_> {
+    /// Writes once to a socket. Memory that is lost is no fault of the socket: it takes nothing then. Zeros that stand for such
+    /// memory are not what the guest has sent, and are not written.
+    fn write_to(&self, stream: &HostStream) -> io::Result<usize> {
+        if self.memory.is_lost() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        writev(stream.as_fd(), &self.slices).map_err(|error| match is_memory_fault(&error) {
+            true => {
+                self.memory.mark_lost();
+                io::ErrorKind::WouldBlock.into()
+            }
+            false => error,
+        })
+    }
+
+    /// Copies `n` bytes behind the first `skip` to the end of a spill buffer, or nothing.
+    fn keep_in(&self, spill: &mut SpillBuf, skip: usize, n: usize) -> Result<(), Unspilled> {
+        let mut taken = skip;
+        spill.extend_with(n, |piece| {
+            taken += self.slices.copy_to(taken, piece);
+            match self.memory.is_lost() {
+                true => Err(Unspilled::MemoryLost),
+                false => Ok(()),
+            }
+        })
+    }
 }
 
 /// What [`Switchboard::read`] got for the guest.
@@ -343,12 +388,12 @@ impl Switchboard {
         if bytes > 0 && self.has_messages(id) {
             self.keep_of_message(now, id, gather, bytes);
         } else if bytes > 0 {
-            self.send_to_host(now, id, &gather.slices, bytes);
+            self.send_to_host(now, id, gather, bytes);
         }
         gather.slices.clear();
     }
 
-    fn send_to_host(&mut self, now: Instant, id: ConnectionId, slices: &IoVecs<'_>, bytes: usize) {
+    fn send_to_host(&mut self, now: Instant, id: ConnectionId, gather: &Gather<'_>, bytes: usize) {
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
@@ -361,7 +406,7 @@ impl Switchboard {
             return;
         };
         let written = if flow.spill.is_empty() {
-            match writev(stream.as_fd(), slices) {
+            match gather.write_to(stream) {
                 Ok(written) => written,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
                 Err(error) => {
@@ -375,22 +420,21 @@ impl Switchboard {
         let rest = bytes - written;
         if rest > 0 {
             if let Err(full) = flow.make_room(rest) {
+                let rule = flow.rule;
+                self.wrote(now, id, rule, written);
                 self.out_of_memory(now, id, full);
                 return;
             }
             // Credit bounds what is held (invariant 1 of the law), so this fits.
-            let mut taken = written;
-            let spilled = flow.spill.extend_with(rest, |piece| {
-                taken += slices.copy_to(taken, piece);
-                Ok::<(), crate::host::SpillFull>(())
-            });
+            let spilled = gather.keep_in(&mut flow.spill, written, rest);
             let direction = Direction::GuestToHost as usize;
             match spilled {
                 Ok(()) => {
                     self.metrics.buffered_bytes[direction].add(rest as i64);
                     self.metrics.backpressure_pauses[direction].inc();
                 }
-                Err(error) => {
+                Err(Unspilled::MemoryLost) => {}
+                Err(Unspilled::Full(error)) => {
                     warn!(guest = %self.name, %error, "the spill buffer is smaller than the credit");
                     self.muxer.host_failed(id, CloseReason::Error);
                     return;

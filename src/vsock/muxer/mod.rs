@@ -250,6 +250,11 @@ impl Muxer {
         }
     }
 
+    /// Gives no id away that `before` has given away: answers that were meant for its connections may still come.
+    pub fn succeed(&mut self, before: &Muxer) {
+        self.next_generation = before.next_generation;
+    }
+
     /// Ends what has taken too long.
     pub fn handle_timeout(&mut self, now: Instant) {
         while let Some(id) = self.deadlines.pop_due(now) {
