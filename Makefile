@@ -8,7 +8,7 @@ TARGET ?= gate
 SECONDS ?= 600
 TOOLS := $(CURDIR)/target/tools
 
-.PHONY: all setup test unit check fmt clippy doc deny advisories demo fuzz
+.PHONY: all setup test unit check fmt clippy doc deny advisories demo fuzz hostile-figures
 
 all: check
 
@@ -52,6 +52,10 @@ $(TOOLS)/bin/cargo-deny:
 ## demo: the whole program in one process
 demo:
 	$(CARGO) run --release -- demo
+
+## hostile-figures: what floods of one guest cost another, as ratios
+hostile-figures:
+	$(CARGO) bench --locked --bench hostile
 
 ## fuzz: one fuzz target for some time (make fuzz TARGET=session SECONDS=600); needs a nightly compiler
 fuzz: $(TOOLS)/bin/cargo-fuzz

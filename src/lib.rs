@@ -26,6 +26,7 @@
 //! - [`vhost_user`] talks to the VMM and hands the device owned things: a ring to run, a memory map.
 //! - [`quota`] is what all guests share of the process: connections, memory, descriptors.
 //! - [`sys`] holds the few system calls that need `unsafe`.
+//! - [`confine`] gives up, once and for good, what the process does not need.
 //! - [`capture`] writes packets down as a file that Wireshark reads, while it is being read.
 //! - [`state`] is a client: it reads a running sidecar's `/state` and prints it for people.
 //! - [`embedded_guest`] is the other side, a VMM and a driver without a VM, for tests, benches and the demo.
@@ -45,6 +46,7 @@ pub mod admin;
 pub mod app;
 pub mod capture;
 pub mod config;
+pub mod confine;
 pub mod demo;
 pub mod device;
 pub mod drain;

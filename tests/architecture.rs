@@ -15,6 +15,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("logging", &["config", "metrics"]),
     ("guest", &["sys", "vsock::header"]),
     ("host", &["config", "quota", "sys"]),
+    ("confine", &["config", "sys"]),
     ("capture", &["metrics", "vsock::header"]),
     (
         "device",
@@ -29,6 +30,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "admin",
             "capture",
             "config",
+            "confine",
             "device",
             "drain",
             "guest",

@@ -52,6 +52,11 @@ impl From<&Config> for schema::File {
                 connections: config.limits.connections.map_or(Given::Absent, connections),
                 memory: (config.limits.memory).map_or(Given::Absent, |bytes| Given::new(ByteSize(bytes))),
             }),
+            confinement: Given::new(schema::Confinement {
+                no_new_privileges: Given::new(config.confinement.no_new_privileges),
+                seccomp: Given::new(config.confinement.seccomp),
+                landlock: Given::new(config.confinement.landlock),
+            }),
             guests: list(&config.guests),
         }
     }

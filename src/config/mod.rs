@@ -47,6 +47,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// Bounds of all guests together.
     pub limits: SidecarLimits,
+    /// What the process gives up before it serves anybody.
+    pub confinement: Confinement,
     /// The guests, at least one.
     pub guests: Vec<Guest>,
 }
@@ -114,6 +116,43 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+/// What the process gives up. Seccomp and landlock are only ever on together with `no_new_privileges`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Confinement {
+    /// Executing a program gains no privileges any more (PR_SET_NO_NEW_PRIVS).
+    pub no_new_privileges: bool,
+    /// What happens to system calls that the program has no use for.
+    pub seccomp: SeccompMode,
+    /// What happens to files, directories and ports that the configuration does not name.
+    pub landlock: LandlockMode,
+}
+
+/// What happens to system calls that the program has no use for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum SeccompMode {
+    /// They are refused, counted and named in the log.
+    Enforce,
+    /// They are allowed, and the kernel writes them to its log.
+    Log,
+    /// Nothing.
+    Off,
+}
+
+/// What is out of reach that the configuration does not name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum LandlockMode {
+    /// Files, directories and TCP ports.
+    Enforce,
+    /// Files and directories.
+    Files,
+    /// Nothing.
+    Off,
 }
 
 /// One guest: one vhost-user socket, one device.

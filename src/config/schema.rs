@@ -10,7 +10,8 @@ use super::values::{
     AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, PerSecond, Period, PortRange,
 };
 use super::{
-    AccessPlatform, Cidr, ListenAddress, LogFormat, ProxyProtocol, SocketType, Target, VhostUserMode,
+    AccessPlatform, Cidr, LandlockMode, ListenAddress, LogFormat, ProxyProtocol, SeccompMode, SocketType,
+    Target, VhostUserMode,
 };
 
 /// How many guests one file may have: each has a thread.
@@ -39,6 +40,9 @@ pub struct File {
     /// Bounds of all guests together.
     #[serde(default = "Given::<SidecarLimits>::default_value")]
     pub limits: Given<SidecarLimits>,
+    /// What the process gives up for good before it serves anybody. See docs/confinement.md.
+    #[serde(default = "Given::<Confinement>::default_value")]
+    pub confinement: Given<Confinement>,
     /// The guests, each with a vhost-user socket of its own.
     #[schemars(length(min = 1, max = 256))]
     pub guests: Given<Vec<Given<Guest>>>,
@@ -95,6 +99,28 @@ pub struct SidecarLimits {
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = &"512MiB")]
     pub memory: Given<ByteSize>,
+}
+
+/// What the process gives up for good before it serves anybody. A kernel that lacks something of it earns a warning, and the
+/// sidecar runs with the rest.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Confinement {
+    /// Whether the process gives up gaining privileges by executing a program (no_new_privs). `false` only together with
+    /// `seccomp: off` and `landlock: off`, which need it.
+    #[serde(default = "default_no_new_privileges")]
+    #[schemars(example = false)]
+    pub no_new_privileges: Given<bool>,
+    /// System calls that the sidecar has no use for. `enforce`: refused, counted and named in the log. `log`: allowed, and
+    /// written to the kernel's log. `off`: allowed.
+    #[serde(default = "default_seccomp")]
+    #[schemars(example = &"log")]
+    pub seccomp: Given<SeccompMode>,
+    /// Files, directories and TCP ports that this file does not name. `enforce`: out of reach. `files`: TCP ports are left
+    /// alone, so that a later configuration may name others without a restart. `off`: nothing is restricted.
+    #[serde(default = "default_landlock")]
+    #[schemars(example = &"files")]
+    pub landlock: Given<LandlockMode>,
 }
 
 /// A guest: a virtual machine whose VMM speaks vhost-user to one socket.
@@ -329,6 +355,16 @@ impl Default for Drain {
     }
 }
 
+impl Default for Confinement {
+    fn default() -> Confinement {
+        Confinement {
+            no_new_privileges: default_no_new_privileges(),
+            seccomp: default_seccomp(),
+            landlock: default_landlock(),
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
@@ -349,6 +385,18 @@ fn default_level() -> Given<LogLevel> {
 
 fn default_drain_timeout() -> Given<Period> {
     Given::new(Period::from_millis(25_000))
+}
+
+fn default_no_new_privileges() -> Given<bool> {
+    Given::new(true)
+}
+
+fn default_seccomp() -> Given<SeccompMode> {
+    Given::new(SeccompMode::Enforce)
+}
+
+fn default_landlock() -> Given<LandlockMode> {
+    Given::new(LandlockMode::Enforce)
 }
 
 fn default_access_platform() -> Given<AccessPlatform> {

@@ -90,6 +90,7 @@ mod commands;
 mod containment;
 mod flow;
 pub mod handle;
+mod lengths;
 mod limits;
 mod linger;
 mod logbook;

@@ -15,6 +15,9 @@ const fn bit(bit: u32, name: &'static str) -> FeatureBit {
     FeatureBit { bit, name }
 }
 
+/// Means of confinement.
+pub const CONFINEMENT_KINDS: [&str; 3] = ["no_new_privs", "seccomp", "landlock"];
+
 /// Virtio feature bits: those of the vsock device (virtio 1.3, 5.10.3), of the transport (6), the legacy ones a
 /// front-end may still pass on, and the two of vhost: 26 is `VHOST_F_LOG_ALL` (linux/vhost.h), 30 is
 /// `VHOST_USER_F_PROTOCOL_FEATURES` (vhost-user specification), which never reaches a driver.

@@ -12,6 +12,8 @@ pub mod peercred;
 pub mod readiness;
 #[allow(unsafe_code)]
 pub mod sigbus;
+#[allow(unsafe_code)]
+pub mod sigsys;
 pub mod unix_socket;
 pub mod unwind;
 #[allow(unsafe_code)]

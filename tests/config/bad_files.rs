@@ -297,6 +297,12 @@ const BAD: &[Bad] = bad![
     "a host with a space": "GUEST  outbound: [{port: 1, to: 'tcp://my db:80'}]"
         => "5:28" "guests[0].outbound[0].to" "`my db` is no host" "a host name" "'tcp://my db:80'";
 
+    // Confinement.
+    "a filter that the kernel does not take": "confinement: {noNewPrivileges: false, landlock: off}\nGUEST"
+        => "1:32" "confinement.noNewPrivileges" "seccomp cannot be had" "add `seccomp: off` and `landlock: off`" "false";
+    "a mode that does not exist": "confinement: {seccomp: kill}\nGUEST"
+        => "1:24" "confinement.seccomp" "`kill`" "enforce" "kill";
+
     // Durations, sizes, levels.
     "no unit": "drain: {timeout: 25}\nGUEST"
         => "1:18" "drain.timeout" "`25` lacks a unit" "write 25s for seconds" "25";

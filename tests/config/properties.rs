@@ -178,8 +178,35 @@ fn configurations() -> impl Strategy<Value = config::Config> {
         prop::option::of(1..=1_000_000usize),
         prop::option::of((1u64 << 20)..=(1 << 40)),
     );
-    (guests, millis(0..=3_600_000), any::<bool>(), 0..3usize, total).prop_map(
-        |(guests, drain_timeout, text, admin, total)| {
+    let confinement = prop_oneof![
+        (
+            prop::sample::select(vec![SeccompMode::Enforce, SeccompMode::Log, SeccompMode::Off]),
+            prop::sample::select(vec![
+                LandlockMode::Enforce,
+                LandlockMode::Files,
+                LandlockMode::Off
+            ]),
+        )
+            .prop_map(|(seccomp, landlock)| Confinement {
+                no_new_privileges: true,
+                seccomp,
+                landlock
+            }),
+        Just(Confinement {
+            no_new_privileges: false,
+            seccomp: SeccompMode::Off,
+            landlock: LandlockMode::Off,
+        }),
+    ];
+    (
+        guests,
+        millis(0..=3_600_000),
+        any::<bool>(),
+        0..3usize,
+        confinement,
+        total,
+    )
+        .prop_map(|(guests, drain_timeout, text, admin, confinement, total)| {
             let count = guests.len();
             let unix = |name: String| ListenAddress::Unix(format!("/run/{name}").into());
             let guests = guests
@@ -187,7 +214,13 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                 .zip(0u32..)
                 .map(|((outbound, inbound, limits, server), n)| {
                     let mut next = 0;
-                    let ((connections, connections_per_second), (buffer, memory), connect_timeout, guest_timeout, idle_timeout) = limits;
+                    let (
+                        (connections, connections_per_second),
+                        (buffer, memory),
+                        connect_timeout,
+                        guest_timeout,
+                        idle_timeout,
+                    ) = limits;
                     Guest {
                         name: format!("guest-{n}"),
                         cid: 3 + n * 1_000_000,
@@ -295,10 +328,10 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                     connections: total.0,
                     memory: total.1,
                 },
+                confinement,
                 guests: guests.collect(),
             }
-        },
-    )
+        })
 }
 
 proptest! {

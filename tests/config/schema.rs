@@ -110,7 +110,18 @@ fn schema_and_parser_agree_on_the_shape() {
             "log: {{format: text, level: 'warn,vsock_sidecar::host=trace'}}\n{}",
             guest("")
         ),
-        format!("admin: {{}}\nlog: {{}}\ndrain: {{}}\n{}", guest("")),
+        format!(
+            "admin: {{}}\nlog: {{}}\ndrain: {{}}\nconfinement: {{}}\n{}",
+            guest("")
+        ),
+        format!(
+            "confinement: {{noNewPrivileges: true, seccomp: log, landlock: files}}\n{}",
+            guest("")
+        ),
+        format!(
+            "confinement: {{noNewPrivileges: false, seccomp: 'off', landlock: 'off'}}\n{}",
+            guest("")
+        ),
     ];
     for text in right {
         config::parse(&text, "right").unwrap_or_else(|error| panic!("{text}\n{error}"));
@@ -179,6 +190,9 @@ fn schema_and_parser_agree_on_the_shape() {
         format!("log: {{format: xml}}\n{}", guest("")),
         format!("admin: {{listen: tcp://127.0.0.1:1}}\n{}", guest("")),
         format!("drain: 25s\n{}", guest("")),
+        format!("confinement: off\n{}", guest("")),
+        format!("confinement: {{seccomp: kill}}\n{}", guest("")),
+        format!("confinement: {{landlock: true}}\n{}", guest("")),
     ];
     for text in wrong {
         assert!(
@@ -198,6 +212,7 @@ fn sections(schema: &Value) -> Vec<(&'static str, &Value)> {
         ("`log`", of("Log")),
         ("`drain`", of("Drain")),
         ("`limits`", of("SidecarLimits")),
+        ("`confinement`", of("Confinement")),
         ("`guests[]`", of("Guest")),
         ("`guests[].vhostUser`", of("VhostUser")),
         ("`guests[].outbound[]`", of("Outbound")),

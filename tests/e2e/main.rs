@@ -5,6 +5,7 @@ mod support;
 
 mod bad_start;
 mod capture;
+mod confinement;
 mod containment;
 mod edges;
 mod hostile_guest;

@@ -16,7 +16,9 @@ use super::diagnostic::{Report, quoted};
 use super::document::{Document, NodeId};
 use super::files::Socket;
 use super::given::Given;
-use super::{Config, Guest, ListenAddress, Log, LogFormat, VhostUser, schema};
+use super::{
+    Config, Confinement, Guest, LandlockMode, ListenAddress, Log, LogFormat, SeccompMode, VhostUser, schema,
+};
 
 const MAX_DRAIN: Duration = Duration::from_secs(3600);
 
@@ -80,12 +82,17 @@ impl Resolver<'_, '_> {
             .value()
             .and_then(|drain| self.bounded(&drain.timeout, Duration::ZERO..=MAX_DRAIN, "the drain period"));
         let limits = file.limits.value().and_then(|limits| self.sidecar_limits(limits));
+        let confinement = file
+            .confinement
+            .value()
+            .and_then(|confinement| self.confinement(confinement));
         let guests = self.guests(&file.guests, at);
         Some(Config {
             admin: admin?,
             log: log?,
             drain_timeout: drain_timeout?,
             limits: limits?,
+            confinement: confinement?,
             guests: guests?,
         })
     }
@@ -113,6 +120,29 @@ impl Resolver<'_, '_> {
             })
             .collect();
         addresses.into_iter().collect()
+    }
+
+    fn confinement(&mut self, confinement: &schema::Confinement) -> Option<Confinement> {
+        let resolved = Confinement {
+            no_new_privileges: *confinement.no_new_privileges.value()?,
+            seccomp: *confinement.seccomp.value()?,
+            landlock: *confinement.landlock.value()?,
+        };
+        let on = match (resolved.seccomp, resolved.landlock) {
+            (SeccompMode::Off, LandlockMode::Off) => None,
+            (_, LandlockMode::Off) => Some("seccomp"),
+            (SeccompMode::Off, _) => Some("landlock"),
+            (_, _) => Some("seccomp and landlock"),
+        };
+        // The kernel takes neither from a process that may still gain privileges, unless it has CAP_SYS_ADMIN.
+        if let (Some(on), Some((false, at))) = (on, confinement.no_new_privileges.located()) {
+            self.error(
+                at,
+                format!("{on} cannot be had with `noNewPrivileges: false`"),
+                "remove this line, or add `seccomp: off` and `landlock: off`",
+            );
+        }
+        Some(resolved)
     }
 
     fn guests(&mut self, guests: &Given<Vec<Given<schema::Guest>>>, file: NodeId) -> Option<Vec<Guest>> {
