@@ -24,6 +24,7 @@
 //! - [`guest`] reads and writes guest memory and rings; [`host`] reads and writes sockets; neither knows the other.
 //! - [`device`] is one thread a guest that owns all three and turns the crank.
 //! - [`vhost_user`] talks to the VMM and hands the device owned things: a ring to run, a memory map.
+//! - [`quota`] is what all guests share of the process: connections, memory, descriptors.
 //! - [`sys`] holds the few system calls that need `unsafe`.
 //! - [`confine`] gives up, once and for good, what the process does not need.
 //! - [`capture`] writes packets down as a file that Wireshark reads, while it is being read.
@@ -54,6 +55,7 @@ pub mod guest;
 pub mod host;
 pub mod logging;
 pub mod metrics;
+pub mod quota;
 pub mod state;
 pub mod sys;
 pub mod terminal;

@@ -24,7 +24,7 @@ use tracing::{debug, error, info, warn};
 mod capture;
 mod source;
 
-use crate::admin::{Admin, AdminError, AdminHandle, AdminServer, Readiness};
+use crate::admin::{self, Admin, AdminError, AdminHandle, AdminServer, Readiness};
 use crate::config::{AccessPlatform, Config, Guest, ListenAddress, Target, VhostUserMode};
 use crate::confine::{Confined, Confinement};
 use crate::device::{self, Command, DeviceConfig, DeviceHandle, Router, RunningDevice, Siblings};
@@ -32,7 +32,8 @@ use crate::drain::{self, Drain, Report};
 use crate::guest::RingFault;
 use crate::host::dial::Dialer;
 use crate::host::listen::{InboundSpec, Incoming, ListenError, Listener, Rejected, Rejection};
-use crate::metrics::{GuestMetrics, LabelSets, Registry, RuleNames};
+use crate::metrics::{self, GuestMetrics, LabelSets, Registry, RuleNames, TotalsSample};
+use crate::quota::{Descriptors, Pool, Quota};
 use crate::sys::sigbus;
 use crate::vhost_user::{self, Endpoint, NegotiationWatch, Session, SessionConfig, SessionHandle};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
@@ -155,6 +156,40 @@ fn raise_descriptor_limit() {
     }
 }
 
+/// What the guests share, once everything is bound and nothing runs.
+fn quota(config: &Config) -> Quota {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    // Without /proc: a few more than there are.
+    let open = metrics::open_descriptors().unwrap_or(64);
+    let admin = config
+        .admin
+        .len()
+        .saturating_mul(admin::Limits::default().connections);
+    let plan = Descriptors::plan(limit, open, admin as u64, config.guests.len() as u64);
+    if plan.is_short {
+        warn!(
+            limit,
+            open,
+            reserve = plan.reserve,
+            connections = plan.budget,
+            "the limit of open files (RLIMIT_NOFILE) is low for this configuration: raise it, or connections are refused"
+        );
+    } else {
+        debug!(
+            limit,
+            open,
+            reserve = plan.reserve,
+            connections = plan.budget,
+            "file descriptors"
+        );
+    }
+    Quota {
+        connections: Pool::new(config.limits.connections.map(|count| count as u64)),
+        memory: Pool::new(config.limits.memory),
+        descriptors: Pool::new(Some(plan.budget)),
+    }
+}
+
 /// The thread and runtime for names, dials, accepts and signals.
 struct Control {
     handle: Handle,
@@ -255,6 +290,7 @@ impl BoundGuest {
 struct Surroundings {
     dialer: Dialer,
     siblings: Siblings,
+    quota: Quota,
 }
 
 /// The names of the guests whose rules lead to the guest `name`.
@@ -314,7 +350,17 @@ impl Sidecar {
         let surroundings = Surroundings {
             dialer: Dialer::new(control.handle.clone()),
             siblings: Siblings::default(),
+            quota: quota(config),
         };
+        let shared = surroundings.quota.clone();
+        registry.set_totals(move || {
+            let sample = |pool: &Pool| (pool.used(), pool.limit());
+            TotalsSample {
+                connections: sample(&shared.connections),
+                memory: sample(&shared.memory),
+                descriptors: sample(&shared.descriptors),
+            }
+        });
         let mut sidecar = Sidecar {
             admin: None,
             admin_addresses,
@@ -381,6 +427,8 @@ impl Sidecar {
             dialer: surroundings.dialer.clone(),
             siblings: surroundings.siblings.clone(),
             inbound_rules: config.inbound.len(),
+            inbound_limits: config.inbound.iter().map(|rule| rule.connections).collect(),
+            quota: surroundings.quota.clone(),
             metrics: Arc::clone(&metrics),
         })
         .map_err(starting("a device thread"))?;
@@ -410,7 +458,7 @@ impl Sidecar {
                 framing: rule.framing,
             };
             self.control.handle.spawn(serve_inbound(
-                listener,
+                listener.within(Arc::clone(&surroundings.quota.descriptors)),
                 spec,
                 InboundSink {
                     guest: Arc::clone(&config),
@@ -505,6 +553,7 @@ impl InboundSink {
             Err(rejected) => {
                 let reason = match rejected.why {
                     Rejection::NotAllowed => RefuseReason::Acl,
+                    Rejection::NoDescriptors => RefuseReason::Descriptors,
                     _ => RefuseReason::BadHandshake,
                 };
                 let Some(rule) = self.metrics.inbound.get(rejected.rule) else {

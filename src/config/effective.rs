@@ -3,7 +3,9 @@
 use super::given::Given;
 use super::path::SocketPath;
 use super::schema;
-use super::values::{AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange};
+use super::values::{
+    AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, PerSecond, Period, PortRange,
+};
 use super::{Config, Framing, Guest, InboundProtocol, InboundRule, ListenAddress, OutboundRule};
 
 impl Config {
@@ -46,6 +48,10 @@ impl From<&Config> for schema::File {
             drain: Given::new(schema::Drain {
                 timeout: Given::new(Period(config.drain_timeout)),
             }),
+            limits: Given::new(schema::SidecarLimits {
+                connections: config.limits.connections.map_or(Given::Absent, connections),
+                memory: (config.limits.memory).map_or(Given::Absent, |bytes| Given::new(ByteSize(bytes))),
+            }),
             confinement: Given::new(schema::Confinement {
                 no_new_privileges: Given::new(config.confinement.no_new_privileges),
                 seccomp: Given::new(config.confinement.seccomp),
@@ -71,7 +77,9 @@ impl From<&Guest> for schema::Guest {
             inbound: list(&guest.inbound),
             limits: Given::new(schema::Limits {
                 connections: connections(limits.connections),
+                connections_per_second: Given::new(PerSecond(limits.connections_per_second)),
                 buffer: Given::new(ByteSize(limits.buffer.into())),
+                memory: Given::new(ByteSize(limits.memory)),
                 connect_timeout: Given::new(Period(limits.connect_timeout)),
                 guest_timeout: Given::new(Period(limits.guest_timeout)),
                 idle_timeout: Given::new(Period(limits.idle_timeout)),

@@ -45,6 +45,8 @@ pub struct Config {
     pub log: Log,
     /// Grace period after SIGTERM.
     pub drain_timeout: Duration,
+    /// Bounds of all guests together.
+    pub limits: SidecarLimits,
     /// What the process gives up before it serves anybody.
     pub confinement: Confinement,
     /// The guests, at least one.
@@ -344,17 +346,45 @@ pub enum ListenAddress {
     Vsock(u32),
 }
 
+/// Bounds of all guests together; the default bounds nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct SidecarLimits {
+    /// Connections at once; none: as many as the guests' limits and the descriptors of the process let through.
+    pub connections: Option<usize>,
+    /// Bytes of memory for buffers; none: the sum of what the guests may have.
+    pub memory: Option<u64>,
+}
+
 /// Bounds of one guest.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Limits {
     /// Connections at once, both directions together.
     pub connections: usize,
+    /// New connections a second in each direction; 0: any number.
+    pub connections_per_second: u32,
     /// Receive buffer promised to the guest for each connection, in bytes (`buf_alloc`).
     pub buffer: u32,
+    /// Bytes of memory for what services do not take, all connections together.
+    pub memory: u64,
     /// Time for an outbound dial, name resolution included.
     pub connect_timeout: Duration,
     /// Time the guest has to accept an inbound connection.
     pub guest_timeout: Duration,
     /// A connection on which nothing moves for so long is ended; zero means never.
     pub idle_timeout: Duration,
+}
+
+impl Default for Limits {
+    /// Those of a guest whose file says nothing of limits.
+    fn default() -> Limits {
+        Limits {
+            connections: 4096,
+            connections_per_second: 0,
+            buffer: 256 * 1024,
+            memory: 256 << 20,
+            connect_timeout: Duration::from_millis(1500),
+            guest_timeout: Duration::from_secs(5),
+            idle_timeout: Duration::ZERO,
+        }
+    }
 }

@@ -6,7 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::given::Given;
 use super::path::SocketPath;
-use super::values::{AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange};
+use super::values::{
+    AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, PerSecond, Period, PortRange,
+};
 use super::{
     AccessPlatform, Cidr, LandlockMode, ListenAddress, LogFormat, ProxyProtocol, SeccompMode, SocketType,
     Target, VhostUserMode,
@@ -35,6 +37,9 @@ pub struct File {
     /// What happens on SIGTERM.
     #[serde(default = "Given::<Drain>::default_value")]
     pub drain: Given<Drain>,
+    /// Bounds of all guests together.
+    #[serde(default = "Given::<SidecarLimits>::default_value")]
+    pub limits: Given<SidecarLimits>,
     /// What the process gives up for good before it serves anybody. See docs/confinement.md.
     #[serde(default = "Given::<Confinement>::default_value")]
     pub confinement: Given<Confinement>,
@@ -78,6 +83,22 @@ pub struct Drain {
     #[serde(default = "default_drain_timeout")]
     #[schemars(example = &"25s")]
     pub timeout: Given<Period>,
+}
+
+/// Bounds of all guests together, beside those that each guest has. See docs/limits.md.
+#[derive(Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SidecarLimits {
+    /// Connections at once; more are refused (`sidecar_limit`). Left out: as many as the limits of the guests and the file
+    /// descriptors of the process let through.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = 20000)]
+    pub connections: Given<Connections>,
+    /// Memory of buffers for bytes that services do not take, from 1MiB to 1024GiB; a connection that needs more is ended
+    /// (`memory`). Left out: as much as the limits of the guests let through.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"512MiB")]
+    pub memory: Given<ByteSize>,
 }
 
 /// What the process gives up for good before it serves anybody. A kernel that lacks something of it earns a warning, and the
@@ -280,10 +301,20 @@ pub struct Limits {
     #[serde(default = "default_connections")]
     #[schemars(example = 10000)]
     pub connections: Given<Connections>,
+    /// New connections a second in each direction; as many may come at once as a second brings, more are refused
+    /// (`rate_limit`). 0: any number.
+    #[serde(default = "default_per_second")]
+    #[schemars(example = 200)]
+    pub connections_per_second: Given<PerSecond>,
     /// Bytes that the guest may send ahead of a slow service on each connection (its credit), from 4KiB to 16MiB.
     #[serde(default = "default_buffer")]
     #[schemars(example = &"1MiB")]
     pub buffer: Given<ByteSize>,
+    /// Memory of buffers for bytes that services do not take, all connections of the guest together; from `buffer` to 1024GiB.
+    /// A connection that needs more is ended (`memory`).
+    #[serde(default = "default_memory")]
+    #[schemars(example = &"64MiB")]
+    pub memory: Given<ByteSize>,
     /// Time to reach the target of an outbound rule, name resolution included; from 1ms to less than 2s, after which
     /// the guest has given up.
     #[serde(default = "default_connect_timeout")]
@@ -338,7 +369,9 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             connections: default_connections(),
+            connections_per_second: default_per_second(),
             buffer: default_buffer(),
+            memory: default_memory(),
             connect_timeout: default_connect_timeout(),
             guest_timeout: default_guest_timeout(),
             idle_timeout: default_idle_timeout(),
@@ -378,8 +411,16 @@ fn default_connections() -> Given<Connections> {
     Given::new(Connections(4096))
 }
 
+fn default_per_second() -> Given<PerSecond> {
+    Given::new(PerSecond(0))
+}
+
 fn default_buffer() -> Given<ByteSize> {
     Given::new(ByteSize(256 * 1024))
+}
+
+fn default_memory() -> Given<ByteSize> {
+    Given::new(ByteSize(256 << 20))
 }
 
 fn default_connect_timeout() -> Given<Period> {

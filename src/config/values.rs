@@ -133,7 +133,7 @@ macro_rules! scalar_schema {
 pub(super) use scalar_schema;
 
 text_serde!(Name, Period, PortRange, LogLevel);
-number_serde!(Cid, AddressedCid, GuestPort, Connections);
+number_serde!(Cid, AddressedCid, GuestPort, Connections, PerSecond);
 
 /// A name of a guest or rule: a DNS label, so that it can be a Kubernetes name and needs no quoting anywhere.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -286,6 +286,29 @@ impl Number for Connections {
 scalar_schema!(
     Connections,
     json_schema!({"type": "integer", "minimum": 1, "maximum": 1_000_000})
+);
+
+/// How many connections may begin in a second; 0 is no bound.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PerSecond(pub(super) u32);
+
+impl Number for PerSecond {
+    const EXPECTED: &'static str = "a number from 1 to 1000000, or 0 for no bound";
+
+    fn from_number(number: u64) -> Result<PerSecond, Refusal> {
+        match u32::try_from(number) {
+            Ok(rate) if rate <= 1_000_000 => Ok(PerSecond(rate)),
+            _ => Err(Refusal::new(
+                format!("{number} is no usable rate of connections"),
+                format!("give {}", Self::EXPECTED),
+            )),
+        }
+    }
+}
+
+scalar_schema!(
+    PerSecond,
+    json_schema!({"type": "integer", "minimum": 0, "maximum": 1_000_000})
 );
 
 /// A range of vsock ports, `A-B`.

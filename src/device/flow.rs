@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::limits::{BufferAccount, MemoryFull, Place};
 use crate::host::dial::DialTask;
 use crate::host::{HostStream, SpillBuf};
 use crate::metrics::{Direction, GuestMetrics, RuleMetrics};
@@ -11,7 +12,7 @@ use super::messages::Messages;
 use super::sibling::{Ears, SiblingAnswer};
 
 /// Which rule allowed a connection. `None` as index: no rule did.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) struct RuleRef {
     /// Who asked for the connection: outbound rules serve the guest, inbound rules the host side.
     pub(super) opened_by: Direction,
@@ -65,6 +66,10 @@ pub(super) struct Flow {
     pub(super) end: HostEnd,
     /// Guest bytes the socket did not take; bounded by `buf_alloc` (invariant 1 of the law).
     pub(super) spill: SpillBuf,
+    /// What `spill` is accounted for: never less than its capacity.
+    pub(super) account: BufferAccount,
+    /// What it holds of the bounds; none before it is let in.
+    pub(super) place: Option<Place>,
     /// What becomes of messages; none: its bytes are a stream.
     pub(super) messages: Option<Box<Messages>>,
     /// The guest that asked for this connection and waits for what this guest says.
@@ -128,6 +133,17 @@ impl Flow {
     /// Whether the guest at the other end reads no more, and nobody has heard of it yet.
     pub(super) fn is_unheard(&self) -> bool {
         !self.write_failed && self.ears.as_ref().is_some_and(Ears::are_closed_there)
+    }
+
+    /// Accounts for `n` bytes more in the buffer, before they are there.
+    pub(super) fn make_room(&mut self, n: usize) -> Result<(), MemoryFull> {
+        self.account.cover(self.spill.capacity_for(n))
+    }
+
+    /// Bytes have left the buffer: accounts for what it has now.
+    pub(super) fn settle(&mut self) {
+        // Less than it was, which always works.
+        let _ = self.account.cover(self.spill.capacity());
     }
 
     /// Bytes of the preface still to be sent.

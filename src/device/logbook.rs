@@ -2,12 +2,17 @@
 //!
 //! Each cause is logged once; what comes again is counted by the metrics and logged at debug.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
-use crate::vsock::Misbehavior;
+use super::flow::RuleRef;
+use crate::vsock::{Misbehavior, RefuseReason};
 
 /// Ports remembered for [`Logbook::no_rule`]; more different ones are a scan, and one line says as much as a thousand.
 const MAX_PORTS: usize = 64;
+
+/// A bound that is in the way again after so long is news again: somebody may have changed something meanwhile.
+const BOUND_SILENCE: Duration = Duration::from_secs(60);
 
 /// Which causes have been logged.
 #[derive(Default, Debug)]
@@ -15,7 +20,17 @@ pub(super) struct Logbook {
     ports: HashSet<u32>,
     kinds: HashSet<Misbehavior>,
     failing_rules: HashSet<usize>,
-    limit: bool,
+    /// When a bound was last said to be in the way, by rule where it is the rule's: no more than there are rules and reasons.
+    bounds: HashMap<(Bound, Option<RuleRef>), Instant>,
+}
+
+/// What can be in the way of a guest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) enum Bound {
+    /// Of new connections.
+    Connections(RefuseReason),
+    /// Of buffers.
+    Memory,
 }
 
 impl Logbook {
@@ -41,13 +56,46 @@ impl Logbook {
         }
     }
 
-    /// Whether reaching the limit of connections is news.
-    pub(super) fn limit(&mut self) -> bool {
-        !std::mem::replace(&mut self.limit, true)
+    /// Whether it is news that a bound is in the way; `rule` says whose bound it is, if it is a rule's.
+    pub(super) fn bound(&mut self, now: Instant, bound: Bound, rule: Option<RuleRef>) -> bool {
+        let last = self.bounds.get(&(bound, rule));
+        let news = last.is_none_or(|last| now.saturating_duration_since(*last) >= BOUND_SILENCE);
+        if news {
+            self.bounds.insert((bound, rule), now);
+        }
+        news
     }
 
     /// A new session: what its guest does is news again.
     pub(super) fn forget(&mut self) {
         *self = Logbook::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that connects in a loop against a bound fills no log, and who looks a minute later finds it said again.
+    #[test]
+    fn a_bound_is_told_once_a_minute() {
+        let mut logbook = Logbook::default();
+        let begin = Instant::now();
+        let one = Some(RuleRef::outbound(Some(1)));
+        let full = Bound::Connections(RefuseReason::RuleLimit);
+        assert!(logbook.bound(begin, full, one));
+        assert!(logbook.bound(begin, full, Some(RuleRef::outbound(Some(2)))));
+        assert!(
+            logbook.bound(begin, full, Some(RuleRef::inbound(1))),
+            "the first of either list are two rules"
+        );
+        assert!(logbook.bound(begin, Bound::Memory, None));
+        for n in 0..60_000 {
+            assert!(!logbook.bound(begin + Duration::from_millis(n), full, one));
+        }
+        assert!(logbook.bound(begin + BOUND_SILENCE, full, one));
+        assert!(!logbook.bound(begin + BOUND_SILENCE + Duration::from_secs(1), full, one));
+        logbook.forget();
+        assert!(logbook.bound(begin + BOUND_SILENCE, full, one));
     }
 }

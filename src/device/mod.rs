@@ -80,6 +80,7 @@ use crate::config::Limits;
 use crate::guest::{GuestRam, Ring, RingPosition};
 use crate::host::dial::Dialer;
 use crate::metrics::{GuestMetrics, QUEUE_LABELS};
+use crate::quota::Quota;
 use crate::vsock::{Cid, Header, Muxer, MuxerConfig};
 
 mod budget;
@@ -90,6 +91,7 @@ mod containment;
 mod flow;
 pub mod handle;
 mod lengths;
+mod limits;
 mod linger;
 mod logbook;
 mod messages;
@@ -108,6 +110,7 @@ pub use snapshot::DeviceSnapshot;
 
 use captures::Captures;
 use commands::Inbox;
+use limits::{Admission, Bounds};
 use reports::Reports;
 use snapshot::RingSnapshot;
 use switchboard::{Switchboard, SwitchboardParts};
@@ -141,6 +144,10 @@ pub struct DeviceConfig {
     pub siblings: Siblings,
     /// How many inbound rules there are. Behind their metrics stand those of guests that may dial this one ([`Siblings::add`]).
     pub inbound_rules: usize,
+    /// Connections at once of each inbound rule, in their order; none: as many as `limits` lets through.
+    pub inbound_limits: Vec<Option<usize>>,
+    /// What all guests share.
+    pub quota: Quota,
     /// What is counted.
     pub metrics: Arc<GuestMetrics>,
 }
@@ -293,6 +300,18 @@ impl Device {
             guest_timeout: config.limits.guest_timeout,
             idle_timeout: config.limits.idle_timeout,
         });
+        let admission = Admission::new(
+            &Bounds {
+                outbound: config.router.limits(),
+                inbound: config.inbound_limits,
+                per_second: config.limits.connections_per_second,
+                memory: config.limits.memory,
+            },
+            config.quota,
+        );
+        config
+            .metrics
+            .set_limits(config.limits.connections, config.limits.memory);
         Switchboard::new(SwitchboardParts {
             name: config.name.as_str().into(),
             cid: config.cid,
@@ -300,6 +319,7 @@ impl Device {
             metrics: config.metrics,
             router: config.router,
             dialer: config.dialer,
+            admission,
             siblings: config.siblings,
             inbound_rules: config.inbound_rules,
             dial_timeout: config.limits.connect_timeout,
@@ -445,6 +465,8 @@ impl Device {
         for (running, shown) in self.rings.iter().zip(&self.gauges.available) {
             shown.store(self.available(running.as_ref()), Ordering::Relaxed);
         }
+        let memory = i64::try_from(self.switchboard.buffer_memory()).unwrap_or(i64::MAX);
+        self.switchboard.metrics.buffer_memory.set(memory);
         self.translation.show(&self.switchboard.metrics.iotlb);
     }
 

@@ -15,6 +15,11 @@ impl Router {
         Router { rules }
     }
 
+    /// The connections that each rule may have at once, in their order.
+    pub(super) fn limits(&self) -> Vec<Option<usize>> {
+        self.rules.iter().map(|rule| rule.connections).collect()
+    }
+
     /// The rule for an address and its position.
     pub fn route(&self, cid: Cid, port: u32) -> Option<(usize, &OutboundRule)> {
         self.rules

@@ -21,6 +21,7 @@ use crate::host::dial::{DialError, DialResult};
 use crate::vsock::RefuseReason;
 
 use super::handle::DeviceHandle;
+use super::limits;
 
 /// The guests of the sidecar, for those who may dial them. Clones share the list, which grows while guests start.
 #[derive(Clone, Default)]
@@ -175,9 +176,12 @@ impl SiblingAnswer {
                     "nothing listens on that port in the guest",
                 ),
             },
-            RefuseReason::Limit => DialError::Resources {
+            reason if limits::is_bound(reason) => DialError::Resources {
                 target,
-                source: because(io::ErrorKind::QuotaExceeded, "its limits.connections is reached"),
+                source: because(
+                    io::ErrorKind::QuotaExceeded,
+                    "a limit of the guest that is dialled is reached",
+                ),
             },
             reason => DialError::Unreachable {
                 target,

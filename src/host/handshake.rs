@@ -23,6 +23,9 @@ pub enum Rejection {
     /// Its address is in none of the ranges that the rule allows.
     #[error("the address is not one that the rule allows")]
     NotAllowed,
+    /// The descriptors that connections may have are used up.
+    #[error("no file descriptors are left for clients")]
+    NoDescriptors,
     /// No newline within [`MAX_LINE`] bytes: it speaks something else.
     #[error("the first line is longer than {MAX_LINE} bytes, expected \"CONNECT <port>\"")]
     TooLong,

@@ -10,6 +10,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -24,6 +25,7 @@ use super::af_vsock;
 use super::handshake::{ConnectLine, Wanted};
 use super::stream::{Kind, Transport, set_packet_options, set_tcp_options};
 use crate::config::{Cidr, Framing, InboundProtocol, ListenAddress, SocketType};
+use crate::quota::{Pool, Share};
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::{self, BindError, SocketGuard};
 
@@ -155,6 +157,8 @@ pub struct Listener {
     allow: Vec<Cidr>,
     /// What its clients are.
     kind: Kind,
+    /// Of which every client takes one; `None`: they are not counted.
+    descriptors: Option<Arc<Pool>>,
     /// Removes the file of a unix socket.
     file: Option<SocketGuard>,
 }
@@ -171,6 +175,7 @@ impl Listener {
                     address: ListenAddress::Tcp(address),
                     allow: Vec::new(),
                     kind: Kind::stream(Transport::Tcp),
+                    descriptors: None,
                     file: None,
                 })
             }
@@ -179,6 +184,7 @@ impl Listener {
                 address: address.clone(),
                 allow: Vec::new(),
                 kind: af_vsock::KIND,
+                descriptors: None,
                 file: None,
             }),
             ListenAddress::Unix(path) => {
@@ -195,6 +201,7 @@ impl Listener {
                     address: address.clone(),
                     allow: Vec::new(),
                     kind,
+                    descriptors: None,
                     file: Some(file),
                 })
             }
@@ -204,6 +211,15 @@ impl Listener {
     /// Lets in only peers of these ranges; all if there are none. A peer without an IP address is in no range.
     pub fn only_from(self, allow: Vec<Cidr>) -> Listener {
         Listener { allow, ..self }
+    }
+
+    /// Takes the descriptor of each client from `descriptors`. When none is left clients are closed at once: who was left in the
+    /// kernel's queue would wait for nobody knows what, and the operator would see nothing of it.
+    pub fn within(self, descriptors: Arc<Pool>) -> Listener {
+        Listener {
+            descriptors: Some(descriptors),
+            ..self
+        }
     }
 
     /// Where it listens; a TCP port 0 has become the port that the kernel chose.
@@ -229,8 +245,10 @@ impl Listener {
             address,
             allow,
             kind,
+            descriptors,
             file,
         } = self;
+        let mut shortage = Shortage::default();
         let socket = PolledFd::new(socket, Interest::READABLE)?;
         let mut handshakes = Handshakes::new(MAX_HANDSHAKES);
         let mut pause = Pause::default();
@@ -255,10 +273,18 @@ impl Listener {
                     match accepted {
                         Ok(client) if !client.is_allowed(&allow) => {
                             pause.end(&address);
-                            tell(Err(client.refuse(spec)));
+                            tell(Err(client.refuse(spec, Rejection::NotAllowed)));
                         }
-                        Ok(client) => {
+                        Ok(mut client) => {
                             pause.end(&address);
+                            if let Some(pool) = &descriptors {
+                                client.descriptor = Share::take(pool, 1);
+                                if client.descriptor.is_none() {
+                                    shortage.tell(&address);
+                                    tell(Err(client.refuse(spec, Rejection::NoDescriptors)));
+                                    continue;
+                                }
+                            }
                             match spec.protocol {
                                 InboundProtocol::Plain { port } => {
                                     let wanted = Wanted { port, preface: Vec::new() };
@@ -322,6 +348,8 @@ struct Client {
     /// Where it comes from, if that has an IP address.
     ip: Option<IpAddr>,
     peer: String,
+    /// Its part of the process's descriptors.
+    descriptor: Option<Share>,
 }
 
 impl Client {
@@ -333,7 +361,7 @@ impl Client {
     }
 
     /// Closes it at once. By reset: an orderly end would leave a socket in FIN_WAIT or TIME_WAIT for each stranger who knocks.
-    fn refuse(self, spec: InboundSpec) -> Rejected {
+    fn refuse(self, spec: InboundSpec, why: Rejection) -> Rejected {
         let Client {
             socket, kind, peer, ..
         } = self;
@@ -341,18 +369,26 @@ impl Client {
         Rejected {
             rule: spec.rule,
             peer,
-            why: Rejection::NotAllowed,
+            why,
         }
     }
 
     fn incoming(self, spec: InboundSpec, wanted: Wanted) -> Incoming {
         let Client {
-            socket, kind, peer, ..
+            socket,
+            kind,
+            peer,
+            descriptor,
+            ..
         } = self;
+        let mut stream = HostStream::configured(socket.into(), kind, peer.clone());
+        if let Some(descriptor) = descriptor {
+            stream.hold(descriptor);
+        }
         Incoming {
             rule: spec.rule,
             port: wanted.port,
-            stream: HostStream::configured(socket.into(), kind, peer.clone()),
+            stream,
             preface: wanted.preface,
             wants_ok: spec.protocol == InboundProtocol::Connect,
             wait_for_guest: spec.wait_for_guest,
@@ -374,6 +410,7 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress, kind: Kind) -> io::
                 kind,
                 ip: peer.map(|peer| peer.ip()),
                 peer: peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.to_string()),
+                descriptor: None,
             })
         }
         ListenAddress::Vsock(_) => {
@@ -383,6 +420,7 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress, kind: Kind) -> io::
                 kind,
                 ip: None,
                 peer,
+                descriptor: None,
             })
         }
         // Clients of unix sockets have no names; which listener they came by is all there is to say.
@@ -396,6 +434,7 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress, kind: Kind) -> io::
                 kind,
                 ip: None,
                 peer: path.display().to_string(),
+                descriptor: None,
             })
         }
     }
@@ -494,6 +533,7 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
         kind,
         ip,
         peer,
+        descriptor,
     } = client;
     let rejected = |why| Rejected {
         rule: spec.rule,
@@ -514,6 +554,7 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
         kind,
         ip,
         peer,
+        descriptor,
     }
     .incoming(spec, wanted))
 }
@@ -547,6 +588,31 @@ impl Pause {
         self.length = Duration::ZERO;
         if let Some(since) = self.since.take() {
             tracing::info!(listen = %Shown(address), after = ?since.elapsed(), "accepting clients again");
+        }
+    }
+}
+
+/// What was said of a shortage of descriptors: once a minute, however many clients come.
+#[derive(Default, Debug)]
+struct Shortage {
+    told: Option<Instant>,
+}
+
+impl Shortage {
+    const SILENCE: Duration = Duration::from_secs(60);
+
+    fn tell(&mut self, address: &ListenAddress) {
+        let now = Instant::now();
+        if self
+            .told
+            .is_none_or(|told| now.duration_since(told) >= Shortage::SILENCE)
+        {
+            self.told = Some(now);
+            tracing::warn!(
+                listen = %Shown(address), reason = "descriptors",
+                remedy = "raise RLIMIT_NOFILE (ulimit -n, LimitNOFILE, or the container runtime's default)",
+                "clients are closed: the file descriptors that connections may have are used up"
+            );
         }
     }
 }

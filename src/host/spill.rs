@@ -160,6 +160,19 @@ impl SpillBuf {
         self.ring.len()
     }
 
+    /// Bytes of memory that this would hold after `n` bytes more, `n` being at most [`SpillBuf::room`].
+    pub fn capacity_for(&self, n: usize) -> usize {
+        let needed = self.len + n;
+        if needed <= self.ring.len() {
+            return self.ring.len();
+        }
+        // Doubling keeps the copying linear in what passes through; the limit caps it.
+        needed
+            .max(self.ring.len() * 2)
+            .max(FIRST_CAPACITY)
+            .min(self.limit)
+    }
+
     /// The bytes held, oldest first, in the (up to) two pieces in which they lie in the ring.
     fn filled(&self) -> [&[u8]; 2] {
         let (wrapped, from_head) = self.ring.split_at(self.head);
@@ -184,15 +197,10 @@ impl SpillBuf {
 
     /// Makes the ring large enough for `n` more bytes, `n` being at most [`SpillBuf::room`].
     fn grow_for(&mut self, n: usize) {
-        let needed = self.len + n;
-        if needed <= self.ring.len() {
+        let capacity = self.capacity_for(n);
+        if capacity == self.ring.len() {
             return;
         }
-        // Doubling keeps the copying linear in what passes through; the limit caps it.
-        let capacity = needed
-            .max(self.ring.len() * 2)
-            .max(FIRST_CAPACITY)
-            .min(self.limit);
         let mut ring = vec![0; capacity].into_boxed_slice();
         let [first, second] = self.filled();
         ring[..first.len()].copy_from_slice(first);

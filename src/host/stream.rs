@@ -14,6 +14,7 @@ use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 
 use super::af_vsock;
 use crate::config::SocketType;
+use crate::quota::Share;
 use crate::sys::packet;
 
 /// A TCP connection on which nothing moves is probed after this time ...
@@ -90,6 +91,8 @@ pub struct HostStream {
     peer: Box<str>,
     /// A packet socket's peer has reset the connection, and messages that it sent before are still to be read.
     reset: Cell<bool>,
+    /// Its part of the process's descriptors, given back after `socket` is closed: fields are dropped in order.
+    descriptor: Option<Share>,
 }
 
 impl HostStream {
@@ -128,7 +131,13 @@ impl HostStream {
             kind,
             peer: peer.into_boxed_str(),
             reset: Cell::new(false),
+            descriptor: None,
         }
+    }
+
+    /// Accounts for its descriptor, for as long as that is open.
+    pub fn hold(&mut self, descriptor: Share) {
+        self.descriptor = Some(descriptor);
     }
 
     /// The same under another name, where the socket's own says nothing: one end of a pair.

@@ -96,6 +96,9 @@ pub(super) struct GuestFamilies {
     credit_stall_seconds: CounterVec,
     backpressure_pauses: IntCounterVec,
     buffered_bytes: IntGaugeVec,
+    buffer_memory: IntGaugeVec,
+    buffer_memory_limit: IntGaugeVec,
+    connections_limit: IntGaugeVec,
     ring_full: IntCounterVec,
     ring_full_seconds: CounterVec,
     ring_errors: IntCounterVec,
@@ -217,6 +220,21 @@ impl GuestFamilies {
                 "vsock_buffered_bytes",
                 "Bytes held in buffers of the sidecar because their receiver does not take them.",
                 &["guest", "direction"],
+            )?,
+            buffer_memory: gauges(
+                "vsock_buffer_memory_bytes",
+                "Memory of buffers for bytes that services do not take, all connections of the guest together.",
+                &["guest"],
+            )?,
+            buffer_memory_limit: gauges(
+                "vsock_buffer_memory_limit_bytes",
+                "Memory that such buffers of the guest may have (limits.memory).",
+                &["guest"],
+            )?,
+            connections_limit: gauges(
+                "vsock_connections_limit",
+                "Connections that the guest may have at once (limits.connections).",
+                &["guest"],
             )?,
             ring_full: counters(
                 "vsock_vring_full_total",
@@ -340,6 +358,10 @@ pub struct GuestMetrics {
     pub backpressure_pauses: [IntCounter; 2],
     /// Bytes in our buffers, indexed by [`Direction`].
     pub buffered_bytes: [IntGauge; 2],
+    /// Memory of buffers in bytes; set by the device at the end of a turn.
+    pub buffer_memory: IntGauge,
+    buffer_memory_limit: IntGauge,
+    connections_limit: IntGauge,
     /// Per virtqueue: rx, tx, event.
     pub queues: [QueueMetrics; 3],
     /// Packets that are missing in captures.
@@ -456,11 +478,21 @@ impl GuestMetrics {
                 .map(|d| f.credit_stall_seconds.with_label_values(&[guest, d])),
             backpressure_pauses: by_direction(&f.backpressure_pauses),
             buffered_bytes: Direction::LABELS.map(|d| f.buffered_bytes.with_label_values(&[guest, d])),
+            buffer_memory: f.buffer_memory.with_label_values(&[guest]),
+            buffer_memory_limit: f.buffer_memory_limit.with_label_values(&[guest]),
+            connections_limit: f.connections_limit.with_label_values(&[guest]),
             queues: QUEUE_LABELS.map(queue),
             capture_dropped_packets: f.capture_dropped_packets.with_label_values(&[guest]),
             device_panics: f.device_panics.with_label_values(&[guest]),
             iotlb: f.iotlb.resolve(guest),
         }
+    }
+
+    /// Shows the bounds of the guest: connections at once, and bytes of memory for buffers.
+    pub fn set_limits(&self, connections: usize, memory: u64) {
+        let shown = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        self.connections_limit.set(shown(connections as u64));
+        self.buffer_memory_limit.set(shown(memory));
     }
 
     /// Counts one packet. `op` and `socket_type` are the header's fields as sent; what the standard does not know

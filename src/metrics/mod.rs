@@ -23,19 +23,23 @@ mod process;
 mod session;
 #[cfg(test)]
 mod tests;
+mod totals;
 
 pub use guest::{
     Direction, GuestMetrics, LabelSets, MAX_RULES, OP_LABELS, OVERFLOW_RULE, QUEUE_LABELS, QueueMetrics,
     RuleMetrics, RuleNames, SOCKET_TYPE_LABELS,
 };
 pub use iotlb::{ACCESS_LABELS, IotlbMetrics};
+pub use process::open_descriptors;
 pub use session::{MemoryMapChanges, RingSample, SESSION_ERROR_REASONS, SessionSample, SessionState};
+pub use totals::{TotalsSample, Used};
 
 /// All families of the process.
 pub struct Registry {
     registry: prometheus::Registry,
     guests: guest::GuestFamilies,
     sessions: session::Sessions,
+    totals: totals::SidecarTotals,
     log_messages: LogMessages,
     config_info: IntGaugeVec,
     confinement: IntGaugeVec,
@@ -48,6 +52,7 @@ impl Registry {
         let registry = prometheus::Registry::new();
         let guests = guest::GuestFamilies::register(&registry)?;
         let sessions = session::Sessions::register(&registry)?;
+        let totals = totals::SidecarTotals::register(&registry)?;
         process::Process::register(&registry)?;
         let log_messages = LogMessages::register(&registry)?;
         BuildInfo::CURRENT.register(&registry)?;
@@ -79,6 +84,7 @@ impl Registry {
             registry,
             guests,
             sessions,
+            totals,
             log_messages,
             config_info,
             confinement,
@@ -96,6 +102,11 @@ impl Registry {
     /// first sampler; the counters go on.
     pub fn add_session(&self, guest: &str, sample: impl Fn() -> SessionSample + Send + Sync + 'static) {
         self.sessions.add(guest, Box::new(sample));
+    }
+
+    /// Exports what all guests have together: `sample` is called at each scrape, as that of a session.
+    pub fn set_totals(&self, sample: impl Fn() -> TotalsSample + Send + Sync + 'static) {
+        self.totals.set(Box::new(sample));
     }
 
     /// Exports which configuration runs. `sha256` is the digest of the file in hexadecimal; its first 12 digits

@@ -84,7 +84,7 @@ impl Collector for Process {
                 page.push(&START, &[], boot_time + stat.start_ticks as f64 / ticks);
             }
         }
-        if let Some(open) = open_fds() {
+        if let Some(open) = open_descriptors() {
             page.push(&OPEN_FDS, &[], open as f64);
         }
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
@@ -133,8 +133,10 @@ fn boot_time(text: &str) -> Option<f64> {
         .ok()
 }
 
+/// How many descriptors this process has open; `None` without /proc.
+///
 /// Since Linux 6.2 the size of `/proc/self/fd` is the number of descriptors (fs/proc/fd.c); before it is 0.
-fn open_fds() -> Option<u64> {
+pub fn open_descriptors() -> Option<u64> {
     match fs::metadata("/proc/self/fd").ok()?.size() {
         // Minus the descriptor that the listing itself needs.
         0 => Some((fs::read_dir("/proc/self/fd").ok()?.count() as u64).saturating_sub(1)),
@@ -175,9 +177,9 @@ mod tests {
     #[test]
     fn an_opened_file_is_one_more_descriptor() {
         // Other tests of this process open and close files at the same time: enough files to drown them.
-        let before = open_fds().unwrap();
+        let before = open_descriptors().unwrap();
         let files: Vec<_> = (0..200).map(|_| fs::File::open("/dev/null").unwrap()).collect();
-        let after = open_fds().unwrap();
+        let after = open_descriptors().unwrap();
         assert!(
             after >= before + 100,
             "{before} descriptors before and {after} after {} more",

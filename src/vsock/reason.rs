@@ -26,8 +26,16 @@ labelled! {
         NoRule => "no_rule",
         /// The client of an inbound rule has an address that the rule's `allow` does not name.
         Acl => "acl",
-        /// A limit of the configuration or of the process is reached.
+        /// The guest has `limits.connections`, or the kernel has no room (memory, local ports).
         Limit => "limit",
+        /// The rule has `connections`.
+        RuleLimit => "rule_limit",
+        /// The guest has had `limits.connectionsPerSecond`.
+        RateLimit => "rate_limit",
+        /// All guests together have the `limits.connections` of the file.
+        SidecarLimit => "sidecar_limit",
+        /// The file descriptors that connections may have are used up.
+        Descriptors => "descriptors",
         /// The target refused (ECONNREFUSED, or a unix socket that nobody serves).
         DialRefused => "dial_refused",
         /// The target did not answer within `connectTimeout`.
@@ -76,6 +84,8 @@ labelled! {
         Misbehavior => "misbehavior",
         /// A message of the host end is longer than the guest or the rule takes, or than the host's socket takes.
         MessageTooLong => "message_too_long",
+        /// The service did not read, and `limits.memory` had no room for more of the guest's bytes.
+        Memory => "memory",
         /// A failure of our own (for example a socket that could not be watched).
         Error => "error",
     }

@@ -324,6 +324,16 @@ const BAD: &[Bad] = bad![
         => "5:20" "guests[0].limits.buffer" "4095 is no usable size" "from 4KiB to 16MiB" "4095";
     "a buffer that is too large": "GUEST  limits: {buffer: 17MiB}"
         => "5:20" "guests[0].limits.buffer" "17MiB is no usable size" "from 4KiB to 16MiB" "17MiB";
+    "memory for less than one connection": "GUEST  limits: {buffer: 1MiB, memory: 256KiB}"
+        => "5:34" "guests[0].limits.memory" "256KiB cannot hold the buffer of one connection (1MiB)" "from that of `buffer`" "256KiB";
+    "more memory than there is": "GUEST  limits: {memory: 2000GiB}"
+        => "5:20" "guests[0].limits.memory" "2000GiB is no usable size" "to 1024GiB" "2000GiB";
+    "too little memory for all guests": "limits: {memory: 64KiB}\nGUEST"
+        => "1:18" "limits.memory" "64KiB is no usable size of the memory of all guests" "from 1MiB" "64KiB";
+    "a rate that nobody has": "GUEST  limits: {connectionsPerSecond: 1000001}"
+        => "5:34" "guests[0].limits.connectionsPerSecond" "1000001 is no usable rate" "0 for no bound" "1000001";
+    "a guest's limit of the file": "limits: {idleTimeout: 1h}\nGUEST"
+        => "1:10" "limits.idleTimeout" "unknown key `idleTimeout`" "keys here are `connections`, `memory`" "idleTimeout";
     "no connections": "GUEST  limits: {connections: 0}"
         => "5:25" "guests[0].limits.connections" "0 is no usable limit" "from 1 to 1000000" "0";
     "a mistyped level": "log: {level: inof}\nGUEST"

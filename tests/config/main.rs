@@ -68,6 +68,7 @@ admin:
   listen: [tcp://0.0.0.0:9464, "unix://DIR/admin.sock"]
 log: {format: json, level: info}
 drain: {timeout: 25s}
+limits: {connections: 20000, memory: 512MiB}
 guests:
   - name: web
     cid: 3
@@ -87,7 +88,7 @@ guests:
       - {name: mux,  listen: unix://DIR/web.mux, protocol: connect}
       - {name: jobs, listen: unix://DIR/jobs.sock, port: 90, socketType: seqpacket}
       - {name: vm,   listen: vsock://2222, port: 22}
-    limits: {connections: 4096, buffer: 256KiB, connectTimeout: 1500ms, guestTimeout: 5s, idleTimeout: 0s}
+    limits: {connections: 4096, connectionsPerSecond: 200, buffer: 256KiB, memory: 64MiB, connectTimeout: 1500ms, guestTimeout: 5s, idleTimeout: 0s}
   - name: db
     cid: 5
     vhostUser: {socket: DIR/db.sock}
@@ -395,9 +396,10 @@ fn check_prints_the_effective_configuration() {
     let output = case.check();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let expected = format!(
-        "admin:\n  listen: []\nlog:\n  format: json\n  level: info\ndrain:\n  timeout: 25s\nconfinement:\n  \
+        "admin:\n  listen: []\nlog:\n  format: json\n  level: info\ndrain:\n  timeout: 25s\nlimits: {{}}\nconfinement:\n  \
          noNewPrivileges: true\n  seccomp: enforce\n  landlock: enforce\nguests:\n- name: web\n  cid: 3\n  vhostUser:\n    socket: {}/web.sock\n    mode: server\n    accessPlatform: auto\n  outbound:\n  - name: port-5432\n    \
-         cid: 2\n    port: 5432\n    to: tcp://db:5432\n  inbound: []\n  limits:\n    connections: 4096\n    buffer: 256KiB\n    \
+         cid: 2\n    port: 5432\n    to: tcp://db:5432\n  inbound: []\n  limits:\n    connections: 4096\n    connectionsPerSecond: 0\n    \
+         buffer: 256KiB\n    memory: 256MiB\n    \
          connectTimeout: 1500ms\n    guestTimeout: 5s\n    idleTimeout: 0s\n",
         case.path().display()
     );

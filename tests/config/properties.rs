@@ -166,14 +166,18 @@ fn configurations() -> impl Strategy<Value = config::Config> {
         0..4,
     );
     let limits = (
-        1..=1_000_000usize,
-        4096..=(16u32 << 20),
+        (1..=1_000_000usize, 0..=1_000_000u32),
+        (4096..=(16u32 << 20), (16u64 << 20)..=(1 << 40)),
         millis(1..=1999),
         millis(1..=3_600_000),
         millis(0..=2_592_000_000),
     );
     let guest = (outbound, inbound, limits, any::<bool>());
     let guests = prop::collection::vec(guest, 1..4);
+    let total = (
+        prop::option::of(1..=1_000_000usize),
+        prop::option::of((1u64 << 20)..=(1 << 40)),
+    );
     let confinement = prop_oneof![
         (
             prop::sample::select(vec![SeccompMode::Enforce, SeccompMode::Log, SeccompMode::Off]),
@@ -200,8 +204,9 @@ fn configurations() -> impl Strategy<Value = config::Config> {
         any::<bool>(),
         0..3usize,
         confinement,
+        total,
     )
-        .prop_map(|(guests, drain_timeout, text, admin, confinement)| {
+        .prop_map(|(guests, drain_timeout, text, admin, confinement, total)| {
             let count = guests.len();
             let unix = |name: String| ListenAddress::Unix(format!("/run/{name}").into());
             let guests = guests
@@ -209,7 +214,13 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                 .zip(0u32..)
                 .map(|((outbound, inbound, limits, server), n)| {
                     let mut next = 0;
-                    let (connections, buffer, connect_timeout, guest_timeout, idle_timeout) = limits;
+                    let (
+                        (connections, connections_per_second),
+                        (buffer, memory),
+                        connect_timeout,
+                        guest_timeout,
+                        idle_timeout,
+                    ) = limits;
                     Guest {
                         name: format!("guest-{n}"),
                         cid: 3 + n * 1_000_000,
@@ -297,7 +308,9 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                             .collect(),
                         limits: Limits {
                             connections,
+                            connections_per_second,
                             buffer,
+                            memory,
                             connect_timeout,
                             guest_timeout,
                             idle_timeout,
@@ -311,6 +324,10 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                     level: "info".to_owned(),
                 },
                 drain_timeout,
+                limits: SidecarLimits {
+                    connections: total.0,
+                    memory: total.1,
+                },
                 confinement,
                 guests: guests.collect(),
             }

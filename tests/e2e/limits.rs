@@ -417,10 +417,39 @@ fn descriptors_that_run_out_are_refusals_by_name() {
         assert!(held.len() < 64);
     }
     println!("{} connections of 64 descriptors", held.len());
+    let labels = [("rule", "echo"), ("reason", "descriptors")];
+    assert!(sidecar.metric("vsock_connections_refused_total", &labels) >= 20.0);
+    // The first of them used up the budget, and nothing of the reserve: who asks many questions at once is answered.
+    let scrapes: Vec<_> = std::iter::repeat_with(|| sidecar.try_get("/metrics"))
+        .take(8)
+        .collect();
+    assert!(scrapes.iter().all(|scrape| matches!(scrape, Some((200, _)))));
+    let limit = sidecar.metric("vsock_sidecar_descriptors_limit", &[]);
+    assert_eq!(sidecar.metric("vsock_sidecar_descriptors", &[]), limit);
+    assert_eq!(held.len() as f64, limit);
+    let warnings = |message: &str| {
+        let loud = |event: &&serde_json::Value| field(event, "level") == "WARN";
+        let events = sidecar.events(message);
+        let remedies = events.iter().filter(loud).map(|event| field(event, "remedy"));
+        remedies.collect::<Vec<_>>()
+    };
+    let said = warnings("refused: a limit is reached (further ones are counted, and told once a minute)");
+    assert_eq!(said.len(), 1, "{}", sidecar.log_tail());
+    assert!(said[0].contains("RLIMIT_NOFILE"), "{said:?}");
     let cpu = sidecar.cpu_time();
-    // A client in the queue of a listener that cannot accept.
-    let waiting = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
-    waiting.set_read_timeout(Some(LONG)).unwrap();
+    // A client is closed at once, and counted.
+    let mut client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
+    client.set_read_timeout(Some(LONG)).unwrap();
+    assert_eq!(
+        client.read(&mut [0; 1]).unwrap_err().kind(),
+        ErrorKind::ConnectionReset
+    );
+    let labels = [("rule", "in"), ("reason", "descriptors")];
+    sidecar.until_metric("vsock_connections_refused_total", &labels, 1.0);
+    assert_eq!(
+        warnings("clients are closed: the file descriptors that connections may have are used up").len(),
+        1
+    );
     thread::sleep(Duration::from_secs(1));
     assert!(sidecar.cpu_time() - cpu < Duration::from_millis(150), "it spins");
     for stream in &mut held {
@@ -430,13 +459,7 @@ fn descriptors_that_run_out_are_refusals_by_name() {
     held.truncate(held.len() / 2);
     // Now there is room again, for the guest and for who waited.
     until("a connection is possible again", || guest.connect(7).is_ok());
-    let labels = [("rule", "echo"), ("reason", "limit")];
-    assert!(sidecar.metric("vsock_connections_refused_total", &labels) >= 20.0);
-    // The client that waited was accepted, or was closed when it was its turn; a new one is served.
-    drop(waiting);
-    let client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
-    let address = client.local_addr().unwrap();
-    println!("{address}");
+    let _client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
     let mut server = listener.accept_timeout(LONG).unwrap();
     let _ = server.write_all(b"x");
     assert_lawful(&guest);
@@ -483,5 +506,150 @@ fn dials_that_hang_delay_nobody() {
     }
     let labels = [("rule", "hole"), ("reason", "dial_timeout")];
     assert_eq!(sidecar.metric("vsock_connections_refused_total", &labels), 50.0);
+    assert_lawful(&guest);
+}
+
+/// Each bound has its own reason, and is in the way of nobody but those whom it bounds.
+#[test]
+fn each_limit_refuses_by_its_own_name() {
+    let port = serve(echo);
+    let inbound = free_port();
+    let sidecar = Sidecar::start(&format!(
+        "limits: {{connections: 5}}\nguests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound:\n  \
+         - {{name: few, port: 1, to: \"tcp://127.0.0.1:{port}\", connections: 2}}\n  \
+         - {{name: many, port: 2, to: \"tcp://127.0.0.1:{port}\"}}\n  \
+         inbound: [{{name: one, listen: \"tcp://127.0.0.1:{inbound}\", port: 22, connections: 1}}]\n\
+         - name: fast\n  cid: 4\n  vhostUser: {{socket: \"{{dir}}/fast.sock\"}}\n  outbound:\n  \
+         - {{name: echo, port: 1, to: \"tcp://127.0.0.1:{port}\"}}\n  limits: {{connectionsPerSecond: 1}}\n"
+    ));
+    let guest = linux(&sidecar.path("web.sock"));
+    let listener = guest.listen(22).unwrap();
+    let counted = |rule: &str, reason: &str| {
+        sidecar.metric(
+            "vsock_connections_refused_total",
+            &[("rule", rule), ("reason", reason)],
+        )
+    };
+    let mut held = vec![guest.connect(1).unwrap(), guest.connect(1).unwrap()];
+    refused(&guest, 1);
+    assert_eq!(counted("few", "rule_limit"), 1.0);
+
+    let _client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
+    let _server = listener.accept_timeout(LONG).unwrap();
+    let mut second = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
+    second.set_read_timeout(Some(LONG)).unwrap();
+    assert_eq!(
+        second.read(&mut [0; 1]).unwrap_err().kind(),
+        ErrorKind::ConnectionReset
+    );
+    sidecar.until_metric(
+        "vsock_connections_refused_total",
+        &[("rule", "one"), ("reason", "rule_limit")],
+        1.0,
+    );
+
+    held.extend([guest.connect(2).unwrap(), guest.connect(2).unwrap()]);
+    assert_eq!(sidecar.metric("vsock_sidecar_connections", &[]), 5.0);
+    refused(&guest, 2);
+    assert_eq!(counted("many", "sidecar_limit"), 1.0);
+    // Another guest is refused for it too: that is what it is for.
+    let other = linux(&sidecar.path("fast.sock"));
+    refused(&other, 1);
+    assert_eq!(counted("echo", "sidecar_limit"), 1.0);
+
+    for stream in &mut held {
+        stream.write_all(b"alive").unwrap();
+        stream.read_exact(&mut [0; 5]).unwrap();
+    }
+    held.truncate(2);
+    sidecar.until_metric("vsock_sidecar_connections", &[], 3.0);
+    // The first one is let in; of those that follow at once, one a second.
+    let first = other.connect(1).unwrap();
+    drop(first);
+    let mut too_fast = 0;
+    while counted("echo", "rate_limit") == 0.0 {
+        too_fast += usize::from(other.connect(1).is_err());
+        assert!(too_fast < 10, "the rate has no reason of its own");
+    }
+    until("the rate lets another one in", || other.connect(1).is_ok());
+
+    for (rule, key) in [
+        ("few", "`connections` of the rule"),
+        ("one", "`connections` of the rule"),
+        ("many", "of the file"),
+        ("echo", "connectionsPerSecond"),
+    ] {
+        let events =
+            sidecar.events("refused: a limit is reached (further ones are counted, and told once a minute)");
+        let told = events
+            .iter()
+            .any(|event| field(event, "rule") == rule && field(event, "remedy").contains(key));
+        assert!(told, "{rule}: {key}\n{}", sidecar.log_tail());
+    }
+    assert_lawful(&guest);
+    assert_lawful(&other);
+}
+
+/// Services that do not read: their guest's bytes get as much memory as the guest may have. The connection that needs more ends;
+/// all others go on, and new ones are made.
+#[test]
+fn memory_that_is_used_up_ends_the_connection_that_needs_it() {
+    let stalled = local();
+    let port = serve(echo);
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound:\n  \
+         - {{name: stalled, port: 1, to: \"tcp://{}\"}}\n  - {{name: echo, port: 2, to: \"tcp://127.0.0.1:{port}\"}}\n  \
+         limits: {{buffer: 1MiB, memory: 1MiB}}\n",
+        stalled.local_addr().unwrap(),
+    ));
+    let guest = linux(&sidecar.path("web.sock"));
+    let mut lively = guest.connect(2).unwrap();
+    lively.set_read_timeout(Some(LONG));
+    let mut stuck = Vec::new();
+    let mut peers = Vec::new();
+    let closed = || {
+        sidecar.metric(
+            "vsock_connections_closed_total",
+            &[("rule", "stalled"), ("reason", "memory")],
+        )
+    };
+    while closed() == 0.0 {
+        assert!(stuck.len() < 4, "nothing bounds the memory");
+        let stream = guest.connect(1).unwrap();
+        peers.push(accept_tcp(&stalled));
+        // Until neither the socket nor the buffer take any more, or the connection ends.
+        stream.set_write_timeout(Some(Duration::from_millis(500)));
+        let chunk = vec![7; 32 * 1024];
+        let mut sent = 0u64;
+        let error = loop {
+            match (&stream).write(&chunk) {
+                Ok(n) => sent += n as u64,
+                Err(error) => break error.kind(),
+            }
+            assert!(sent < 64 << 20, "nothing stops the guest");
+        };
+        println!("connection {}: {sent} bytes, then {error}", stuck.len());
+        let held = sidecar.metric("vsock_buffer_memory_bytes", &[]);
+        assert!(held <= f64::from(1 << 20), "{held} bytes");
+        stuck.push(stream);
+    }
+    assert!(stuck.len() > 1, "one alone may have it all");
+    assert_eq!(closed(), 1.0, "the one that needed more");
+    let limit = sidecar.metric("vsock_buffer_memory_limit_bytes", &[]);
+    assert_eq!(limit, f64::from(1 << 20));
+    let events = sidecar.events(
+        "no memory for what a service does not read: its connection is ended (further ones are counted)",
+    );
+    assert_eq!(events.len(), 1, "{}", sidecar.log_tail());
+    assert!(field(&events[0], "remedy").contains("limits.memory"));
+
+    lively.write_all(b"alive").unwrap();
+    lively.read_exact(&mut [0; 5]).unwrap();
+    let mut fresh = guest.connect(2).unwrap();
+    fresh.write_all(b"alive").unwrap();
+    fresh.read_exact(&mut [0; 5]).unwrap();
+    drop((stuck, peers));
+    sidecar.until_metric("vsock_buffer_memory_bytes", &[], 0.0);
+    sidecar.until_metric("vsock_sidecar_buffer_memory_bytes", &[], 0.0);
     assert_lawful(&guest);
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use vsock_sidecar::guest::RingFault;
 use vsock_sidecar::metrics::{
     Direction, LabelSets, MemoryMapChanges, Registry, RingSample, RuleNames, SessionSample, SessionState,
+    TotalsSample,
 };
 use vsock_sidecar::vsock::misbehavior::Misbehavior;
 use vsock_sidecar::vsock::reason::{CloseReason, RefuseReason};
@@ -51,6 +52,11 @@ pub fn populated() -> Registry {
     let registry = Registry::new().unwrap();
     registry.set_config("9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08");
     registry.log_messages().warn.inc();
+    registry.set_totals(|| TotalsSample {
+        connections: (3, Some(20_000)),
+        memory: (4096, None),
+        descriptors: (3, Some(900)),
+    });
     let guest = registry.guest("web", &rules(), &LABELS);
     for direction in Direction::ALL {
         for op in 0..10 {

@@ -4,10 +4,10 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::Resolver;
+use super::{Resolver, optional};
 use crate::config::given::Given;
 use crate::config::values::{ByteSize, Connections, Period};
-use crate::config::{Framing, Limits, schema};
+use crate::config::{Framing, Limits, SidecarLimits, schema};
 
 const MIN_TIMEOUT: Duration = Duration::from_millis(1);
 /// VSOCK_DEFAULT_CONNECT_TIMEOUT of Linux (net/vmw_vsock/af_vsock.c), 2 * HZ.
@@ -15,11 +15,32 @@ const GUEST_GIVES_UP: Duration = Duration::from_secs(2);
 const MAX_GUEST_TIMEOUT: Duration = Duration::from_secs(3600);
 const MAX_IDLE_TIMEOUT: Duration = Duration::from_secs(720 * 3600);
 const BUFFER: RangeInclusive<u64> = 4 * 1024..=16 * 1024 * 1024;
+const MEMORY: RangeInclusive<u64> = 1 << 20..=1 << 40;
 
 impl Resolver<'_, '_> {
+    pub(super) fn sidecar_limits(&mut self, limits: &schema::SidecarLimits) -> Option<SidecarLimits> {
+        let connections = optional(&limits.connections)?.map(|Connections(count)| count);
+        let memory = optional(&limits.memory)?.map(|ByteSize(bytes)| bytes);
+        if let Some((size, at)) = limits.memory.located()
+            && !MEMORY.contains(&size.0)
+        {
+            let message = format!("{size} is no usable size of the memory of all guests");
+            self.error(at, message, "give a size from 1MiB to 1024GiB");
+        }
+        Some(SidecarLimits {
+            connections: match connections {
+                Some(count) => Some(usize::try_from(count).ok()?),
+                None => None,
+            },
+            memory,
+        })
+    }
+
     pub(super) fn limits(&mut self, limits: &schema::Limits) -> Option<Limits> {
         let connections = limits.connections.value().map(|count| count.0);
+        let per_second = limits.connections_per_second.value().map(|rate| rate.0);
         let buffer = self.buffer(&limits.buffer);
+        let memory = self.memory(&limits.memory, buffer);
         let connect_timeout = self.connect_timeout(&limits.connect_timeout);
         let guest_timeout = self.bounded(
             &limits.guest_timeout,
@@ -33,7 +54,9 @@ impl Resolver<'_, '_> {
         );
         Some(Limits {
             connections: usize::try_from(connections?).ok()?,
+            connections_per_second: per_second?,
             buffer: buffer?,
+            memory: memory?,
             connect_timeout: connect_timeout?,
             guest_timeout: guest_timeout?,
             idle_timeout: idle_timeout?,
@@ -49,6 +72,21 @@ impl Resolver<'_, '_> {
             self.error(at, message, "give a size from 4KiB to 16MiB");
         }
         u32::try_from(size).ok()
+    }
+
+    fn memory(&mut self, memory: &Given<ByteSize>, buffer: Option<u32>) -> Option<u64> {
+        let size = memory.value()?.0;
+        if let (Some((size, at)), Some(buffer)) = (memory.located(), buffer) {
+            let buffer = ByteSize(buffer.into());
+            if size.0 < buffer.0 {
+                let message = format!("{size} cannot hold the buffer of one connection ({buffer})");
+                self.error(at, message, "give a size from that of `buffer` to 1024GiB");
+            } else if size.0 > *MEMORY.end() {
+                let message = format!("{size} is no usable size of a guest's memory");
+                self.error(at, message, "give a size from that of `buffer` to 1024GiB");
+            }
+        }
+        Some(size)
     }
 
     fn connect_timeout(&mut self, timeout: &Given<Period>) -> Option<Duration> {

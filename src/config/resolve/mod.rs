@@ -81,6 +81,7 @@ impl Resolver<'_, '_> {
             .drain
             .value()
             .and_then(|drain| self.bounded(&drain.timeout, Duration::ZERO..=MAX_DRAIN, "the drain period"));
+        let limits = file.limits.value().and_then(|limits| self.sidecar_limits(limits));
         let confinement = file
             .confinement
             .value()
@@ -90,6 +91,7 @@ impl Resolver<'_, '_> {
             admin: admin?,
             log: log?,
             drain_timeout: drain_timeout?,
+            limits: limits?,
             confinement: confinement?,
             guests: guests?,
         })

@@ -45,6 +45,16 @@ impl Switchboard {
             return;
         };
         let rule = RuleRef::outbound(Some(index));
+        let place = match self.admission.admit(now, rule) {
+            Ok(place) => place,
+            Err(reason) => {
+                let flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
+                self.flows.insert(flow);
+                self.log_bound(now, rule, port, reason);
+                self.muxer.refused(id, reason);
+                return;
+            }
+        };
         if let Some(dials) = &rule.metrics(&self.metrics).dials {
             dials.inc();
         }
@@ -59,6 +69,7 @@ impl Switchboard {
             }
         };
         let mut flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
+        flow.place = Some(place);
         if socket_type == SocketType::Seqpacket {
             flow.messages = Some(Box::new(Messages::new(wire(outbound.framing))));
         }
@@ -170,7 +181,7 @@ impl Switchboard {
         }
     }
 
-    pub(super) fn limit_reached(&mut self, key: ConnectionKey) {
+    pub(super) fn limit_reached(&mut self, now: Instant, key: ConnectionKey) {
         let port = key.peer_port.0;
         let refused = |index: Option<usize>, reason: RefuseReason| {
             RuleRef::outbound(index).metrics(&self.metrics).refused[reason as usize].inc();
@@ -182,11 +193,7 @@ impl Switchboard {
             return;
         };
         refused(Some(index), RefuseReason::Limit);
-        if self.logbook.limit() {
-            warn!(guest = %self.name, port, reason = "limit", "refused: limits.connections is reached");
-        } else {
-            debug!(guest = %self.name, port, reason = "limit", "refused");
-        }
+        self.log_bound(now, RuleRef::outbound(Some(index)), port, RefuseReason::Limit);
     }
 
     pub(super) fn refuse_incoming(&mut self, rule: RuleRef, incoming: Incoming, reason: RefuseReason) {

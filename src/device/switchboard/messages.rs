@@ -90,17 +90,29 @@ impl Switchboard {
     }
 
     /// Keeps gathered bytes of a message that is not whole yet, or that others are ahead of.
-    pub(super) fn keep_of_message(&mut self, id: ConnectionId, gather: &Gather<'_>, bytes: usize) {
+    pub(super) fn keep_of_message(
+        &mut self,
+        now: Instant,
+        id: ConnectionId,
+        gather: &Gather<'_>,
+        bytes: usize,
+    ) {
         let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.write_failed) else {
             return;
         };
-        let Some(messages) = &mut flow.messages else {
+        if flow.messages.is_none() {
             return;
-        };
+        }
         flow.bytes_from_guest += bytes as u64;
+        if let Err(full) = flow.make_room(bytes) {
+            self.out_of_memory(now, id, full);
+            return;
+        }
         match gather.keep_in(&mut flow.spill, 0, bytes) {
             Ok(()) => {
-                messages.outbox.extend(bytes);
+                if let Some(messages) = &mut flow.messages {
+                    messages.outbox.extend(bytes);
+                }
                 self.metrics.buffered_bytes[Direction::GuestToHost as usize].add(bytes as i64);
             }
             Err(Unspilled::MemoryLost) => {}
@@ -121,6 +133,7 @@ impl Switchboard {
             match send_first(flow) {
                 Ok(None) => break,
                 Ok(Some(taken)) => {
+                    flow.settle();
                     self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(taken as i64);
                     self.wrote(now, id, rule, taken);
                 }

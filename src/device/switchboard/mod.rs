@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use mio::event::Event as Readiness;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use rustix::io::Errno;
 use tracing::{debug, warn};
 
 use crate::config::{self, Framing};
@@ -31,8 +32,9 @@ use crate::vsock::{
 
 use super::flow::{Flow, Flows, HostEnd, RuleRef};
 use super::handle::DeviceHandle;
+use super::limits::{self, Admission, MemoryFull};
 use super::linger::Lingering;
-use super::logbook::Logbook;
+use super::logbook::{Bound, Logbook};
 use super::messages::{Messages, Outbox, Wire};
 use super::router::Router;
 use super::sibling::Siblings;
@@ -107,6 +109,7 @@ pub(super) struct Switchboard {
     lingering: Lingering,
     router: Router,
     dialer: Dialer,
+    admission: Admission,
     siblings: Siblings,
     inbound_rules: usize,
     dial_timeout: Duration,
@@ -129,6 +132,7 @@ pub(super) struct SwitchboardParts {
     pub(super) metrics: Arc<GuestMetrics>,
     pub(super) router: Router,
     pub(super) dialer: Dialer,
+    pub(super) admission: Admission,
     pub(super) siblings: Siblings,
     pub(super) inbound_rules: usize,
     pub(super) dial_timeout: Duration,
@@ -149,6 +153,7 @@ impl Switchboard {
             lingering: Lingering::new(parts.max_lingering),
             router: parts.router,
             dialer: parts.dialer,
+            admission: parts.admission,
             siblings: parts.siblings,
             inbound_rules: parts.inbound_rules,
             dial_timeout: parts.dial_timeout,
@@ -164,6 +169,11 @@ impl Switchboard {
     /// Connections whose host end is open or being opened, those that linger left out.
     pub(super) fn open(&self) -> usize {
         self.flows.len()
+    }
+
+    /// Bytes of memory that buffers have.
+    pub(super) fn buffer_memory(&self) -> u64 {
+        self.admission.memory()
     }
 
     /// When [`Switchboard::handle_timeout`] wants to be called.
@@ -217,6 +227,14 @@ impl Switchboard {
             self.refuse_incoming(rule, incoming, RefuseReason::Draining);
             return;
         }
+        let place = match self.admission.admit(now, rule) {
+            Ok(place) => place,
+            Err(reason) => {
+                self.log_bound(now, rule, incoming.port, reason);
+                self.refuse_incoming(rule, incoming, reason);
+                return;
+            }
+        };
         let port = Port(incoming.port);
         let caller = Caller {
             guest_port: port,
@@ -230,6 +248,9 @@ impl Switchboard {
         let id = match self.muxer.request(now, caller) {
             Ok(id) => id,
             Err(reason) => {
+                if reason == RefuseReason::Limit {
+                    self.log_bound(now, rule, incoming.port, reason);
+                }
                 self.refuse_incoming(rule, incoming, reason);
                 return;
             }
@@ -237,6 +258,7 @@ impl Switchboard {
         let host_port = self.muxer.connection(id).map_or(0, |c| c.key().peer_port.0);
         let peer = incoming.peer;
         let mut flow = self.new_flow(id, rule, incoming.port, host_port, now, peer);
+        flow.place = Some(place);
         flow.preface = incoming.preface;
         flow.messages = match caller.socket_type {
             SocketType::Stream => None,
@@ -286,12 +308,15 @@ impl Switchboard {
         let metrics = Arc::clone(&self.metrics);
         let rule_metrics = rule.metrics(&metrics);
         match outcome {
-            Ok(stream) => {
+            Ok(mut stream) => {
                 if let Some(histogram) = &rule_metrics.dial_duration {
                     histogram.observe(took.as_secs_f64());
                 }
                 self.logbook.target_reached(rule.index);
                 if let Some(flow) = self.flows.get_mut(id) {
+                    if let Some(descriptor) = flow.place.as_mut().and_then(|place| place.descriptor.take()) {
+                        stream.hold(descriptor);
+                    }
                     flow.peer = stream.peer().to_owned();
                     flow.end = HostEnd::Connected(stream);
                 }
@@ -329,7 +354,7 @@ impl Switchboard {
                 Event::Dial { id, key, socket_type } => self.dial(now, id, key, socket_type),
                 Event::Accepted { id, key } => self.accepted(now, id, key),
                 Event::Refused { id, reason } => self.forget_refused(id, reason),
-                Event::LimitReached { key } => self.limit_reached(key),
+                Event::LimitReached { key } => self.limit_reached(now, key),
                 Event::ShutdownHost { id, flags } => self.shutdown_host(now, id, flags),
                 Event::Closed { id, reason, abort } => self.close(now, id, reason, abort),
                 Event::Misbehaved { kind, key } => self.misbehaved(kind, key),
@@ -361,7 +386,7 @@ impl Switchboard {
         let Some(id) = gather.id else { return };
         let bytes = gather.slices.bytes();
         if bytes > 0 && self.has_messages(id) {
-            self.keep_of_message(id, gather, bytes);
+            self.keep_of_message(now, id, gather, bytes);
         } else if bytes > 0 {
             self.send_to_host(now, id, gather, bytes);
         }
@@ -394,6 +419,12 @@ impl Switchboard {
         };
         let rest = bytes - written;
         if rest > 0 {
+            if let Err(full) = flow.make_room(rest) {
+                let rule = flow.rule;
+                self.wrote(now, id, rule, written);
+                self.out_of_memory(now, id, full);
+                return;
+            }
             // Credit bounds what is held (invariant 1 of the law), so this fits.
             let spilled = gather.keep_in(&mut flow.spill, written, rest);
             let direction = Direction::GuestToHost as usize;
@@ -437,11 +468,50 @@ impl Switchboard {
             return;
         }
         let flush = flow.spill.write_to(stream);
+        flow.settle();
         let rule = flow.rule;
         self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(flush.written as i64);
         self.wrote(now, id, rule, flush.written);
         if let Some(error) = flush.error {
             self.write_failed(now, id, &error);
+        }
+    }
+
+    /// There is no memory for more of the guest's bytes: ends the connection whose service did not read, and no other.
+    fn out_of_memory(&mut self, now: Instant, id: ConnectionId, full: MemoryFull) {
+        let rule = self
+            .flows
+            .get(id)
+            .map_or(RuleRef::outbound(None), |flow| flow.rule);
+        let name = rule.metrics(&self.metrics).name.as_str();
+        let remedy = full.remedy();
+        if self.logbook.bound(now, Bound::Memory, None) {
+            warn!(
+                guest = %self.name, rule = name, reason = CloseReason::Memory.label(), remedy,
+                "no memory for what a service does not read: its connection is ended (further ones are counted)"
+            );
+        } else {
+            debug!(guest = %self.name, rule = name, reason = CloseReason::Memory.label(), remedy, "connection ended");
+        }
+        self.muxer.host_failed(id, CloseReason::Memory);
+    }
+
+    /// Says that a bound is in the way of a connection, and which key of the configuration it is.
+    fn log_bound(&mut self, now: Instant, rule: RuleRef, port: u32, reason: RefuseReason) {
+        let whose = (reason == RefuseReason::RuleLimit).then_some(rule);
+        let news = self.logbook.bound(now, Bound::Connections(reason), whose);
+        let (rule, reason, remedy) = (
+            rule.metrics(&self.metrics).name.as_str(),
+            reason.label(),
+            limits::remedy(reason),
+        );
+        if news {
+            warn!(
+                guest = %self.name, rule, port, reason, remedy,
+                "refused: a limit is reached (further ones are counted, and told once a minute)"
+            );
+        } else {
+            debug!(guest = %self.name, rule, port, reason, "refused");
         }
     }
 
@@ -482,6 +552,7 @@ impl Switchboard {
     fn forget_held(&mut self, id: ConnectionId) {
         if let Some(flow) = self.flows.get_mut(id) {
             let lost = std::mem::replace(&mut flow.spill, SpillBuf::new(self.buf_alloc as usize)).len();
+            flow.settle();
             self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(lost as i64);
             if let Some(messages) = &mut flow.messages {
                 messages.outbox = Outbox::default();
@@ -627,6 +698,8 @@ impl Switchboard {
             rule,
             end: HostEnd::Dialing { _task: None },
             spill: SpillBuf::new(self.buf_alloc as usize),
+            account: self.admission.account(),
+            place: None,
             messages: None,
             asked_by: None,
             ears: None,
@@ -685,6 +758,9 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::Resolve { .. } => RefuseReason::Dns,
         DialError::Unreachable { .. } => RefuseReason::Unreachable,
         DialError::WrongType { .. } => RefuseReason::UnsupportedType,
-        DialError::Resources { .. } => RefuseReason::Limit,
+        DialError::Resources { source, .. } => match Errno::from_io_error(source) {
+            Some(Errno::MFILE | Errno::NFILE) => RefuseReason::Descriptors,
+            _ => RefuseReason::Limit,
+        },
     }
 }

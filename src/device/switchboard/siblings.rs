@@ -9,6 +9,7 @@ use tracing::{debug, warn};
 use super::Switchboard;
 use crate::device::flow::{Flow, HostEnd, RuleRef};
 use crate::device::handle::Command;
+use crate::device::limits;
 use crate::device::messages::{Messages, Wire};
 use crate::device::sibling::{Ears, SiblingAnswer, SiblingRequest};
 use crate::host::HostStream;
@@ -31,9 +32,19 @@ impl Switchboard {
         self.flows.insert(flow);
 
         let found = self.siblings.find(name, &self.name);
+        // The flow has one for its own half.
+        let descriptor = match self.admission.descriptor() {
+            Ok(descriptor) => descriptor,
+            Err(reason) => {
+                self.log_bound(now, rule, to, reason);
+                self.muxer.refused(id, reason);
+                return;
+            }
+        };
         let pair = UnixStream::pair().and_then(|(ours, theirs)| {
             let caller = format!("guest://{}:{guest_port}", self.name);
-            let theirs = HostStream::new(theirs.into())?.with_peer(caller);
+            let mut theirs = HostStream::new(theirs.into())?.with_peer(caller);
+            theirs.hold(descriptor);
             Ok((HostStream::new(ours.into())?.with_peer(target.clone()), theirs))
         });
         let reason = match (found, pair) {
@@ -97,11 +108,17 @@ impl Switchboard {
         };
         let asked = match self.draining {
             true => Err(RefuseReason::Draining),
-            false => self.muxer.request(now, caller),
+            false => self.admission.admit(now, rule).and_then(|place| {
+                let id = self.muxer.request(now, caller)?;
+                Ok((id, place))
+            }),
         };
-        let id = match asked {
-            Ok(id) => id,
+        let (id, place) = match asked {
+            Ok(asked) => asked,
             Err(reason) => {
+                if limits::is_bound(reason) {
+                    self.log_bound(now, rule, port, reason);
+                }
                 let metrics = rule.metrics(&self.metrics);
                 metrics.refused[reason as usize].inc();
                 debug!(guest = %self.name, rule = metrics.name, port, %peer, reason = reason.label(), "refused another guest");
@@ -111,6 +128,7 @@ impl Switchboard {
         };
         let host_port = self.muxer.connection(id).map_or(0, |c| c.key().peer_port.0);
         let mut flow = self.new_flow(id, rule, port, host_port, now, stream.peer().to_owned());
+        flow.place = Some(place);
         flow.asked_by = Some(Box::new(answer));
         flow.ears = Some(ears);
         if seqpacket {

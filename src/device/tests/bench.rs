@@ -122,10 +122,13 @@ impl Bench {
                 connect_timeout: second,
                 guest_timeout: second,
                 idle_timeout: Duration::ZERO,
+                ..Limits::default()
             },
             router: Router::new(vec![rule]),
             siblings: Default::default(),
             inbound_rules: 0,
+            inbound_limits: Vec::new(),
+            quota: Default::default(),
             dialer: Dialer::new(control.handle().clone()),
             metrics: GuestMetrics::detached(&rules, &labels()),
         })

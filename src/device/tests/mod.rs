@@ -33,10 +33,13 @@ fn device_counting(control: &tokio::runtime::Runtime, metrics: Arc<GuestMetrics>
             connect_timeout: second,
             guest_timeout: second,
             idle_timeout: Duration::ZERO,
+            ..Limits::default()
         },
         router: Router::new(Vec::new()),
         siblings: Default::default(),
         inbound_rules: 0,
+        inbound_limits: Vec::new(),
+        quota: Default::default(),
         dialer: Dialer::new(control.handle().clone()),
         metrics,
     })

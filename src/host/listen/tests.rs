@@ -242,6 +242,7 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
             kind: Kind::unix(SocketType::Stream),
             ip: None,
             peer: name.to_owned(),
+            descriptor: None,
         };
         clients.push((theirs, handshakes.begin(spec, client)));
         assert!(handshakes.open.len() <= 2);
@@ -572,6 +573,7 @@ fn an_ipv4_client_in_ipv6_clothes_is_an_ipv4_client() {
             kind: Kind::stream(Transport::Tcp),
             ip: ip.map(|ip| ip.parse().unwrap()),
             peer: String::new(),
+            descriptor: None,
         }
     };
     let allow = allowing(&[("10.0.0.0", 8)]);
@@ -633,4 +635,46 @@ async fn a_listener_of_either_type_takes_the_place_of_a_stale_one_of_the_other()
 
     drop(Listener::bind(&unix(&path), SocketType::Seqpacket).unwrap());
     bind(&unix(&path)).unwrap();
+}
+
+/// The budget of descriptors is used up: a client learns it at once, by a reset, and when one is given back the next is let in.
+#[tokio::test]
+async fn a_client_beyond_the_budget_of_descriptors_is_closed_and_named() {
+    let pool = Pool::new(Some(1));
+    let listener = bind(&loopback()).unwrap().within(Arc::clone(&pool));
+    let mut served = Served::new(listener, PLAIN);
+    let _first = served.connect();
+    let held = served.next().await.unwrap();
+    assert_eq!(pool.used(), 1);
+
+    let mut second = served.connect();
+    let refused = served.next().await.unwrap_err();
+    assert_eq!((refused.rule, refused.why), (7, Rejection::NoDescriptors));
+    second.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let error = second.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+
+    // The descriptor goes with the socket, wherever that is taken.
+    drop(held.stream);
+    assert_eq!(pool.used(), 0);
+    let _third = served.connect();
+    assert!(served.next().await.is_ok());
+    served.stop().await;
+}
+
+/// Clients that have not sent their line yet have a descriptor too, which is given back however they end.
+#[tokio::test]
+async fn a_client_without_a_line_holds_a_descriptor() {
+    let pool = Pool::new(Some(2));
+    let listener = bind(&loopback()).unwrap().within(Arc::clone(&pool));
+    let mut served = Served::new(listener, InboundProtocol::Connect);
+    let silent = served.connect();
+    let mut wrong = served.connect();
+    wrong.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    assert_eq!(served.next().await.unwrap_err().why, Rejection::NotConnect);
+    assert_eq!(pool.used(), 1, "the silent one's");
+    drop(silent);
+    assert_eq!(served.next().await.unwrap_err().why, Rejection::Closed);
+    assert_eq!(pool.used(), 0);
+    served.stop().await;
 }

@@ -89,10 +89,13 @@ impl Live {
                 connect_timeout: second,
                 guest_timeout: second,
                 idle_timeout: Duration::ZERO,
+                ..Limits::default()
             },
             router: Router::new(Vec::new()),
             siblings: Default::default(),
             inbound_rules: 0,
+            inbound_limits: Vec::new(),
+            quota: Default::default(),
             dialer: Dialer::new(runtime.handle().clone()),
             metrics: Arc::clone(&metrics),
         })
