@@ -37,6 +37,8 @@ pub(super) enum Unlisted {
 }
 
 /// Filters the calls of every thread of the process, those to come included. There is no way back.
+///
+/// A call in the manner of another architecture (32-bit code) kills the process: numbers mean something else there.
 pub(super) fn apply(unlisted: Unlisted) -> Result<(), FilterError> {
     if unlisted == Unlisted::Trapped {
         seccompiler::apply_filter_all_threads(&unavailable()?)?;
