@@ -8,11 +8,7 @@ TARGET ?= gate
 SECONDS ?= 600
 TOOLS := $(CURDIR)/target/tools
 
-<<<<<<< HEAD
-.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories demo fuzz
-=======
-.PHONY: all setup test unit check fmt clippy doc deny advisories demo fuzz hostile-figures
->>>>>>> main
+.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories demo fuzz hostile-figures
 
 all: check
 
