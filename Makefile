@@ -3,6 +3,8 @@
 CARGO ?= cargo
 DENY_VERSION := 0.20.2
 FUZZ_VERSION := 0.13.2
+# How long the soak takes.
+MINUTES ?= 60
 # A fuzz target, and for how many seconds it runs.
 TARGET ?= gate
 SECONDS ?= 600
@@ -25,7 +27,7 @@ test: setup
 
 ## unit: the tests that need nothing but Rust
 unit:
-	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test session
+	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test hostile --test panics --test session
 
 ## vsock-test: Linux's own tests of vsock between two guests of one sidecar (docs/linux-vsock-test.md), with figures
 vsock-test: setup
@@ -63,6 +65,10 @@ demo:
 ## hostile-figures: what floods of one guest cost another, as ratios
 hostile-figures:
 	$(CARGO) bench --locked --bench hostile
+
+## soak: everything at once for MINUTES, in release; fails on a lost byte or a leak (docs/soak.md)
+soak:
+	SOAK_SECONDS=$$(($(MINUTES) * 60)) $(CARGO) test --locked --release --test soak -- --nocapture
 
 ## fuzz: one fuzz target for some time (make fuzz TARGET=session SECONDS=600); needs a nightly compiler
 fuzz: $(TOOLS)/bin/cargo-fuzz
