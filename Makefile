@@ -11,7 +11,7 @@ FUZZ_TARGETS := capture config connect_line gate header muxer proxy rx_placement
 CORPUS = $(if $(filter session,$(TARGET)),gate,$(TARGET))
 TOOLS := $(CURDIR)/target/tools
 
-.PHONY: all setup test unit check fmt clippy doc deny advisories demo fuzz fuzz-all
+.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories demo fuzz fuzz-all hostile-figures soak
 
 all: check
 
@@ -26,6 +26,10 @@ test: setup
 ## unit: the tests that need nothing but Rust
 unit:
 	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test session
+
+## vsock-test: Linux's own tests of vsock between two guests of one sidecar (docs/linux-vsock-test.md), with figures
+vsock-test: setup
+	$(CARGO) test --locked --test vsock_test -- --nocapture
 
 ## check: everything that continuous integration runs
 check: test fmt clippy doc deny
@@ -55,6 +59,10 @@ $(TOOLS)/bin/cargo-deny:
 ## demo: the whole program in one process
 demo:
 	$(CARGO) run --release -- demo
+
+## hostile-figures: what floods of one guest cost another, as ratios
+hostile-figures:
+	$(CARGO) bench --locked --bench hostile
 
 ## fuzz: one fuzz target for some time (make fuzz TARGET=session SECONDS=600); needs a nightly compiler
 fuzz: $(TOOLS)/bin/cargo-fuzz

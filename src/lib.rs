@@ -25,6 +25,7 @@
 //! - [`device`] is one thread a guest that owns all three and turns the crank.
 //! - [`vhost_user`] talks to the VMM and hands the device owned things: a ring to run, a memory map.
 //! - [`sys`] holds the few system calls that need `unsafe`.
+//! - [`confine`] gives up, once and for good, what the process does not need.
 //! - [`capture`] writes packets down as a file that Wireshark reads, while it is being read.
 //! - [`state`] is a client: it reads a running sidecar's `/state` and prints it for people.
 //! - [`embedded_guest`] is the other side, a VMM and a driver without a VM, for tests, benches and the demo.
@@ -44,6 +45,7 @@ pub mod admin;
 pub mod app;
 pub mod capture;
 pub mod config;
+pub mod confine;
 pub mod demo;
 pub mod device;
 pub mod drain;

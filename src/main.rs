@@ -15,7 +15,7 @@ use vsock_sidecar::config::{self, Config, ConfigError, Warning};
 use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
 use vsock_sidecar::state::Look;
-use vsock_sidecar::{app, demo, state, terminal};
+use vsock_sidecar::{app, confine, demo, state, terminal};
 
 use cli::{Cli, Color, Command};
 
@@ -39,6 +39,8 @@ fn main() -> ExitCode {
 
 fn run(file: &Path) -> Result<(), Failure> {
     let (config, warnings) = config::load(file).map_err(Failure::Config)?;
+    // Before anything that starts a thread, the log included.
+    let confined = confine::enter(&config, file);
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
     let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
         .map_err(|error| match error {
@@ -50,7 +52,7 @@ fn run(file: &Path) -> Result<(), Failure> {
         tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
     }
     registry.set_config(&identity(&config)?);
-    app::run(&config, registry).map_err(|error| match error.is_configuration() {
+    app::run(&config, registry, confined).map_err(|error| match error.is_configuration() {
         true => Failure::Surroundings(describe(&error)),
         false => Failure::other(error),
     })

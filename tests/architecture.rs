@@ -14,6 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("logging", &["config", "metrics"]),
     ("guest", &["sys", "vsock::header"]),
     ("host", &["config", "sys"]),
+    ("confine", &["config", "sys"]),
     ("capture", &["metrics", "vsock::header"]),
     (
         "device",
@@ -28,6 +29,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "admin",
             "capture",
             "config",
+            "confine",
             "device",
             "drain",
             "guest",

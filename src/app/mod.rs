@@ -4,7 +4,7 @@
 //!
 //! # Order
 //!
-//! Start: vhost-user sockets, inbound listeners and admin addresses are bound; device threads start, then sessions, then
+//! Start: the process is confined already, see [`crate::confine`]; vhost-user sockets, inbound listeners and admin addresses are bound; device threads start, then sessions, then
 //! the listeners accept, then the admin server answers. Each step has a latch on `/startupz`.
 //!
 //! Drain: listeners stop accepting, devices refuse new inbound connections, `/readyz` says no; what is open goes on until it
@@ -26,12 +26,14 @@ mod source;
 
 use crate::admin::{Admin, AdminError, AdminHandle, AdminServer, Readiness};
 use crate::config::{AccessPlatform, Config, Guest, ListenAddress, Target, VhostUserMode};
+use crate::confine::{Confined, Confinement};
 use crate::device::{self, Command, DeviceConfig, DeviceHandle, Router, RunningDevice, Siblings};
 use crate::drain::{self, Drain, Report};
 use crate::guest::RingFault;
 use crate::host::dial::Dialer;
 use crate::host::listen::{InboundSpec, Incoming, ListenError, Listener, Rejected, Rejection};
 use crate::metrics::{GuestMetrics, LabelSets, Registry, RuleNames};
+use crate::sys::sigbus;
 use crate::vhost_user::{self, Endpoint, NegotiationWatch, Session, SessionConfig, SessionHandle};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
 use source::{AdminSource, GuestView};
@@ -85,8 +87,13 @@ fn starting(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 }
 
 /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain.
-pub fn run(config: &Config, registry: Arc<Registry>) -> Result<(), Error> {
+///
+/// `confined` is what [`crate::confine::enter`] made of this process, before it had threads.
+pub fn run(config: &Config, registry: Arc<Registry>, mut confined: Confined) -> Result<(), Error> {
     raise_descriptor_limit();
+    if let Err(error) = sigbus::install() {
+        warn!(%error, "cannot handle SIGBUS: a VMM that truncates guest memory would end this process");
+    }
     let control = Control::start()?;
     let (first, signalled) = mpsc::channel();
     // Before anything is bound: a signal that comes meanwhile would end us with socket files left behind, or, as the
@@ -98,7 +105,17 @@ pub fn run(config: &Config, registry: Arc<Registry>) -> Result<(), Error> {
             signal(SignalKind::interrupt()).map_err(starting("the SIGINT handler"))?,
         )
     };
-    let sidecar = Sidecar::start_on(control, config, registry)?;
+    if let Some(refusals) = confined.take_refusals() {
+        let counter = registry.refused_system_calls();
+        control.handle.spawn(async move {
+            if let Err(error) = refusals.report(|calls| counter.inc_by(calls)).await {
+                error!(%error, "system calls that are refused are not told of any more");
+            }
+        });
+    }
+    let sidecar = Sidecar::start_on(control, config, registry, confined.confinement.clone())?;
+    // Not earlier: a start that fails says one thing.
+    confined.confinement.announce();
     let shortcut = sidecar.drain.shortcut();
     sidecar.control.handle.spawn(async move {
         let mut seen = 0;
@@ -217,11 +234,12 @@ impl BoundGuest {
         })?;
         let mut listeners = Vec::with_capacity(config.inbound.len());
         for rule in &config.inbound {
-            let listener = Listener::bind(&rule.listen).map_err(|source| Error::Listen {
-                guest: config.name.clone(),
-                rule: rule.name.clone(),
-                source,
-            })?;
+            let listener =
+                Listener::bind(&rule.listen, rule.socket_type).map_err(|source| Error::Listen {
+                    guest: config.name.clone(),
+                    rule: rule.name.clone(),
+                    source,
+                })?;
             listeners.push(listener.only_from(rule.allow.clone()));
         }
         Ok(BoundGuest {
@@ -269,11 +287,19 @@ pub struct Sidecar {
 impl Sidecar {
     /// Binds everything, then starts everything. On an error nothing is left behind.
     pub fn start(config: &Config, registry: Arc<Registry>) -> Result<Sidecar, Error> {
-        Sidecar::start_on(Control::start()?, config, registry)
+        Sidecar::start_on(Control::start()?, config, registry, Confinement::NONE)
     }
 
-    fn start_on(control: Control, config: &Config, registry: Arc<Registry>) -> Result<Sidecar, Error> {
+    fn start_on(
+        control: Control,
+        config: &Config,
+        registry: Arc<Registry>,
+        confinement: Confinement,
+    ) -> Result<Sidecar, Error> {
         let started = SystemTime::now();
+        for (kind, state) in confinement.by_kind() {
+            registry.set_confinement(kind, state.is_active());
+        }
         let admin_server = AdminServer::bind(&config.admin)?;
         let admin_addresses = admin_server.addresses();
         let bound = config
@@ -310,6 +336,7 @@ impl Sidecar {
             captures: capture::Places::in_all(),
             guests: views,
             drain: sidecar.drain.watch(),
+            confinement,
             started,
         };
         let admin = Admin {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::capture::{self, Places};
 use crate::admin::{Answer, CaptureRefused, CaptureRequest, Check, Chunks, Source};
 use crate::config::InboundProtocol;
+use crate::confine::Confinement;
 use crate::device::{Command, DeviceGauges, DeviceHandle};
 use crate::drain;
 use crate::metrics::{
@@ -34,6 +35,7 @@ pub(super) struct AdminSource {
     pub(super) guests: Vec<GuestView>,
     pub(super) captures: Places,
     pub(super) drain: drain::Watch,
+    pub(super) confinement: Confinement,
     pub(super) started: SystemTime,
 }
 
@@ -61,6 +63,7 @@ impl Source for AdminSource {
                 // Rates are differences of counters over differences of this.
                 "now": unix_time(SystemTime::now()).as_secs_f64(),
                 "draining": self.drain.is_draining(),
+                "confinement": self.confinement,
                 "guests": guests,
             })
         })

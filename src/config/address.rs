@@ -1,4 +1,4 @@
-//! `tcp://` and `unix://` addresses: where to listen, and what to connect to.
+//! `tcp://`, `unix://`, `vsock://` and `guest://` addresses: where to listen, and what to connect to.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,28 +11,41 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::diagnostic::quoted;
 use super::given::Refusal;
-use super::values::{
-    Text, check_no_braces, check_path, check_path_length, digits, scalar_schema, text_serde,
-};
+use super::path::{check_no_braces, check_path, check_path_length};
+use super::values::{GuestPort, Name, Number, Text, digits, scalar_schema, text_serde};
 use super::{ListenAddress, Target};
 
 /// Patterns of the JSON Schema: at least what the parser accepts, and as little more as stays readable.
 const IP_PATTERN: &str = r"([0-9]{1,3}(\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\])";
 const PORT_PATTERN: &str =
     "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])";
+const VSOCK_PORT_PATTERN: &str = "[1-9][0-9]{0,9}";
+const CID_PATTERN: &str = "(0|[1-9][0-9]{0,9})";
+const NAME_PATTERN: &str = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?";
 const FILLED_IN: &str = r"\{(port|cid)\}";
 
 text_serde!(ListenAddress, Target);
 
 impl Text for ListenAddress {
     const EXPECTED: &'static str =
-        "an address to listen on, such as tcp://0.0.0.0:9464 or unix:///run/web.sock";
+        "an address to listen on, such as tcp://0.0.0.0:9464, unix:///run/web.sock or vsock://1024";
 
     fn parse(text: &str) -> Result<ListenAddress, Refusal> {
         match Scheme::split(text, Self::EXPECTED)? {
             Scheme::Tcp(authority) => {
                 let (host, port) = split_authority(text, authority, Self::EXPECTED)?;
                 let ip = match host {
+                    // The kernel refuses such an address on a socket that is for IPv6 only (EINVAL), and takes it for
+                    // IPv4 otherwise: it says nothing that the IPv4 address does not say.
+                    Host::Ip(ip) if ip.is_ipv6() && ip.to_canonical().is_ipv4() => {
+                        return Err(Refusal::new(
+                            format!(
+                                "{} is an IPv4 address in the clothes of IPv6",
+                                quoted(&ip.to_string())
+                            ),
+                            format!("write tcp://{}:{port}", ip.to_canonical()),
+                        ));
+                    }
                     Host::Ip(ip) => ip,
                     // A name may mean several addresses, or another one tomorrow: which one would be bound?
                     Host::Name("localhost") => {
@@ -56,6 +69,23 @@ impl Text for ListenAddress {
                 check_path_length(path, path.len())?;
                 Ok(ListenAddress::Unix(PathBuf::from(path)))
             }
+            Scheme::Vsock(rest) => match rest.rsplit_once(':') {
+                None => vsock_port(rest).map(ListenAddress::Vsock),
+                Some((_, port)) => Err(Refusal::new(
+                    format!(
+                        "{} has a CID; a listener takes its port on every CID of this host",
+                        quoted(text)
+                    ),
+                    format!("write vsock://{}", vsock_port(port).unwrap_or(22)),
+                )),
+            },
+            Scheme::Guest(name) => Err(Refusal::new(
+                "a guest is no address of ours to listen on",
+                format!(
+                    "to let another guest connect here, give that guest an outbound rule: `to: guest://{}`",
+                    if name.is_empty() { "web" } else { name }
+                ),
+            )),
         }
     }
 }
@@ -75,12 +105,15 @@ scalar_schema!(
     ListenAddress,
     json_schema!({
         "type": "string",
-        "pattern": format!(r"^(tcp://{IP_PATTERN}:{PORT_PATTERN}|unix:///[^{{}}]*[^/{{}}])$"),
+        "pattern": format!(
+            r"^(tcp://{IP_PATTERN}:{PORT_PATTERN}|unix:///[^{{}}]*[^/{{}}]|vsock://{VSOCK_PORT_PATTERN})$"
+        ),
     })
 );
 
 impl Text for Target {
-    const EXPECTED: &'static str = "a target such as tcp://postgres.shop.svc:5432 or unix:///run/log.sock";
+    const EXPECTED: &'static str =
+        "a target such as tcp://postgres.shop.svc:5432, unix:///run/log.sock, vsock://2:22 or guest://db";
 
     fn parse(text: &str) -> Result<Target, Refusal> {
         match Scheme::split(text, Self::EXPECTED)? {
@@ -100,6 +133,34 @@ impl Text for Target {
                 check_placeholders(path)?;
                 Ok(Target::Unix {
                     path: path.to_owned(),
+                })
+            }
+            Scheme::Vsock(rest) => {
+                let Some((cid, port)) = rest.rsplit_once(':') else {
+                    return Err(Refusal::new(
+                        format!("{} lacks a port", quoted(text)),
+                        "give a CID and a port, such as vsock://2:22",
+                    ));
+                };
+                Ok(Target::Vsock {
+                    cid: vsock_cid(cid)?,
+                    port: vsock_port(port)?,
+                })
+            }
+            Scheme::Guest(rest) => {
+                let (name, port) = match rest.split_once(':') {
+                    Some((name, port)) => (name, Some(vsock_port(port)?)),
+                    None => (rest, None),
+                };
+                if name.is_empty() {
+                    return Err(Refusal::new(
+                        "the name of the guest is missing",
+                        "give the name of another guest of this file, such as guest://db",
+                    ));
+                }
+                Ok(Target::Guest {
+                    name: Name::parse(name)?.0,
+                    port,
                 })
             }
         }
@@ -146,7 +207,7 @@ scalar_schema!(
     json_schema!({
         "type": "string",
         "pattern": format!(
-            r"^(tcp://([A-Za-z0-9_.-]+|{IP_PATTERN}):{PORT_PATTERN}|unix:///([^{{}}]|{FILLED_IN})*([^/{{}}]|{FILLED_IN}))$"
+            r"^(tcp://([A-Za-z0-9_.-]+|{IP_PATTERN}):{PORT_PATTERN}|unix:///([^{{}}]|{FILLED_IN})*([^/{{}}]|{FILLED_IN})|vsock://{CID_PATTERN}:{VSOCK_PORT_PATTERN}|guest://{NAME_PATTERN}(:{VSOCK_PORT_PATTERN})?)$"
         ),
     })
 );
@@ -154,6 +215,8 @@ scalar_schema!(
 enum Scheme<'a> {
     Tcp(&'a str),
     Unix(&'a str),
+    Vsock(&'a str),
+    Guest(&'a str),
 }
 
 impl<'a> Scheme<'a> {
@@ -163,6 +226,12 @@ impl<'a> Scheme<'a> {
         }
         if let Some(path) = text.strip_prefix("unix://") {
             return Ok(Scheme::Unix(path));
+        }
+        if let Some(address) = text.strip_prefix("vsock://") {
+            return Ok(Scheme::Vsock(address));
+        }
+        if let Some(name) = text.strip_prefix("guest://") {
+            return Ok(Scheme::Guest(name));
         }
         if let Some((scheme, _)) = text.split_once("://") {
             return Err(Refusal::new(
@@ -232,6 +301,30 @@ fn split_authority<'a>(text: &str, authority: &'a str, expected: &str) -> Result
             format!("a TCP address ends with its port: give {expected}"),
         )),
         None => Err(no_address(format!("{} is no TCP port", quoted(port)))),
+    }
+}
+
+/// A CID as the host sees it. 0, 1 and 2 are addresses here too: a sidecar inside a VM talks to its own host.
+fn vsock_cid(text: &str) -> Result<u32, Refusal> {
+    let help =
+        "give a number from 0 to 4294967294: 2 is the host that this machine runs on, 1 this machine itself";
+    match digits(text).map(u32::try_from) {
+        Some(Ok(u32::MAX)) => Err(Refusal::new(
+            format!("nobody has the CID {text}: it stands for any CID (VMADDR_CID_ANY)"),
+            help,
+        )),
+        Some(Ok(cid)) => Ok(cid),
+        _ => Err(Refusal::new(format!("{} is no CID", quoted(text)), help)),
+    }
+}
+
+fn vsock_port(text: &str) -> Result<u32, Refusal> {
+    match digits(text) {
+        Some(number) => GuestPort::from_number(number).map(|port| port.0),
+        None => Err(Refusal::new(
+            format!("{} is no vsock port", quoted(text)),
+            format!("give {}", GuestPort::EXPECTED),
+        )),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Deserializer;
@@ -56,7 +56,13 @@ impl Cidr {
     pub(super) fn check_list(ranges: &[Cidr], listen: &ListenAddress) -> Result<(), Refusal> {
         let listen = match listen {
             ListenAddress::Tcp(listen) => listen,
-            ListenAddress::Unix(_) | ListenAddress::Vsock(_) => {
+            ListenAddress::Vsock(_) => {
+                return Err(Refusal::new(
+                    "clients of AF_VSOCK have no IP addresses to allow",
+                    "remove `allow`; to choose the clients, listen on TCP",
+                ));
+            }
+            ListenAddress::Unix(_) => {
                 return Err(Refusal::new(
                     "clients of a unix socket have no IP addresses to allow",
                     "remove `allow`: who may connect is a matter of the permissions of the socket (owner and group, 0660) and \
@@ -77,8 +83,8 @@ impl Cidr {
             ));
         }
         let is_ipv4 = listen.ip().to_canonical().is_ipv4();
-        // `[::]` is left alone: whether it takes IPv4 clients is not the file's to say.
-        if listen.ip() != Ipv6Addr::UNSPECIFIED && ranges.iter().all(|range| range.is_ipv4() != is_ipv4) {
+        // `[::]` takes no IPv4 clients either: src/host/listen.rs sets IPV6_V6ONLY.
+        if ranges.iter().all(|range| range.is_ipv4() != is_ipv4) {
             let (own, other) = if is_ipv4 {
                 ("IPv4", "IPv6")
             } else {
@@ -274,8 +280,8 @@ mod tests {
             (vec![v4], "tcp://127.0.0.1:1", None),
             (vec![v6, v4], "tcp://127.0.0.1:1", None),
             (vec![v6, v4], "tcp://[::1]:1", None),
-            (vec![v4], "tcp://[::]:1", None),
-            (vec![v4], "tcp://[::ffff:127.0.0.1]:1", None),
+            (vec![v4], "tcp://[::]:1", Some("only IPv4 addresses are allowed")),
+            (vec![v6], "tcp://[::]:1", None),
             (vec![v4; MAX_ALLOWED], "tcp://0.0.0.0:1", None),
             (
                 vec![v4; MAX_ALLOWED + 1],
@@ -290,6 +296,7 @@ mod tests {
             (vec![v4], "tcp://[::1]:1", Some("only IPv4 addresses are allowed")),
             (vec![], "tcp://127.0.0.1:1", Some("nobody allowed")),
             (vec![v4], "unix:///a", Some("no IP addresses")),
+            (vec![v4], "vsock://1", Some("no IP addresses")),
         ] {
             let said = judged(&ranges, listen);
             assert_eq!(said.is_some(), says.is_some(), "{listen}: {said:?}");

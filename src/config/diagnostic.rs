@@ -191,6 +191,8 @@ impl<'a> Report<'a> {
     /// The warnings, or the errors if there are any.
     pub(super) fn finish(mut self) -> Result<Vec<Warning>, ConfigError> {
         if self.diagnostics.is_empty() {
+            self.warnings
+                .sort_by_key(|Warning(diagnostic)| diagnostic.position);
             return Ok(self.warnings);
         }
         self.diagnostics.sort_by_key(|diagnostic| diagnostic.position);

@@ -1,9 +1,10 @@
 //! A checked configuration as YAML again, with every default filled in.
 
 use super::given::Given;
+use super::path::SocketPath;
 use super::schema;
-use super::values::{ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange, SocketPath};
-use super::{Config, Guest, InboundProtocol, InboundRule, OutboundRule};
+use super::values::{AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange};
+use super::{Config, Framing, Guest, InboundProtocol, InboundRule, ListenAddress, OutboundRule};
 
 impl Config {
     /// The file that says this configuration with every key written out. Reading it gives an equal `Config`.
@@ -14,6 +15,21 @@ impl Config {
 
 fn list<'a, T: 'a, S: From<&'a T>>(items: &'a [T]) -> Given<Vec<Given<S>>> {
     Given::new(items.iter().map(|item| Given::new(S::from(item))).collect())
+}
+
+fn connections(count: usize) -> Given<Connections> {
+    Given::new(Connections(u32::try_from(count).unwrap_or(u32::MAX)))
+}
+
+/// `framing` and `maxMessage`.
+fn framing(framing: Option<Framing>) -> (Given<schema::FramingKind>, Given<ByteSize>) {
+    match framing {
+        None => (Given::Absent, Given::Absent),
+        Some(Framing { max_message }) => (
+            Given::new(schema::FramingKind::LengthPrefixed),
+            Given::new(ByteSize(max_message.into())),
+        ),
+    }
 }
 
 impl From<&Config> for schema::File {
@@ -29,6 +45,11 @@ impl From<&Config> for schema::File {
             }),
             drain: Given::new(schema::Drain {
                 timeout: Given::new(Period(config.drain_timeout)),
+            }),
+            confinement: Given::new(schema::Confinement {
+                no_new_privileges: Given::new(config.confinement.no_new_privileges),
+                seccomp: Given::new(config.confinement.seccomp),
+                landlock: Given::new(config.confinement.landlock),
             }),
             guests: list(&config.guests),
         }
@@ -49,7 +70,7 @@ impl From<&Guest> for schema::Guest {
             outbound: list(&guest.outbound),
             inbound: list(&guest.inbound),
             limits: Given::new(schema::Limits {
-                connections: Given::new(Connections(u32::try_from(limits.connections).unwrap_or(u32::MAX))),
+                connections: connections(limits.connections),
                 buffer: Given::new(ByteSize(limits.buffer.into())),
                 connect_timeout: Given::new(Period(limits.connect_timeout)),
                 guest_timeout: Given::new(Period(limits.guest_timeout)),
@@ -66,12 +87,17 @@ impl From<&OutboundRule> for schema::Outbound {
         } else {
             (Given::Absent, Given::new(PortRange(rule.ports.clone())))
         };
+        let (framing, max_message) = framing(rule.framing);
         schema::Outbound {
             name: Given::new(Name(rule.name.clone())),
+            cid: Given::new(AddressedCid(rule.cid)),
             port,
             ports,
             to: Given::new(rule.target.clone()),
             proxy_protocol: rule.proxy_protocol.map_or(Given::Absent, Given::new),
+            framing,
+            max_message,
+            connections: rule.connections.map_or(Given::Absent, connections),
         }
     }
 }
@@ -82,6 +108,7 @@ impl From<&InboundRule> for schema::Inbound {
             InboundProtocol::Plain { port } => (Given::new(GuestPort(port)), Given::Absent),
             InboundProtocol::Connect => (Given::Absent, Given::new(schema::Protocol::Connect)),
         };
+        let (framing, max_message) = framing(rule.framing);
         schema::Inbound {
             name: Given::new(Name(rule.name.clone())),
             listen: Given::new(rule.listen.clone()),
@@ -92,6 +119,14 @@ impl From<&InboundRule> for schema::Inbound {
             port,
             protocol,
             wait_for_guest: Given::new(rule.wait_for_guest),
+            socket_type: match rule.listen {
+                ListenAddress::Unix(_) => Given::new(rule.socket_type),
+                // There is no choice.
+                ListenAddress::Tcp(_) | ListenAddress::Vsock(_) => Given::Absent,
+            },
+            framing,
+            max_message,
+            connections: rule.connections.map_or(Given::Absent, connections),
         }
     }
 }

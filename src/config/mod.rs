@@ -5,10 +5,10 @@
 //!
 //! 1. `source` reads the file: at most 1 MiB of UTF-8.
 //! 2. `document` makes a tree of nodes of the YAML, within a budget, so that aliases cannot multiply it.
-//! 3. `given` reads the types of `schema` from the tree; `values`, `address` and `cidr` hold what a scalar may say. Unknown
-//!    keys, repeated keys and wrong types are gathered here.
-//! 4. `resolve` (with `listeners`) holds the values against each other and fills in what follows from them; `files`
-//!    asks the file system whether the directories of the sockets are there.
+//! 3. `given` reads the types of `schema` from the tree; `values`, `address`, `path` and `cidr` hold what a scalar may say.
+//!    Unknown keys, repeated keys and wrong types are gathered here.
+//! 4. `resolve` holds the values against each other and fills in what follows from them; `files` asks the file system
+//!    whether the directories of the sockets are there.
 //!
 //! What was gathered is a [`ConfigError`]; what is odd but runs is a [`Warning`].
 
@@ -19,7 +19,7 @@ mod document;
 mod effective;
 mod files;
 mod given;
-mod listeners;
+mod path;
 mod resolve;
 mod schema;
 mod source;
@@ -45,6 +45,8 @@ pub struct Config {
     pub log: Log,
     /// Grace period after SIGTERM.
     pub drain_timeout: Duration,
+    /// What the process gives up before it serves anybody.
+    pub confinement: Confinement,
     /// The guests, at least one.
     pub guests: Vec<Guest>,
 }
@@ -112,6 +114,43 @@ pub enum LogFormat {
     Text,
     /// One JSON object a line.
     Json,
+}
+
+/// What the process gives up. Seccomp and landlock are only ever on together with `no_new_privileges`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Confinement {
+    /// Executing a program gains no privileges any more (PR_SET_NO_NEW_PRIVS).
+    pub no_new_privileges: bool,
+    /// What happens to system calls that the program has no use for.
+    pub seccomp: SeccompMode,
+    /// What happens to files, directories and ports that the configuration does not name.
+    pub landlock: LandlockMode,
+}
+
+/// What happens to system calls that the program has no use for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum SeccompMode {
+    /// They are refused, counted and named in the log.
+    Enforce,
+    /// They are allowed, and the kernel writes them to its log.
+    Log,
+    /// Nothing.
+    Off,
+}
+
+/// What is out of reach that the configuration does not name.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub enum LandlockMode {
+    /// Files, directories and TCP ports.
+    Enforce,
+    /// Files and directories.
+    Files,
+    /// Nothing.
+    Off,
 }
 
 /// One guest: one vhost-user socket, one device.

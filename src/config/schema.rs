@@ -5,8 +5,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::given::Given;
-use super::values::{ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange, SocketPath};
-use super::{AccessPlatform, Cidr, ListenAddress, LogFormat, ProxyProtocol, Target, VhostUserMode};
+use super::path::SocketPath;
+use super::values::{AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, Period, PortRange};
+use super::{
+    AccessPlatform, Cidr, LandlockMode, ListenAddress, LogFormat, ProxyProtocol, SeccompMode, SocketType,
+    Target, VhostUserMode,
+};
 
 /// How many guests one file may have: each has a thread.
 pub(super) const MAX_GUESTS: usize = 256;
@@ -31,6 +35,9 @@ pub struct File {
     /// What happens on SIGTERM.
     #[serde(default = "Given::<Drain>::default_value")]
     pub drain: Given<Drain>,
+    /// What the process gives up for good before it serves anybody. See docs/confinement.md.
+    #[serde(default = "Given::<Confinement>::default_value")]
+    pub confinement: Given<Confinement>,
     /// The guests, each with a vhost-user socket of its own.
     #[schemars(length(min = 1, max = 256))]
     pub guests: Given<Vec<Given<Guest>>>,
@@ -41,7 +48,7 @@ pub struct File {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Admin {
     /// Where it listens: any number of `tcp://ADDRESS:PORT` and `unix:///PATH`. The address is an IP address; `[::]`
-    /// takes the port for IPv4 too. Empty: there is no admin server.
+    /// takes the port for IPv4 too, unless the list has an IPv4 address with that port. Empty: there is no admin server.
     #[serde(default = "Given::<Vec<Given<ListenAddress>>>::default_value")]
     #[schemars(example = ["tcp://0.0.0.0:9464", "unix:///run/vsock-sidecar/admin.sock"])]
     pub listen: Given<Vec<Given<ListenAddress>>>,
@@ -73,6 +80,28 @@ pub struct Drain {
     pub timeout: Given<Period>,
 }
 
+/// What the process gives up for good before it serves anybody. A kernel that lacks something of it earns a warning, and the
+/// sidecar runs with the rest.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Confinement {
+    /// Whether the process gives up gaining privileges by executing a program (no_new_privs). `false` only together with
+    /// `seccomp: off` and `landlock: off`, which need it.
+    #[serde(default = "default_no_new_privileges")]
+    #[schemars(example = false)]
+    pub no_new_privileges: Given<bool>,
+    /// System calls that the sidecar has no use for. `enforce`: refused, counted and named in the log. `log`: allowed, and
+    /// written to the kernel's log. `off`: allowed.
+    #[serde(default = "default_seccomp")]
+    #[schemars(example = &"log")]
+    pub seccomp: Given<SeccompMode>,
+    /// Files, directories and TCP ports that this file does not name. `enforce`: out of reach. `files`: TCP ports are left
+    /// alone, so that a later configuration may name others without a restart. `off`: nothing is restricted.
+    #[serde(default = "default_landlock")]
+    #[schemars(example = &"files")]
+    pub landlock: Given<LandlockMode>,
+}
+
 /// A guest: a virtual machine whose VMM speaks vhost-user to one socket.
 #[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -85,8 +114,8 @@ pub struct Guest {
     pub cid: Given<Cid>,
     /// How the VMM is reached.
     pub vhost_user: Given<VhostUser>,
-    /// Connections from the guest to services. The first rule whose ports match decides; what matches no rule is
-    /// refused at once (RST).
+    /// Connections from the guest to services and to other guests. The first rule whose CID and ports match decides; what
+    /// matches no rule is refused at once (RST).
     #[serde(default = "Given::<Vec<Given<Outbound>>>::default_value")]
     #[schemars(length(max = 1024))]
     pub outbound: Given<Vec<Given<Outbound>>>,
@@ -130,6 +159,11 @@ pub struct Outbound {
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = &"db")]
     pub name: Given<Name>,
+    /// The CID that the guest connects to: 2 for the host, or that of another guest. Left out: 2, and with a `guest://`
+    /// target that guest's CID.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = 2)]
+    pub cid: Given<AddressedCid>,
     /// The port that the guest connects to.
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = 5432)]
@@ -138,9 +172,10 @@ pub struct Outbound {
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = &"8000-8099")]
     pub ports: Given<PortRange>,
-    /// Where the connection goes: `tcp://HOST:PORT` or `unix:///PATH`. With `ports`, the first port of the range goes
-    /// to `PORT` and the others keep their distance to it. `{port}` and `{cid}` in `PATH` are replaced by the port
-    /// that the guest connects to and by its CID.
+    /// Where the connection goes: `tcp://HOST:PORT`, `unix:///PATH`, `vsock://CID:PORT` (AF_VSOCK as this machine sees it) or
+    /// `guest://NAME`, another guest of this file, on the same port or with `guest://NAME:PORT` on another. With `ports`, the
+    /// first port of the range goes to `PORT` and the others keep their distance to it. `{port}` and `{cid}` in `PATH` are
+    /// replaced by the port that the guest connects to and by its CID.
     #[schemars(example = &"unix:///run/vm/web.sock_{port}")]
     pub to: Given<Target>,
     /// `v2`: the target gets a header of the PROXY protocol ahead of the guest's bytes, which names the guest, its CID and
@@ -148,6 +183,20 @@ pub struct Outbound {
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = &"v2")]
     pub proxy_protocol: Given<ProxyProtocol>,
+    /// `length-prefixed`: the guest may open SEQPACKET connections to a TCP target, and each message travels behind its length,
+    /// four bytes in network byte order. Left out: a TCP target takes streams only.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"length-prefixed")]
+    pub framing: Given<FramingKind>,
+    /// The longest message that `framing` lets through, in either direction; at most `limits.buffer`, and that when left out.
+    /// A longer one ends the connection.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"64KiB")]
+    pub max_message: Given<ByteSize>,
+    /// Connections of this rule at once; more are refused. Left out: as many as `limits.connections` lets through.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = 100)]
+    pub connections: Given<Connections>,
 }
 
 /// A rule for connections to the guest: `listen`, and either `port` or `protocol`.
@@ -159,7 +208,8 @@ pub struct Inbound {
     #[serde(default, skip_serializing_if = "Given::is_absent")]
     #[schemars(example = &"ssh")]
     pub name: Given<Name>,
-    /// Where clients connect: `tcp://ADDRESS:PORT` with an IP address, or `unix:///PATH`.
+    /// Where clients connect: `tcp://ADDRESS:PORT` with an IP address, `unix:///PATH`, or `vsock://PORT` (AF_VSOCK, every CID of
+    /// this machine).
     #[schemars(example = &"tcp://0.0.0.0:2222")]
     pub listen: Given<ListenAddress>,
     /// Who may connect to a TCP listener, by IP address: ranges such as `10.0.0.0/8` and `fd00::/8`, and single addresses.
@@ -181,6 +231,36 @@ pub struct Inbound {
     #[serde(default = "Given::<bool>::default_value")]
     #[schemars(example = true)]
     pub wait_for_guest: Given<bool>,
+    /// The type of a unix listener's socket. `seqpacket` keeps messages apart, and the guest gets SEQPACKET connections.
+    #[serde(
+        default = "Given::<SocketType>::default_value",
+        skip_serializing_if = "Given::is_absent"
+    )]
+    #[schemars(example = &"seqpacket")]
+    pub socket_type: Given<SocketType>,
+    /// `length-prefixed`: clients of a TCP listener, or of a unix one of type `stream`, send and read each message behind its
+    /// length, four bytes in network byte order, and the guest gets SEQPACKET connections.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"length-prefixed")]
+    pub framing: Given<FramingKind>,
+    /// The longest message that `framing` lets through, in either direction; at most `limits.buffer`, and that when left out.
+    /// A longer one ends the connection.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = &"64KiB")]
+    pub max_message: Given<ByteSize>,
+    /// Connections of this rule at once; more clients are closed. Left out: as many as `limits.connections` lets through.
+    #[serde(default, skip_serializing_if = "Given::is_absent")]
+    #[schemars(example = 100)]
+    pub connections: Given<Connections>,
+}
+
+/// How messages travel on a stream of bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+#[schemars(inline)]
+pub enum FramingKind {
+    /// Each behind its length.
+    LengthPrefixed,
 }
 
 /// How a client of an inbound rule names the guest's port.
@@ -244,6 +324,16 @@ impl Default for Drain {
     }
 }
 
+impl Default for Confinement {
+    fn default() -> Confinement {
+        Confinement {
+            no_new_privileges: default_no_new_privileges(),
+            seccomp: default_seccomp(),
+            landlock: default_landlock(),
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
@@ -262,6 +352,18 @@ fn default_level() -> Given<LogLevel> {
 
 fn default_drain_timeout() -> Given<Period> {
     Given::new(Period::from_millis(25_000))
+}
+
+fn default_no_new_privileges() -> Given<bool> {
+    Given::new(true)
+}
+
+fn default_seccomp() -> Given<SeccompMode> {
+    Given::new(SeccompMode::Enforce)
+}
+
+fn default_landlock() -> Given<LandlockMode> {
+    Given::new(LandlockMode::Enforce)
 }
 
 fn default_access_platform() -> Given<AccessPlatform> {

@@ -11,6 +11,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Deserializer, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
+use super::HOST_CID;
 use super::diagnostic::quoted;
 use super::given::Refusal;
 
@@ -131,8 +132,8 @@ macro_rules! scalar_schema {
 }
 pub(super) use scalar_schema;
 
-text_serde!(Name, Period, PortRange, LogLevel, SocketPath);
-number_serde!(Cid, GuestPort, Connections);
+text_serde!(Name, Period, PortRange, LogLevel);
+number_serde!(Cid, AddressedCid, GuestPort, Connections);
 
 /// A name of a guest or rule: a DNS label, so that it can be a Kubernetes name and needs no quoting anywhere.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -202,6 +203,35 @@ impl Number for Cid {
 scalar_schema!(
     Cid,
     json_schema!({"type": "integer", "minimum": 3, "maximum": 0xffff_fffeu32})
+);
+
+/// A context identifier that a guest may connect to: the host's, or that of another guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AddressedCid(pub(super) u32);
+
+impl Number for AddressedCid {
+    const EXPECTED: &'static str = "2 for the host, or a number from 3 to 4294967294";
+
+    fn from_number(number: u64) -> Result<AddressedCid, Refusal> {
+        let meaning = match number {
+            0 => "it stands for the hypervisor, which is not us (VMADDR_CID_HYPERVISOR)",
+            1 => "the guest keeps it for itself (VMADDR_CID_LOCAL)",
+            0xffff_ffff => "it stands for any CID (VMADDR_CID_ANY)",
+            _ => "it has more than 32 bits",
+        };
+        match u32::try_from(number) {
+            Ok(cid) if cid == HOST_CID || Cid::RANGE.contains(&cid) => Ok(AddressedCid(cid)),
+            _ => Err(Refusal::new(
+                format!("no connection to CID {number} comes here: {meaning}"),
+                format!("give {}", Self::EXPECTED),
+            )),
+        }
+    }
+}
+
+scalar_schema!(
+    AddressedCid,
+    json_schema!({"type": "integer", "minimum": 2, "maximum": 0xffff_fffeu32})
 );
 
 /// A vsock port.
@@ -519,98 +549,6 @@ scalar_schema!(
         "pattern": "^([A-Za-z0-9_:]+=)?(off|error|warn|info|debug|trace)(,([A-Za-z0-9_:]+=)?(off|error|warn|info|debug|trace))*$",
     })
 );
-
-/// The absolute path of a unix socket.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct SocketPath(pub(super) String);
-
-impl SocketPath {
-    /// `sun_path` of unix(7) has 108 bytes, the last of which is the NUL.
-    pub(super) const MAX_LENGTH: usize = 107;
-}
-
-impl Text for SocketPath {
-    const EXPECTED: &'static str = "the absolute path of a unix socket, such as /run/vsock-sidecar/web.sock";
-
-    fn parse(text: &str) -> Result<SocketPath, Refusal> {
-        if let Some(path) = text.strip_prefix("unix://") {
-            return Err(Refusal::new(
-                "a plain path belongs here, without `unix://`",
-                format!("write {path}"),
-            ));
-        }
-        check_path(text)?;
-        check_no_braces(text)?;
-        check_path_length(text, text.len())?;
-        Ok(SocketPath(text.to_owned()))
-    }
-}
-
-impl fmt::Display for SocketPath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-scalar_schema!(
-    SocketPath,
-    json_schema!({"type": "string", "pattern": "^/[^{}]*[^/{}]$", "maxLength": 107})
-);
-
-/// Refuses what can be no path of a unix socket whatever its length.
-pub(super) fn check_path(path: &str) -> Result<(), Refusal> {
-    if path.is_empty() {
-        return Err(Refusal::new(
-            "the path of the socket is missing",
-            "give an absolute path, such as /run/web.sock",
-        ));
-    }
-    if !path.starts_with('/') {
-        return Err(Refusal::new(
-            format!("{} is a relative path", quoted(path)),
-            format!(
-                "give an absolute path, such as /run/{}",
-                path.trim_start_matches("./")
-            ),
-        ));
-    }
-    if path.ends_with('/') || path.ends_with("/.") || path.ends_with("/..") {
-        return Err(Refusal::new(
-            format!("{} is the path of a directory", quoted(path)),
-            "add the name of the socket in it",
-        ));
-    }
-    if path.contains(|c: char| c.is_control()) {
-        return Err(Refusal::new("the path holds a control character", "remove it"));
-    }
-    Ok(())
-}
-
-/// Refuses what looks like a placeholder where none is filled in.
-pub(super) fn check_no_braces(path: &str) -> Result<(), Refusal> {
-    if !path.contains(['{', '}']) {
-        return Ok(());
-    }
-    Err(Refusal::new(
-        format!("{} has braces, but nothing is filled in here", quoted(path)),
-        "write the path out: only the unix:// targets of outbound rules have {port} and {cid}",
-    ))
-}
-
-/// Refuses a path that, filled in, has more bytes than a socket address holds.
-pub(super) fn check_path_length(path: &str, filled_in: usize) -> Result<(), Refusal> {
-    if filled_in <= SocketPath::MAX_LENGTH {
-        return Ok(());
-    }
-    Err(Refusal::new(
-        format!(
-            "{} has {filled_in} bytes; a socket address (sun_path) holds {}",
-            quoted(path),
-            SocketPath::MAX_LENGTH
-        ),
-        "give a shorter path",
-    ))
-}
 
 /// The number that `text` is, if it is nothing but a few digits. A leading zero is refused: some readers take what
 /// follows it as octal.

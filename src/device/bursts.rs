@@ -1,15 +1,16 @@
 //! Rings against the switchboard: a burst of packets from the guest, a burst of packets to it.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::fd::AsFd;
 use std::time::Instant;
 
 use tracing::{debug, warn};
 
 use crate::guest::{Finished, RingError, RingFault, RingPosition, RxBurst, TxBurst, View};
+use crate::host::HostStream;
 use crate::metrics::{Direction, QUEUE_LABELS};
 use crate::sys::iovec::IoVecs;
-use crate::sys::vectored::readv;
+use crate::sys::vectored::{Received, is_memory_fault, readv};
 use crate::vsock::{Boundary, ConnectionId, Disposition, HEADER_LEN, Header, Op, Outgoing};
 
 use super::captures::Captures;
@@ -68,6 +69,10 @@ impl Device {
         }
         let view = translation.view(&running.ring, ram);
         let result = take_burst(running, switchboard, captures, view, now);
+        if ram.is_lost() {
+            // Whatever was wrong in it is not the guest's doing; see `Device::cycle`.
+            return false;
+        }
         let taken = after_burst(running, switchboard, reports, TX, now, result);
         running.due = taken != Some(Taken::All);
         let mut more = taken == Some(Taken::SomeLeft);
@@ -105,6 +110,9 @@ impl Device {
         let accepted_input = switchboard.muxer.accepts_input();
         let view = translation.view(&running.ring, ram);
         let result = give_burst(running, switchboard, captures, view, unsent, now);
+        if ram.is_lost() {
+            return false;
+        }
         let given = after_burst(running, switchboard, reports, RX, now, result);
         switchboard.handle_events(now);
 
@@ -224,6 +232,7 @@ fn take_burst(
     let mut gather = Gather {
         id: None,
         slices: IoVecs::new(),
+        memory: ram,
     };
     let mut taken = 0;
     let mut drained = false;
@@ -233,6 +242,10 @@ fn take_burst(
             break;
         };
         taken += 1;
+        // It may be zeros, in part.
+        if ram.is_lost() {
+            break;
+        }
         // A fault was counted; its chain goes back with the others.
         let Ok(packet) = popped else { continue };
         let header = Header::decode(&packet.header);
@@ -247,6 +260,10 @@ fn take_burst(
             // The muxer must know of all that was taken before it hears what comes next.
             switchboard.flush(now, &mut gather);
             gather.id = None;
+            // A SHUTDOWN behind bytes that are lost would make them look as if there were none.
+            if ram.is_lost() {
+                break;
+            }
         }
         match switchboard.muxer.handle_packet(now, &header, packet.payload_len) {
             Disposition::Consumed => {}
@@ -355,10 +372,10 @@ fn give_burst(
                 };
                 let most = most.min(room);
                 if !switchboard.has_messages(id) {
-                    packets += give_data(&mut burst, switchboard, captures, now, id, most)?;
+                    packets += give_data(&mut burst, switchboard, captures, ram, now, id, most)?;
                     continue;
                 }
-                match give_message(&mut burst, switchboard, captures, now, id, most)? {
+                match give_message(&mut burst, switchboard, captures, ram, now, id, most)? {
                     Some(given) => packets += given,
                     None => break Given::NoBuffers,
                 }
@@ -401,6 +418,7 @@ fn give_message(
     burst: &mut RxBurst<'_, '_>,
     switchboard: &mut Switchboard,
     captures: &mut Captures,
+    memory: View<'_>,
     now: Instant,
     id: ConnectionId,
     most: usize,
@@ -450,7 +468,7 @@ fn give_message(
     }
     let mut list = IoVecs::new();
     let asked = burst.push_payload(&mut list, most);
-    let outcome = switchboard.read(now, id, asked, |stream| readv(stream.as_fd(), &list));
+    let outcome = switchboard.read(now, id, asked, |stream| read_into(&list, memory, stream));
     let ReadOutcome::Bytes(n) = outcome else {
         burst.give_back();
         return Ok(Some(0));
@@ -469,11 +487,23 @@ fn give_message(
     Ok(Some(packets))
 }
 
+/// Reads once into slices of guest memory. If that is lost, it is no fault of the socket, which keeps its bytes.
+fn read_into(list: &IoVecs<'_>, memory: View<'_>, stream: &HostStream) -> io::Result<Received> {
+    readv(stream.as_fd(), list).map_err(|error| match is_memory_fault(&error) {
+        true => {
+            memory.mark_lost();
+            io::ErrorKind::WouldBlock.into()
+        }
+        false => error,
+    })
+}
+
 /// Fills reserved buffers with up to `most` bytes of a connection's host end; tells how many packets that made.
 fn give_data(
     burst: &mut RxBurst<'_, '_>,
     switchboard: &mut Switchboard,
     captures: &mut Captures,
+    memory: View<'_>,
     now: Instant,
     id: ConnectionId,
     most: usize,
@@ -501,7 +531,7 @@ fn give_data(
     }
     let mut list = IoVecs::new();
     let asked = burst.push_payload(&mut list, most);
-    let outcome = switchboard.read(now, id, asked, |stream| readv(stream.as_fd(), &list));
+    let outcome = switchboard.read(now, id, asked, |stream| read_into(&list, memory, stream));
     match outcome {
         ReadOutcome::Bytes(n) => {
             let mut at = 0;

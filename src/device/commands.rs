@@ -136,15 +136,8 @@ impl Device {
                 self.resume(&[Hold::Translation]);
             }
             Command::EndSession { done } => {
-                for index in 0..QUEUES {
-                    self.take_queue(now, index);
-                    self.forget_connections(now, index);
-                }
-                self.translation.end_session(&self.switchboard.metrics.iotlb);
+                self.let_go(now);
                 self.reports.forget();
-                self.switchboard.session_ended(now);
-                self.switchboard.muxer.set_types(SocketTypes::IMPLIED);
-                self.ram = None;
                 let _ = done.send(());
             }
             Command::Incoming(incoming) => self.switchboard.handle_incoming(now, incoming),
@@ -224,6 +217,18 @@ impl Device {
             self.translation.ask(&self.reports);
         }
         Ok(())
+    }
+
+    /// Ends all that there is of a session but its listener.
+    pub(super) fn let_go(&mut self, now: Instant) {
+        for index in 0..QUEUES {
+            self.take_queue(now, index);
+            self.forget_connections(now, index);
+        }
+        self.translation.end_session(&self.switchboard.metrics.iotlb);
+        self.switchboard.session_ended(now);
+        self.switchboard.muxer.forget_types();
+        self.ram = None;
     }
 
     /// Takes a ring out of service; its connections wait.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::capture::Tap;
-use crate::guest::{GuestRam, Mapping, Miss, RingError, RingParts, RingPosition};
+use crate::guest::{GuestRam, Mapping, MemoryLoss, Miss, RingError, RingParts, RingPosition};
 use crate::host::dial::DialResult;
 use crate::host::listen::Incoming;
 
@@ -166,6 +166,9 @@ pub enum DeviceEvent {
         /// 0 rx.
         index: usize,
     },
+    /// Guest memory, or its dirty log, could not be accessed. The device has let go of it, stopped the rings and ended the
+    /// connections: the session can only end.
+    MemoryLost(MemoryLoss),
 }
 
 /// How long a VMM may leave a miss unanswered before it is told as overdue.
@@ -175,7 +178,7 @@ pub const STORM: u32 = 100;
 /// How long a ring may be all zero.
 pub const EMPTY_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The device thread did not answer: it has ended, or it hangs.
+/// The device thread did not answer: it has ended, it hangs, or it has panicked over this command and begun anew.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("the device thread does not answer")]
 pub struct DeviceGone;

@@ -7,8 +7,7 @@
 //! two guests of one sidecar the length's top bit says that the message ends a record (MSG_EOR), which no service outside can
 //! know of.
 
-use std::collections::VecDeque;
-
+use super::lengths::Lengths;
 use crate::vsock::Boundary;
 
 /// Bytes of a frame before its message.
@@ -88,7 +87,7 @@ impl Message {
 /// whole ones first, in order, then those of the one that has not ended.
 #[derive(Default, Debug)]
 pub(super) struct Outbox {
-    whole: VecDeque<Message>,
+    whole: Lengths,
     /// How many of them are empty.
     empty: usize,
     /// Bytes of the message that has not ended.
@@ -145,7 +144,7 @@ impl Outbox {
 
     /// The first whole message.
     pub(super) fn first(&self) -> Option<Message> {
-        self.whole.front().copied()
+        self.whole.front()
     }
 
     /// What is left of the first frame: of its header, and how many bytes of its message.

@@ -62,7 +62,9 @@
 //!    that the answer to an UPDATE, an INVALIDATE, a flush or another memory table means: nothing is accessed through what
 //!    was before. They wait for one burst at most, whatever else is asked of the device.
 //! 8. Translations last as long as a ring runs: when none does, all are forgotten, since the VMM tells of no change then.
-//! 9. What is told to the session is told once (`reports`), and only what waits for something has a timer.
+//! 9. Guest memory that the VMM takes away ends the session (`containment`): nothing that was read from it since is sent on,
+//!    believed or blamed on the guest. A panic ends the session, too; the handles of the device stay valid.
+//! 10. What is told to the session is told once (`reports`), and only what waits for something has a timer.
 
 use std::collections::VecDeque;
 use std::io;
@@ -72,7 +74,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mio::{Events, Poll, Waker};
+use mio::{Events, Poll, Registry, Waker};
 
 use crate::config::Limits;
 use crate::guest::{GuestRam, Ring, RingPosition};
@@ -84,8 +86,10 @@ mod budget;
 mod bursts;
 mod captures;
 mod commands;
+mod containment;
 mod flow;
 pub mod handle;
+mod lengths;
 mod linger;
 mod logbook;
 mod messages;
@@ -120,7 +124,8 @@ const QUEUES: usize = 3;
 /// How much longer than its dial a connection waits for the dial's answer.
 const DIAL_GRACE: Duration = Duration::from_millis(100);
 
-/// What a device is made from.
+/// What a device is made from, and made anew from after a panic.
+#[derive(Clone)]
 pub struct DeviceConfig {
     /// The guest's name in metrics and logs.
     pub name: String,
@@ -156,7 +161,7 @@ impl RunningDevice {
         let _ = self.handle.send(Command::Stop);
     }
 
-    /// Stops the device and waits for its thread. An error is the thread's panic.
+    /// Stops the device and waits for its thread. An error is a panic that was not contained.
     pub fn join(mut self) -> std::thread::Result<()> {
         self.stop();
         self.thread.take().map_or(Ok(()), JoinHandle::join)
@@ -197,7 +202,7 @@ pub fn spawn(config: DeviceConfig) -> io::Result<RunningDevice> {
     let gauges = Arc::clone(&device.gauges);
     let thread = std::thread::Builder::new()
         .name(name)
-        .spawn(move || device.run())?;
+        .spawn(move || containment::run(device))?;
     Ok(RunningDevice {
         handle,
         gauges,
@@ -245,6 +250,7 @@ impl Hold {
 }
 
 struct Device {
+    config: DeviceConfig,
     poll: Poll,
     inbox: mpsc::Receiver<Command>,
     /// Commands that came and can wait, in that order.
@@ -270,6 +276,15 @@ impl Device {
         let waker = Arc::new(Waker::new(poll.registry(), token::WAKE)?);
         let (commands, inbox) = mpsc::channel();
         let handle = DeviceHandle::new(commands, waker);
+        let registry = poll.registry().try_clone()?;
+        let switchboard = Device::switchboard(&config, registry, handle.clone());
+        let device = Device::assemble(config, poll, inbox, switchboard, Arc::default());
+        Ok((device, handle))
+    }
+
+    /// A switchboard without connections.
+    fn switchboard(config: &DeviceConfig, registry: Registry, handle: DeviceHandle) -> Switchboard {
+        let config = config.clone();
         let muxer = Muxer::new(MuxerConfig {
             guest_cid: Cid(u64::from(config.cid)),
             buf_alloc: config.limits.buffer,
@@ -278,8 +293,7 @@ impl Device {
             guest_timeout: config.limits.guest_timeout,
             idle_timeout: config.limits.idle_timeout,
         });
-        let captures = Captures::new(Arc::clone(&config.metrics));
-        let switchboard = Switchboard::new(SwitchboardParts {
+        Switchboard::new(SwitchboardParts {
             name: config.name.as_str().into(),
             cid: config.cid,
             muxer,
@@ -291,10 +305,22 @@ impl Device {
             dial_timeout: config.limits.connect_timeout,
             buf_alloc: config.limits.buffer,
             max_lingering: config.limits.connections,
-            registry: poll.registry().try_clone()?,
-            handle: handle.clone(),
-        });
-        let device = Device {
+            registry,
+            handle,
+        })
+    }
+
+    /// A device without a session.
+    fn assemble(
+        config: DeviceConfig,
+        poll: Poll,
+        inbox: mpsc::Receiver<Command>,
+        switchboard: Switchboard,
+        gauges: Arc<DeviceGauges>,
+    ) -> Device {
+        Device {
+            captures: Captures::new(Arc::clone(&config.metrics)),
+            config,
             poll,
             inbox,
             switchboard,
@@ -302,16 +328,15 @@ impl Device {
             ram: None,
             translation: Translation::new(),
             reports: Reports::default(),
-            captures,
             waiting: VecDeque::new(),
             unsent: None,
             rx_starved_since: None,
-            gauges: Arc::default(),
-        };
-        Ok((device, handle))
+            gauges,
+        }
     }
 
-    fn run(mut self) {
+    /// Turns the crank until the device is told to stop.
+    fn run(&mut self) {
         let mut events = Events::with_capacity(budget::EVENTS);
         let mut more = false;
         loop {
@@ -348,6 +373,7 @@ impl Device {
         let commands = self.handle_commands(now);
         // Also after Stop: what the guest is told of the end leaves with this turn.
         let more = self.turn(now);
+        self.let_go_of_lost_memory(now);
         self.captures.flush();
         self.show();
         commands.map_continue(|left| left | more)

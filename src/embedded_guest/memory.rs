@@ -9,6 +9,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use super::error::{Error, Result};
+use crate::sys::sigbus::Guarded;
 
 /// Page size of the guests that we imitate.
 pub const PAGE: usize = 4096;
@@ -19,7 +20,7 @@ pub const PAGE: usize = 4096;
 pub struct Region {
     gpa: u64,
     file: Arc<File>,
-    map: Arc<MmapRegion<()>>,
+    map: Arc<Guarded<MmapRegion<()>>>,
 }
 
 impl Region {
@@ -37,7 +38,7 @@ impl Region {
         Ok(Region {
             gpa,
             file,
-            map: Arc::new(map),
+            map: Arc::new(Guarded::mapping(Arc::new(map))),
         })
     }
 
@@ -62,7 +63,8 @@ impl Region {
         self.file.as_fd()
     }
 
-    /// Shortens the memfd under everybody's feet: who touches a page beyond `size` gets SIGBUS, we included.
+    /// Shortens the memfd under everybody's feet: who touches a page beyond `size` gets SIGBUS. This guest itself reads zeros
+    /// then, and goes on: it is the device that is to be judged.
     pub fn truncate(&self, size: u64) -> Result<()> {
         ftruncate(&self.file, size).map_err(Error::errno("truncate guest memory"))
     }
@@ -79,7 +81,7 @@ impl Region {
 /// clones of the window are in use.
 #[derive(Clone, Debug)]
 pub struct Window {
-    map: Arc<MmapRegion<()>>,
+    map: Arc<Guarded<MmapRegion<()>>>,
     /// Guest physical address of the region's first byte.
     region_gpa: u64,
     place: Place,

@@ -16,6 +16,8 @@ use vhost_user_backend::bitmap::{AtomicBitmapMmap, BitmapReplace, MemRegionBitma
 use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 use vm_memory::{Address, GuestMemoryRegion};
 
+use crate::sys::sigbus::Guarded;
+
 /// Bytes of guest memory that one bit of the log stands for (`VHOST_LOG_PAGE`).
 pub const LOG_PAGE: u64 = 4096;
 
@@ -38,6 +40,8 @@ struct Log {
     /// Off when the driver side has dropped VHOST_F_LOG_ALL.
     enabled: bool,
     region: Option<RegionLog>,
+    /// Marks of a log before this one were lost.
+    lost: bool,
 }
 
 impl Default for State {
@@ -47,6 +51,7 @@ impl Default for State {
             log: RwLock::new(Log {
                 enabled: true,
                 region: None,
+                lost: false,
             }),
         }
     }
@@ -81,6 +86,12 @@ impl DirtyBitmap {
     pub fn is_active(&self) -> bool {
         self.0.active.load(Ordering::Relaxed)
     }
+
+    /// Whether marks were lost, because the VMM has taken the log's memory away.
+    pub(super) fn is_log_lost(&self) -> bool {
+        let log = self.0.log.read().unwrap_or_else(PoisonError::into_inner);
+        log.lost || log.region.as_ref().is_some_and(RegionLog::is_lost)
+    }
 }
 
 impl<'a> WithBitmapSlice<'a> for DirtyBitmap {
@@ -114,7 +125,10 @@ impl BitmapReplace for DirtyBitmap {
     type InnerBitmap = RegionLog;
 
     fn replace(&self, bitmap: RegionLog) {
-        self.0.change(|log| log.region = Some(bitmap));
+        self.0.change(|log| {
+            log.lost |= log.region.as_ref().is_some_and(RegionLog::is_lost);
+            log.region = Some(bitmap);
+        });
     }
 }
 
@@ -167,15 +181,27 @@ impl MemRegionBitmap for RegionLog {
         // MmapLogReg keeps its length to itself and panics beyond it. The crate's own bitmap knows how to
         // ask: it refuses a region that is empty, wraps, or whose last page has no bit in the log.
         AtomicBitmapMmap::new(region, Arc::clone(&log))?;
+        let (start, len) = (region.start_addr().raw_value(), region.len());
+        // Of this region's pages only; for each there is a bit, and the region has at least one.
+        let byte = |addr: u64| (addr / LOG_PAGE / 8) as usize;
+        let log = Guarded::log(log, byte(start), byte(start + (len - 1)));
         Ok(RegionLog {
             log: LogMemory::Shared(log),
-            start: region.start_addr().raw_value(),
-            len: region.len(),
+            start,
+            len,
         })
     }
 }
 
 impl RegionLog {
+    fn is_lost(&self) -> bool {
+        match &self.log {
+            LogMemory::Shared(log) => log.was_hit(),
+            #[cfg(test)]
+            LogMemory::Private(_) => false,
+        }
+    }
+
     fn mark(&self, offset: usize, len: usize) {
         let (offset, len) = (offset as u64, len as u64);
         if len == 0 || offset >= self.len {
@@ -215,7 +241,7 @@ impl RegionLog {
 
 #[derive(Debug)]
 enum LogMemory {
-    Shared(Arc<MmapLogReg>),
+    Shared(Guarded<MmapLogReg>),
     /// `MmapLogReg` can be made by the vhost-user-backend crate only.
     #[cfg(test)]
     Private(Arc<Vec<AtomicU8>>),
@@ -452,6 +478,16 @@ mod tests {
             .filter(|page| bits[page / 8] & 1 << (page % 8) != 0)
             .collect();
         assert_eq!(dirty, [5, 6, 0x4ff]);
+
+        // The VMM takes the log away: the mark is lost and not the process, and that is known also when another log comes.
+        assert!(!ram.is_lost());
+        ftruncate(&log_file, 0).unwrap();
+        write(0x7000, 1);
+        assert!(ram.is_lost());
+        assert_eq!(ram.loss(), Some(crate::guest::MemoryLoss::DirtyLog));
+        ftruncate(&log_file, 4096).unwrap();
+        vmm.set_log_base(0, Some(log(0x500 / 8))).unwrap();
+        assert!(ram.is_lost());
 
         // A log that is one byte too short for the last page is refused; it would make us write past its end.
         assert!(vmm.set_log_base(0, Some(log(0x500 / 8 - 1))).is_err());

@@ -9,6 +9,7 @@
 //! Whatever the addresses are, slices come from memory regions, and the dirty log with them: its pages are guest-physical.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
@@ -17,6 +18,8 @@ use vm_memory::{
 
 use super::dirty::{DirtyBitmap, DirtySlice};
 use super::iotlb::Iotlb;
+use super::loss::MemoryLoss;
+use crate::sys::sigbus::{self, Guarded};
 
 /// The guest memory of one memory table, dirty pages tracked.
 pub type Memory = GuestMemoryMmap<DirtyBitmap>;
@@ -67,19 +70,57 @@ pub enum MemoryFault {
 }
 
 /// One memory table's guest memory: cheap to clone, mapped as long as a clone lives.
+///
+/// The VMM may take it away while it is used ([`sigbus`]): then it reads as zeros, and [`GuestRam::is_lost`] says so.
 #[derive(Clone, Debug)]
-pub struct GuestRam(pub(super) Arc<Memory>);
+pub struct GuestRam(Arc<Ram>);
+
+#[derive(Debug)]
+struct Ram {
+    memory: Guarded<Memory>,
+    /// A system call could not access it.
+    refused: AtomicBool,
+    /// [`sigbus::contained`] when it was made: as long as that is the same, nothing of it is lost.
+    contained: u64,
+}
 
 impl GuestRam {
     /// Guest memory in which addresses of rings and buffers are guest-physical.
     pub fn new(memory: Arc<Memory>) -> GuestRam {
-        GuestRam(memory)
+        GuestRam(Arc::new(Ram {
+            contained: sigbus::contained(),
+            refused: AtomicBool::new(false),
+            memory: Guarded::regions(memory),
+        }))
+    }
+
+    /// Whether a part of it, or of its dirty log, could not be had when it was accessed: zeros stand there now, which nobody
+    /// may take for the guest's. Costs a load as long as nothing of the kind has happened in the process.
+    pub fn is_lost(&self) -> bool {
+        sigbus::contained() != self.0.contained && (self.is_memory_lost() || self.is_log_lost())
+    }
+
+    /// What was lost, if anything was. Looks at the files behind the memory.
+    pub fn loss(&self) -> Option<MemoryLoss> {
+        let loss = || MemoryLoss::of(&self.0.memory, self.is_memory_lost());
+        self.is_lost().then(loss)
+    }
+
+    fn is_memory_lost(&self) -> bool {
+        self.0.refused.load(Ordering::Relaxed) || self.0.memory.was_hit()
+    }
+
+    fn is_log_lost(&self) -> bool {
+        self.0
+            .memory
+            .iter()
+            .any(|region| region_bitmap(region).is_log_lost())
     }
 
     /// This memory with guest-physical addresses.
     pub fn view(&self) -> View<'_> {
         View {
-            memory: &self.0,
+            ram: self,
             iotlb: None,
             asks: false,
         }
@@ -88,7 +129,7 @@ impl GuestRam {
     /// This memory with I/O virtual addresses.
     pub fn view_through<'m>(&'m self, iotlb: &'m Iotlb) -> View<'m> {
         View {
-            memory: &self.0,
+            ram: self,
             iotlb: Some(iotlb),
             asks: true,
         }
@@ -102,19 +143,22 @@ impl GuestRam {
     /// Writes to the dirty log of every region from now on, or no longer; see [`DirtyBitmap::set_enabled`]. A
     /// region that is added later starts with the log enabled.
     pub fn set_dirty_log_enabled(&self, enabled: bool) {
-        for region in self.0.iter() {
+        for region in self.0.memory.iter() {
             region_bitmap(region).set_enabled(enabled);
         }
     }
 
     /// Whether writes to any region are logged.
     pub fn dirty_log_active(&self) -> bool {
-        self.0.iter().any(|region| region_bitmap(region).is_active())
+        self.0
+            .memory
+            .iter()
+            .any(|region| region_bitmap(region).is_active())
     }
 
     /// How many regions the memory table has.
     pub fn region_count(&self) -> usize {
-        self.0.num_regions()
+        self.0.memory.num_regions()
     }
 
     /// Size of all regions together in bytes.
@@ -125,15 +169,22 @@ impl GuestRam {
     /// Guest-physical start and length in bytes of each region, in the order of addresses.
     pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.0
+            .memory
             .iter()
             .map(|region| (region.start_addr().raw_value(), region.len()))
+    }
+
+    /// The memory table itself.
+    #[cfg(test)]
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        self.0.memory.memory()
     }
 }
 
 /// Guest memory as one ring addresses it: guest-physical, or through the IOTLB.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'m> {
-    memory: &'m Memory,
+    ram: &'m GuestRam,
     iotlb: Option<&'m Iotlb>,
     /// Whether the VMM is asked for what is not translated.
     asks: bool,
@@ -157,6 +208,18 @@ impl<'m> View<'m> {
             access,
             fault: wraps.then_some(MemoryFault::Wraps { addr, len }),
         }
+    }
+
+    /// [`GuestRam::is_lost`].
+    pub fn is_lost(self) -> bool {
+        self.ram.is_lost()
+    }
+
+    /// A system call that was given a slice of this memory could not access it
+    /// ([`is_memory_fault`](crate::sys::vectored::is_memory_fault)): it is lost.
+    pub fn mark_lost(self) {
+        self.ram.0.refused.store(true, Ordering::Relaxed);
+        sigbus::count_fault();
     }
 
     /// The same memory, of which no question and no count comes: for a look that nobody waits for. What is not translated
@@ -200,7 +263,8 @@ impl<'m> View<'m> {
             Some(iotlb) => iotlb.peek(addr, len, access)?,
         };
         let unmapped = MemoryFault::Unmapped { addr, len };
-        let region = self.memory.find_region(GuestAddress(addr)).ok_or(unmapped)?;
+        let memory = &self.ram.0.memory;
+        let region = memory.find_region(GuestAddress(addr)).ok_or(unmapped)?;
         let at = region.to_region_addr(GuestAddress(addr)).ok_or(unmapped)?;
         let in_region = usize::try_from(region.len() - at.raw_value()).unwrap_or(usize::MAX);
         region.get_slice(at, len.min(in_region)).map_err(|_| unmapped)

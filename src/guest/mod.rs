@@ -5,7 +5,9 @@
 //! Guest memory is shared with a guest that may be hostile and that runs while we read. Every byte of it may
 //! change between two of our instructions: descriptors, ring indices, headers, payload. The VMM, which gave
 //! us the memory, may be wrong but is not an attacker of its own guest. That each region lies within its
-//! file is checked when it is mapped; a file that is truncated afterwards is a SIGBUS, which nothing here catches.
+//! file is checked when it is mapped. A file that is truncated afterwards is a SIGBUS, which is contained
+//! ([`sigbus`](crate::sys::sigbus)): the memory reads as zeros from then on, which are not the guest's. So a burst of the device asks
+//! [`View::is_lost`] before it acts on what it has read, and a memory that is lost is not served any more.
 //! Behind a vIOMMU the VMM's translations are what confines us: an address that it has not translated is not accessed, and one
 //! whose translation it has taken back not any more. What we ask it for is a guest's doing, so it is bounded and never repeated
 //! by ourselves.
@@ -105,6 +107,7 @@ pub mod ring;
 mod areas;
 mod burst;
 mod chain;
+mod loss;
 mod rx;
 mod tx;
 
@@ -114,6 +117,7 @@ mod tests;
 pub use burst::Finished;
 pub use fault::{FaultCounts, RingArea, RingError, RingFault};
 pub use iotlb::{CAPACITY as IOTLB_CAPACITY, Iotlb, IotlbStats, Mapping, Miss, Permission};
+pub use loss::MemoryLoss;
 pub use memory::{Access, GuestRam, Memory, MemoryFault, Slice, View};
 pub use ring::{Ring, RingParts, RingPosition};
 pub use rx::RxBurst;

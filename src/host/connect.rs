@@ -12,7 +12,8 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 use tokio::io::Interest;
 
 use super::HostStream;
-use super::stream::set_tcp_options;
+use super::stream::{Kind, Transport, set_packet_options, set_tcp_options};
+use crate::config::SocketType;
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::MAX_PATH;
 
@@ -46,20 +47,35 @@ pub(super) fn start_tcp(address: SocketAddr) -> io::Result<Started> {
     }
 }
 
-/// Connects to the unix stream socket at `path`, at once or not at all.
+/// Connects to the unix socket at `path`, at once or not at all.
 ///
 /// # Errors
-/// [`io::ErrorKind::WouldBlock`] when the server's backlog is full; the kernel keeps no place in a queue for us.
-pub(super) fn connect_unix(path: &Path) -> io::Result<HostStream> {
+/// [`io::ErrorKind::WouldBlock`] when the server's backlog is full; the kernel keeps no place in a queue for us. EPROTOTYPE
+/// when the server's socket has another type.
+pub(super) fn connect_unix(path: &Path, socket_type: SocketType) -> io::Result<HostStream> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
         let text =
             format!("the path has {length} bytes and a unix socket's can have {MAX_PATH}; use a shorter one");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
-    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    let (kind, system_type) = match socket_type {
+        SocketType::Stream => (Kind::unix(socket_type), Type::STREAM),
+        SocketType::Seqpacket => (Kind::unix(socket_type), Type::SEQPACKET),
+    };
+    let socket = Socket::new(Domain::UNIX, system_type.nonblocking(), None)?;
+    if kind.packets {
+        set_packet_options(&socket)?;
+    }
     socket.connect(&SockAddr::unix(path)?)?;
-    Ok(HostStream::configured(socket, false, path.display().to_string()))
+    Ok(HostStream::configured(socket, kind, path.display().to_string()))
+}
+
+/// Whether a datagram socket has `path`. Asking tells its owner nothing: such a connect only notes the address.
+pub(super) fn is_datagram(path: &Path) -> bool {
+    Socket::new(Domain::UNIX, Type::DGRAM.nonblocking(), None)
+        .and_then(|socket| socket.connect(&SockAddr::unix(path)?))
+        .is_ok()
 }
 
 /// Connects to the first of several addresses that answers: `pending` if there is one, then `addresses` in their order.
@@ -164,7 +180,11 @@ fn finish_tcp(socket: Socket, address: SocketAddr) -> io::Result<HostStream> {
     if address.port() >= 1024 && socket.local_addr()?.as_socket() == Some(address) {
         return Err(Errno::CONNREFUSED.into());
     }
-    Ok(HostStream::configured(socket, true, address.to_string()))
+    Ok(HostStream::configured(
+        socket,
+        Kind::stream(Transport::Tcp),
+        address.to_string(),
+    ))
 }
 
 #[cfg(test)]

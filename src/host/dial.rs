@@ -22,8 +22,10 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::HostStream;
+use super::af_vsock;
 use super::connect::{self, Started};
 use super::resolve::{Lookup, Names, SystemResolver};
+use super::stream::Transport;
 use crate::config::{SocketType, Target};
 use crate::sys::readiness::PolledFd;
 
@@ -65,6 +67,19 @@ pub enum DialError {
         /// The system's error.
         source: io::Error,
     },
+    /// A unix socket of another type than the guest's connection (EPROTOTYPE).
+    #[error(
+        "{target} is a {found} socket and the guest's connection is {wanted}: let the service listen with {wanted}, \
+         or the guest connect with the type of the service"
+    )]
+    WrongType {
+        /// What was dialled.
+        target: String,
+        /// The type of the guest's connection, as socket(2) names it.
+        wanted: &'static str,
+        /// The service's.
+        found: &'static str,
+    },
     /// The process is out of file descriptors, memory or local ports.
     #[error("no resources to reach {target}: {source}")]
     Resources {
@@ -87,7 +102,8 @@ pub struct DialRequest<'a> {
     pub first_port: u32,
     /// The port the guest connects to, in the rule's range.
     pub guest_port: u32,
-    /// The type of the guest's connection, and of a unix target's socket.
+    /// The type of the guest's connection, and of a unix target's socket. Others are streams of bytes whatever this says:
+    /// whether they may carry messages, and how, is the caller's to know.
     pub socket_type: SocketType,
     /// The guest.
     pub cid: u32,
@@ -188,20 +204,27 @@ enum Waiting {
     /// The answer of a numeric address.
     Answer { socket: Socket, address: SocketAddr },
     /// Room in a unix socket's backlog.
-    Backlog { path: PathBuf },
+    Backlog { path: PathBuf, socket_type: SocketType },
     /// Room in the connected socket for the rest of the greeting.
     Room { stream: HostStream },
+    /// The answer of another machine, or of this one's kernel.
+    Vsock { cid: u32, port: u32 },
 }
 
 impl Waiting {
     /// Does what can be done without waiting. `Err` is the outcome, good or bad, if that was all.
     fn begin(request: DialRequest<'_>) -> Result<Waiting, DialResult> {
         match Destination::new(request).map_err(Err)? {
-            Destination::Unix { path } => match connect::connect_unix(&path) {
-                Ok(stream) => Err(Ok(stream)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Waiting::Backlog { path }),
-                Err(error) => Err(Err(failure(unix_label(&path), error, request.timeout))),
-            },
+            Destination::Unix { path } => {
+                let socket_type = request.socket_type;
+                match connect::connect_unix(&path, socket_type) {
+                    Ok(stream) => Err(Ok(stream)),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        Ok(Waiting::Backlog { path, socket_type })
+                    }
+                    Err(error) => Err(Err(unix_failure(&path, socket_type, error, request.timeout))),
+                }
+            }
             Destination::Address(address) => match connect::start_tcp(address) {
                 Ok(Started::Connected(stream)) => Err(Ok(stream)),
                 Ok(Started::Pending(socket)) => Ok(Waiting::Answer { socket, address }),
@@ -213,13 +236,15 @@ impl Waiting {
                 ))),
             },
             Destination::Name { host, port } => Ok(Waiting::Name { host, port }),
+            Destination::Vsock { cid, port } => Ok(Waiting::Vsock { cid, port }),
         }
     }
 
     async fn end(self, names: &Arc<Names>, deadline: Instant, timeout: Duration) -> DialResult {
         match self {
             Waiting::Room { stream } => Ok(stream),
-            Waiting::Backlog { path } => retry_unix(&path, deadline, timeout).await,
+            Waiting::Vsock { cid, port } => af_vsock::connect(cid, port, deadline, timeout).await,
+            Waiting::Backlog { path, socket_type } => retry_unix(&path, socket_type, deadline, timeout).await,
             Waiting::Answer { socket, address } => {
                 let label = |_| tcp_label(&address);
                 race(Some((socket, address)), &[], label, deadline, timeout).await
@@ -282,14 +307,14 @@ impl Greeting {
             return Ok(stream);
         }
         let target = stream_label(&stream);
-        let (socket, tcp, peer) = stream.into_parts();
+        let (socket, kind, peer) = stream.into_parts();
         let written = async {
             let socket = PolledFd::new(socket.into(), Interest::WRITABLE)?;
             poll_fn(|cx| socket.poll_when_writable(cx, |fd| self.write_to(fd))).await?;
             Ok(socket.into_inner())
         };
         match timeout_at(deadline, written).await {
-            Ok(Ok(socket)) => Ok(HostStream::configured(socket.into(), tcp, peer)),
+            Ok(Ok(socket)) => Ok(HostStream::configured(socket.into(), kind, peer)),
             Ok(Err(error)) => Err(failure(target, error, timeout)),
             Err(_) => Err(DialError::TimedOut {
                 target,
@@ -348,7 +373,12 @@ async fn race(
 }
 
 /// Tries a unix socket with a full backlog until there is room. No event tells of room, hence the polling.
-async fn retry_unix(path: &Path, deadline: Instant, timeout: Duration) -> DialResult {
+async fn retry_unix(
+    path: &Path,
+    socket_type: SocketType,
+    deadline: Instant,
+    timeout: Duration,
+) -> DialResult {
     let (mut pause, longest) = UNIX_RETRY;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -360,10 +390,10 @@ async fn retry_unix(path: &Path, deadline: Instant, timeout: Duration) -> DialRe
         }
         sleep(pause.min(left)).await;
         pause = (pause * 2).min(longest);
-        match connect::connect_unix(path) {
+        match connect::connect_unix(path, socket_type) {
             Ok(stream) => return Ok(stream),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(failure(unix_label(path), error, timeout)),
+            Err(error) => return Err(unix_failure(path, socket_type, error, timeout)),
         }
     }
 }
@@ -384,8 +414,30 @@ fn address_failure(target: String, address: SocketAddr, error: io::Error, timeou
     }
 }
 
+/// What `error` of a connect to a unix socket means.
+fn unix_failure(path: &Path, socket_type: SocketType, error: io::Error, timeout: Duration) -> DialError {
+    let target = unix_label(path);
+    if Errno::from_io_error(&error) != Some(Errno::PROTOTYPE) {
+        return failure(target, error, timeout);
+    }
+    // The kernel says that the types differ, not which the other one is; there are three.
+    let (wanted, other) = match socket_type {
+        SocketType::Stream => ("SOCK_STREAM", "SOCK_SEQPACKET"),
+        SocketType::Seqpacket => ("SOCK_SEQPACKET", "SOCK_STREAM"),
+    };
+    let found = match connect::is_datagram(path) {
+        true => "SOCK_DGRAM",
+        false => other,
+    };
+    DialError::WrongType {
+        target,
+        wanted,
+        found,
+    }
+}
+
 /// What `error` of a connect means.
-fn failure(target: String, source: io::Error, timeout: Duration) -> DialError {
+pub(super) fn failure(target: String, source: io::Error, timeout: Duration) -> DialError {
     match Errno::from_io_error(&source) {
         Some(Errno::CONNREFUSED | Errno::NOENT) => DialError::Refused { target, source },
         Some(Errno::TIMEDOUT) => DialError::TimedOut {
@@ -407,7 +459,7 @@ fn told_before(error: &DialError) -> u8 {
         DialError::Resources { .. } => 4,
         DialError::Refused { .. } => 3,
         DialError::TimedOut { .. } => 2,
-        DialError::Unreachable { .. } => 1,
+        DialError::Unreachable { .. } | DialError::WrongType { .. } => 1,
         DialError::Resolve { .. } => 0,
     }
 }
@@ -417,9 +469,10 @@ fn tcp_label(target: &impl fmt::Display) -> String {
 }
 
 fn stream_label(stream: &HostStream) -> String {
-    match stream.is_tcp() {
-        true => tcp_label(&stream.peer()),
-        false => unix_label(Path::new(stream.peer())),
+    match stream.transport() {
+        Transport::Tcp => tcp_label(&stream.peer()),
+        Transport::Unix => unix_label(Path::new(stream.peer())),
+        Transport::Vsock => stream.peer().to_owned(),
     }
 }
 
@@ -434,7 +487,9 @@ enum Destination {
     Address(SocketAddr),
     /// Needs one.
     Name { host: String, port: u16 },
-    /// A unix stream socket.
+    /// AF_VSOCK of this host.
+    Vsock { cid: u32, port: u32 },
+    /// A unix socket.
     Unix { path: PathBuf },
 }
 
@@ -447,20 +502,19 @@ impl Destination {
             cid,
             ..
         } = request;
+        // The configuration refuses ranges that do not fit; should one come here, no other service is dialled.
+        let shifted = |port: u32| port.checked_add(guest_port.checked_sub(first_port)?);
+        let unreachable = |target: String, text: String| DialError::Unreachable {
+            target,
+            source: io::Error::new(io::ErrorKind::InvalidInput, text),
+        };
         match target {
             Target::Tcp { host, port } => {
-                // The configuration refuses ranges that do not fit; should one come here, no other service is dialled.
-                let offset = guest_port.checked_sub(first_port);
-                let shifted = offset.and_then(|offset| u32::from(*port).checked_add(offset));
-                let Some(port) = shifted.and_then(|shifted| u16::try_from(shifted).ok()) else {
+                let Some(port) = shifted(u32::from(*port)).and_then(|port| u16::try_from(port).ok()) else {
                     let text = format!(
                         "guest port {guest_port} has no TCP port, counted from {first_port} as {port}"
                     );
-                    let source = io::Error::new(io::ErrorKind::InvalidInput, text);
-                    return Err(DialError::Unreachable {
-                        target: format!("tcp://{host}"),
-                        source,
-                    });
+                    return Err(unreachable(format!("tcp://{host}"), text));
                 };
                 Ok(match host.parse::<IpAddr>() {
                     Ok(ip) => Destination::Address(SocketAddr::new(ip, port)),
@@ -470,10 +524,21 @@ impl Destination {
                     },
                 })
             }
-            Target::Vsock { .. } | Target::Guest { .. } => Err(DialError::Unreachable {
-                target: target.to_string(),
-                source: io::ErrorKind::Unsupported.into(),
-            }),
+            Target::Vsock { cid, port } => {
+                // The highest number stands for any port (VMADDR_PORT_ANY).
+                let Some(port) = shifted(*port).filter(|port| *port != u32::MAX) else {
+                    let text = format!(
+                        "guest port {guest_port} has no vsock port, counted from {first_port} as {port}"
+                    );
+                    return Err(unreachable(target.to_string(), text));
+                };
+                Ok(Destination::Vsock { cid: *cid, port })
+            }
+            // Guests of this sidecar are joined by their devices.
+            Target::Guest { .. } => Err(unreachable(
+                target.to_string(),
+                "a guest is no socket of this host".to_owned(),
+            )),
             Target::Unix { path } => {
                 let path = path
                     .replace("{port}", &guest_port.to_string())

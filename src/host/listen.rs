@@ -20,8 +20,9 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::HostStream;
+use super::af_vsock;
 use super::handshake::{ConnectLine, Wanted};
-use super::stream::set_tcp_options;
+use super::stream::{Kind, Transport, set_packet_options, set_tcp_options};
 use crate::config::{Cidr, Framing, InboundProtocol, ListenAddress, SocketType};
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::{self, BindError, SocketGuard};
@@ -29,7 +30,7 @@ use crate::sys::unix_socket::{self, BindError, SocketGuard};
 pub use super::handshake::{MAX_LINE, Rejection};
 
 /// Connections the kernel completes before we accept them; it takes less if net.core.somaxconn says so.
-const BACKLOG: i32 = 1024;
+pub(super) const BACKLOG: i32 = 1024;
 
 /// Clients of one `protocol: connect` listener that have not sent their line yet. One more, and the oldest goes: who means it
 /// sends the line at once, so the oldest is the least likely to.
@@ -122,9 +123,16 @@ pub enum ListenError {
         /// The system's words.
         source: io::Error,
     },
-    /// Not built yet.
-    #[error("cannot listen on AF_VSOCK")]
-    NoVsock,
+    /// A port of AF_VSOCK.
+    #[error("cannot {action} vsock://{port}: {source}")]
+    Vsock {
+        /// What was tried.
+        action: &'static str,
+        /// The port.
+        port: u32,
+        /// The system's words, and what to do.
+        source: io::Error,
+    },
     /// Anything else.
     #[error("cannot {action} tcp://{address}: {source}")]
     Io {
@@ -145,14 +153,16 @@ pub struct Listener {
     address: ListenAddress,
     /// Peers that are let in; empty means all. For TCP only.
     allow: Vec<Cidr>,
+    /// What its clients are.
+    kind: Kind,
     /// Removes the file of a unix socket.
     file: Option<SocketGuard>,
 }
 
 impl Listener {
-    /// Binds and listens. For a unix address a stale socket file is replaced, a live one and what is no socket are not.
-    /// An IPv6 address takes IPv6 clients only.
-    pub fn bind(address: &ListenAddress) -> Result<Listener, ListenError> {
+    /// Binds and listens. For a unix address a stale socket file is replaced, a live one and what is no socket are not;
+    /// it is of the type given, which means nothing to the others: they are streams. An IPv6 address takes IPv6 clients only.
+    pub fn bind(address: &ListenAddress, socket_type: SocketType) -> Result<Listener, ListenError> {
         match address {
             ListenAddress::Tcp(address) => {
                 let (socket, address) = bind_tcp(*address)?;
@@ -160,16 +170,31 @@ impl Listener {
                     socket: socket.into(),
                     address: ListenAddress::Tcp(address),
                     allow: Vec::new(),
+                    kind: Kind::stream(Transport::Tcp),
                     file: None,
                 })
             }
-            ListenAddress::Vsock(_) => Err(ListenError::NoVsock),
+            ListenAddress::Vsock(port) => Ok(Listener {
+                socket: af_vsock::bind(*port)?,
+                address: address.clone(),
+                allow: Vec::new(),
+                kind: af_vsock::KIND,
+                file: None,
+            }),
             ListenAddress::Unix(path) => {
-                let (socket, file) = unix_socket::bind_unix(path, UNIX_MODE)?;
+                let kind = Kind::unix(socket_type);
+                let (socket, file) = match socket_type {
+                    SocketType::Stream => {
+                        let (listener, file) = unix_socket::bind_unix(path, UNIX_MODE)?;
+                        (listener.into(), file)
+                    }
+                    SocketType::Seqpacket => unix_socket::bind_unix_packets(path, UNIX_MODE)?,
+                };
                 Ok(Listener {
-                    socket: socket.into(),
+                    socket,
                     address: address.clone(),
                     allow: Vec::new(),
+                    kind,
                     file: Some(file),
                 })
             }
@@ -203,6 +228,7 @@ impl Listener {
             socket,
             address,
             allow,
+            kind,
             file,
         } = self;
         let socket = PolledFd::new(socket, Interest::READABLE)?;
@@ -225,7 +251,7 @@ impl Listener {
                 () = sleep_until(pause.until.unwrap_or_else(Instant::now)), if pause.until.is_some() => {
                     pause.until = None;
                 }
-                accepted = socket.when_readable(|fd| accept(fd, &address)), if pause.until.is_none() => {
+                accepted = socket.when_readable(|fd| accept(fd, &address, kind)), if pause.until.is_none() => {
                     match accepted {
                         Ok(client) if !client.is_allowed(&allow) => {
                             pause.end(&address);
@@ -292,7 +318,7 @@ fn bind_tcp(address: SocketAddr) -> Result<(Socket, SocketAddr), ListenError> {
 /// An accepted socket.
 struct Client {
     socket: OwnedFd,
-    tcp: bool,
+    kind: Kind,
     /// Where it comes from, if that has an IP address.
     ip: Option<IpAddr>,
     peer: String,
@@ -309,9 +335,9 @@ impl Client {
     /// Closes it at once. By reset: an orderly end would leave a socket in FIN_WAIT or TIME_WAIT for each stranger who knocks.
     fn refuse(self, spec: InboundSpec) -> Rejected {
         let Client {
-            socket, tcp, peer, ..
+            socket, kind, peer, ..
         } = self;
-        HostStream::configured(socket.into(), tcp, String::new()).abort();
+        HostStream::configured(socket.into(), kind, String::new()).abort();
         Rejected {
             rule: spec.rule,
             peer,
@@ -321,12 +347,12 @@ impl Client {
 
     fn incoming(self, spec: InboundSpec, wanted: Wanted) -> Incoming {
         let Client {
-            socket, tcp, peer, ..
+            socket, kind, peer, ..
         } = self;
         Incoming {
             rule: spec.rule,
             port: wanted.port,
-            stream: HostStream::configured(socket.into(), tcp, peer.clone()),
+            stream: HostStream::configured(socket.into(), kind, peer.clone()),
             preface: wanted.preface,
             wants_ok: spec.protocol == InboundProtocol::Connect,
             wait_for_guest: spec.wait_for_guest,
@@ -337,7 +363,7 @@ impl Client {
     }
 }
 
-fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Client> {
+fn accept(listener: BorrowedFd<'_>, address: &ListenAddress, kind: Kind) -> io::Result<Client> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     match address {
         ListenAddress::Tcp(_) => {
@@ -345,18 +371,29 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress) -> io::Result<Clien
             let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
             Ok(Client {
                 socket,
-                tcp: true,
+                kind,
                 ip: peer.map(|peer| peer.ip()),
                 peer: peer.map_or_else(|| "unknown address".to_owned(), |peer| peer.to_string()),
             })
         }
-        ListenAddress::Vsock(_) => Err(io::ErrorKind::Unsupported.into()),
+        ListenAddress::Vsock(_) => {
+            let (socket, peer) = af_vsock::accept(listener)?;
+            Ok(Client {
+                socket,
+                kind,
+                ip: None,
+                peer,
+            })
+        }
         // Clients of unix sockets have no names; which listener they came by is all there is to say.
         ListenAddress::Unix(path) => {
             let socket = rustix::net::accept_with(listener, flags)?;
+            if kind.packets {
+                set_packet_options(&socket)?;
+            }
             Ok(Client {
                 socket,
-                tcp: false,
+                kind,
                 ip: None,
                 peer: path.display().to_string(),
             })
@@ -454,7 +491,7 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
     let deadline = Instant::now() + spec.handshake_timeout;
     let Client {
         socket,
-        tcp,
+        kind,
         ip,
         peer,
     } = client;
@@ -474,7 +511,7 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
     let socket = socket.into_inner();
     Ok(Client {
         socket,
-        tcp,
+        kind,
         ip,
         peer,
     }

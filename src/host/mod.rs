@@ -16,11 +16,13 @@
 //!  Dialer::dial ── unix, loopback ──────────────────────────────────────────▶ connect
 //!     │  ╰── name, slow, several ──▶ Names::lookup ─────────────────────────▶ getaddrinfo (blocking pool)
 //!     │                              connect::race ◀── epoll ───────────────▶ connect …
+//!     │  ╰── AF_VSOCK ─────────────▶ af_vsock::connect ◀── epoll ───────────▶ connect
 //!     ◀── done(DialResult, took) ────────╯
 //!                                    Listener::serve ◀── epoll ─────────────▶ accept
 //!     ◀── sink(Ok(Incoming)) ────────────┤ plain: at once
 //!     ◀──────────────────────────────────╯ connect: when the line is whole
 //!  HostStream: read, writev, shutdown, abort; SpillBuf for what it does not take
+//!              send_packet, receive_packet of a SOCK_SEQPACKET
 //! ```
 //!
 //! Dialing on the spot is no exception to the rule that the device thread waits for nothing: a non-blocking `connect` to a
@@ -42,7 +44,9 @@
 //! 8. An accept loop ends when it is told to stop, never by an error of accept.
 //! 9. A live unix socket is never taken from its owner, and what is no socket is never deleted (`sys::unix_socket`).
 //! 10. A dial whose rule has a greeting (the PROXY header) ends when the socket has taken all of it: no byte of the guest can
-//!     come before or into it, because the guest is told of its connection after that.
+//!     come before or into it, because the guest is told of its connection after that. On a packet socket it is one packet.
+//! 11. A packet socket gives and takes whole messages, empty ones included, and never cuts or joins them: one that is longer
+//!     than asked for is told of and gone, one that does not fit is not sent at all.
 //!
 //! # What a stranger can grow, and what bounds it
 //!
@@ -58,8 +62,10 @@
 //! | preface | clients | 1 KiB a client, then the socket's own buffer |
 //! | clients that wait for the guest | clients | `limits.connections` and `guestTimeout`, in the device |
 //! | bytes a socket does not take | guest, stalled peer | invariant 1 |
+//! | a message that is received | peer | the `most` of the caller, one buffer a thread |
 #![forbid(unsafe_code)]
 
+mod af_vsock;
 mod connect;
 pub mod dial;
 pub mod handshake;
@@ -70,4 +76,4 @@ mod spill;
 mod stream;
 
 pub use spill::{Flush, SpillBuf, SpillFull};
-pub use stream::{HostStream, Packet};
+pub use stream::{HostStream, Packet, Transport};

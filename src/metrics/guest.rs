@@ -104,6 +104,7 @@ pub(super) struct GuestFamilies {
     interrupts: IntCounterVec,
     interrupts_suppressed: IntCounterVec,
     capture_dropped_packets: IntCounterVec,
+    device_panics: IntCounterVec,
     rules: IntGaugeVec,
     iotlb: IotlbFamilies,
 }
@@ -257,6 +258,11 @@ impl GuestFamilies {
                 "Packets that are missing in captures because their reader was too slow.",
                 &["guest"],
             )?,
+            device_panics: counters(
+                "vsock_device_panics_total",
+                "Panics of the guest's device thread, each of which ended the guest's session and nothing else.",
+                &["guest"],
+            )?,
             rules: gauges(
                 "vsock_rules",
                 "Rules of the configuration.",
@@ -338,6 +344,8 @@ pub struct GuestMetrics {
     pub queues: [QueueMetrics; 3],
     /// Packets that are missing in captures.
     pub capture_dropped_packets: IntCounter,
+    /// Panics of the device thread that were contained.
+    pub device_panics: IntCounter,
     /// Translations of I/O virtual addresses.
     pub iotlb: IotlbMetrics,
 }
@@ -450,6 +458,7 @@ impl GuestMetrics {
             buffered_bytes: Direction::LABELS.map(|d| f.buffered_bytes.with_label_values(&[guest, d])),
             queues: QUEUE_LABELS.map(queue),
             capture_dropped_packets: f.capture_dropped_packets.with_label_values(&[guest]),
+            device_panics: f.device_panics.with_label_values(&[guest]),
             iotlb: f.iotlb.resolve(guest),
         }
     }

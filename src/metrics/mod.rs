@@ -38,6 +38,8 @@ pub struct Registry {
     sessions: session::Sessions,
     log_messages: LogMessages,
     config_info: IntGaugeVec,
+    confinement: IntGaugeVec,
+    refused_system_calls: IntCounter,
 }
 
 impl Registry {
@@ -57,12 +59,30 @@ impl Registry {
             &["sha256"],
         )?;
         registry.register(Box::new(config_info.clone()))?;
+        let confinement = IntGaugeVec::new(
+            Opts::new(
+                "vsock_confinement",
+                "1 for each means of confinement that is active in this process.",
+            ),
+            &["kind"],
+        )?;
+        registry.register(Box::new(confinement.clone()))?;
+        for kind in names::CONFINEMENT_KINDS {
+            confinement.with_label_values(&[kind]).set(0);
+        }
+        let refused_system_calls = IntCounter::new(
+            "vsock_refused_system_calls_total",
+            "System calls of this process that its seccomp filter refused.",
+        )?;
+        registry.register(Box::new(refused_system_calls.clone()))?;
         Ok(Registry {
             registry,
             guests,
             sessions,
             log_messages,
             config_info,
+            confinement,
+            refused_system_calls,
         })
     }
 
@@ -85,6 +105,16 @@ impl Registry {
         self.config_info
             .with_label_values(&[sha256.get(..12).unwrap_or(sha256)])
             .set(1);
+    }
+
+    /// Exports whether a means of confinement is active, one of [`names::CONFINEMENT_KINDS`].
+    pub fn set_confinement(&self, kind: &str, active: bool) {
+        self.confinement.with_label_values(&[kind]).set(active.into());
+    }
+
+    /// The counter of system calls that the seccomp filter refused.
+    pub fn refused_system_calls(&self) -> IntCounter {
+        self.refused_system_calls.clone()
     }
 
     /// The counters of warnings and errors in the log.

@@ -15,6 +15,9 @@ const fn bit(bit: u32, name: &'static str) -> FeatureBit {
     FeatureBit { bit, name }
 }
 
+/// Means of confinement.
+pub const CONFINEMENT_KINDS: [&str; 3] = ["no_new_privs", "seccomp", "landlock"];
+
 /// Virtio feature bits: those of the vsock device (virtio 1.3, 5.10.3), of the transport (6), the legacy ones a
 /// front-end may still pass on, and the two of vhost: 26 is `VHOST_F_LOG_ALL` (linux/vhost.h), 30 is
 /// `VHOST_USER_F_PROTOCOL_FEATURES` (vhost-user specification), which never reaches a driver.
@@ -105,7 +108,7 @@ pub const OTHER_REQUEST: &str = "other";
 pub const ACCESS_PLATFORM_MODES: [&str; 4] = ["none", "undecided", "identity", "translate"];
 
 /// Values of the label `code` of `vsock_finding`: `docs/findings.md` has a section for each.
-pub const FINDINGS: [&str; 13] = [
+pub const FINDINGS: [&str; 14] = [
     "access-platform-without-iotlb",
     "feature-not-offered",
     "iotlb-without-backend-channel",
@@ -114,6 +117,7 @@ pub const FINDINGS: [&str; 13] = [
     "iotlb-miss-unanswered",
     "translation-fault-storm",
     "memory-not-shared",
+    "memory-lost",
     "version-1-not-acknowledged",
     "seqpacket-dropped",
     "ring-before-memory",

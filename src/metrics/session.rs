@@ -70,6 +70,8 @@ pub const SESSION_ERROR_REASONS: &[&str] = &[
     "io",
     "timeout",
     "peer_closed",
+    "memory_lost",
+    "panic",
     "other",
 ];
 

@@ -123,6 +123,16 @@ impl Drop for SocketGuard {
 /// Listens on `path` with the permissions `mode` (for example 0o660; connecting needs the write bit). The
 /// listener is non-blocking and close-on-exec. Keep the guard as long as the listener.
 pub fn bind_unix(path: &Path, mode: u32) -> Result<(UnixListener, SocketGuard), BindError> {
+    let (socket, guard) = bind(path, mode, SocketType::STREAM)?;
+    Ok((UnixListener::from(socket), guard))
+}
+
+/// As [`bind_unix`], for connections of whole messages (SOCK_SEQPACKET), which std has no type for.
+pub fn bind_unix_packets(path: &Path, mode: u32) -> Result<(OwnedFd, SocketGuard), BindError> {
+    bind(path, mode, SocketType::SEQPACKET)
+}
+
+fn bind(path: &Path, mode: u32, socket_type: SocketType) -> Result<(OwnedFd, SocketGuard), BindError> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
         return Err(BindError::TooLong {
@@ -137,7 +147,7 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<(UnixListener, SocketGuard), 
     let _lock = DirectoryLock::take(path);
     make_room(path, &address)?;
 
-    let socket = stream_socket().map_err(failed("create"))?;
+    let socket = new_socket(socket_type).map_err(failed("create"))?;
     // Linux makes the file with the socket's own mode less the umask (net/unix/af_unix.c: unix_bind_bsd), so
     // that there is no moment at which more may connect than asked for. What the umask took away is given back
     // below.
@@ -156,7 +166,7 @@ pub fn bind_unix(path: &Path, mode: u32) -> Result<(UnixListener, SocketGuard), 
     };
     rustix::fs::chmod(path, mode).map_err(failed("set the mode of"))?;
     rustix::net::listen(&socket, BACKLOG).map_err(failed("listen on"))?;
-    Ok((UnixListener::from(socket), guard))
+    Ok((socket, guard))
 }
 
 /// Removes a stale socket at `path`; anything else that is there is an error.
@@ -175,7 +185,7 @@ fn make_room(path: &Path, address: &SocketAddrUnix) -> Result<(), BindError> {
             });
         }
     }
-    let probe = stream_socket().map_err(|errno| failure("create", path, errno))?;
+    let probe = new_socket(SocketType::STREAM).map_err(|errno| failure("create", path, errno))?;
     match rustix::net::connect(&probe, address) {
         Err(Errno::CONNREFUSED) => {}
         // Gone since we looked.
@@ -216,9 +226,9 @@ fn failure(action: &'static str, path: &Path, errno: Errno) -> BindError {
     }
 }
 
-fn stream_socket() -> rustix::io::Result<OwnedFd> {
+fn new_socket(socket_type: SocketType) -> rustix::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+    rustix::net::socket_with(AddressFamily::UNIX, socket_type, flags, None)
 }
 
 fn lstat(path: &Path) -> rustix::io::Result<Stat> {
@@ -330,13 +340,13 @@ mod tests {
     fn a_live_socket_with_a_full_queue_is_live() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let socket = stream_socket().unwrap();
+        let socket = new_socket(SocketType::STREAM).unwrap();
         let address = SocketAddrUnix::new(&path).unwrap();
         rustix::net::bind(&socket, &address).unwrap();
         rustix::net::listen(&socket, 0).unwrap();
         let mut waiting = Vec::new();
         loop {
-            let client = stream_socket().unwrap();
+            let client = new_socket(SocketType::STREAM).unwrap();
             match rustix::net::connect(&client, &address) {
                 Ok(()) => waiting.push(client),
                 Err(errno) => break assert_eq!(errno, Errno::AGAIN),

@@ -28,7 +28,7 @@ pub struct Received {
 /// [`io::ErrorKind::WouldBlock`]. An empty list is refused, since its 0 would look like the end.
 pub fn readv(fd: BorrowedFd<'_>, into: &IoVecs<'_>) -> io::Result<Received> {
     let mut message = header(into)?;
-    let bytes = retry(|| {
+    let bytes = super::retry_interrupted(|| {
         // SAFETY: `fd` is open, as it is borrowed. `message` is a valid msghdr: no name and no control
         // buffer, and an array of `msg_iovlen` iovecs that `into` owns. Each iovec names memory that is
         // mapped and writable for the life of `into` (built from VolatileSlice only), and no Rust reference
@@ -46,10 +46,16 @@ pub fn readv(fd: BorrowedFd<'_>, into: &IoVecs<'_>) -> io::Result<Received> {
 /// EAGAIN comes as [`io::ErrorKind::WouldBlock`].
 pub fn writev(fd: BorrowedFd<'_>, from: &IoVecs<'_>) -> io::Result<usize> {
     let message = header(from)?;
-    retry(|| {
+    super::retry_interrupted(|| {
         // SAFETY: as in `readv`; the kernel only reads the memory.
         unsafe { libc::sendmsg(fd.as_raw_fd(), &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) }
     })
+}
+
+/// Whether [`readv`] or [`writev`] failed because a page of the memory could not be had: shared memory that its owner has
+/// shortened, or that nothing backs. (Where part of it could be had, less than asked for was moved instead.)
+pub fn is_memory_fault(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
 }
 
 fn header(slices: &IoVecs<'_>) -> io::Result<libc::msghdr> {
@@ -67,18 +73,6 @@ fn header(slices: &IoVecs<'_>) -> io::Result<libc::msghdr> {
     message.msg_iov = iovecs.as_ptr().cast_mut();
     message.msg_iovlen = iovecs.len() as _;
     Ok(message)
-}
-
-fn retry(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
-    loop {
-        if let Ok(n) = usize::try_from(call()) {
-            return Ok(n);
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -9,11 +9,14 @@ use super::message::display_name;
 use super::negotiation::SessionError;
 use super::relay::RelayEnd;
 use super::wire::WireError;
+use crate::sys::unwind::{self, Panic};
 
 /// Why pumping stopped.
 pub(super) enum PumpEnd {
     Shutdown,
     Failure(End),
+    /// The session thread has panicked in it.
+    Panicked(Panic),
     Relay(RelayEnd),
 }
 
@@ -53,6 +56,13 @@ impl End {
         }
     }
 
+    /// The session thread has panicked.
+    pub(super) fn panicked(guest: &str, panic: &Panic) -> End {
+        let detail = format!("the session thread {panic}");
+        error!(guest, detail, "contained a panic");
+        End::error(SessionError::Panic, detail)
+    }
+
     /// Puts together why a session ended from what the threads involved have seen of it.
     pub(super) fn explain(
         guest: &str,
@@ -66,17 +76,18 @@ impl End {
             let detail = format!(
                 "the protocol handler panicked{}: {}",
                 at(gate),
-                panic_text(panic.as_ref())
+                unwind::text(panic.as_ref())
             );
             error!(guest, detail, "contained a panic");
             return End {
                 request: gate.culprit().map(|culprit| culprit.request),
-                ..End::error(SessionError::Protocol, detail)
+                ..End::error(SessionError::Panic, detail)
             };
         }
         match end {
             PumpEnd::Shutdown => End::fine("shutdown", "the sidecar ends"),
             PumpEnd::Failure(end) => end,
+            PumpEnd::Panicked(panic) => End::panicked(guest, &panic),
             PumpEnd::Relay(RelayEnd::VmmClosed) if ran => End::error(
                 SessionError::PeerClosed,
                 "the VMM closed the connection while rings were running".into(),
@@ -125,10 +136,4 @@ impl End {
 fn at(gate: &Gate) -> String {
     gate.culprit()
         .map_or_else(String::new, |culprit| format!(", serving {culprit}"))
-}
-
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no text")
 }

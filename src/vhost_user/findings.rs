@@ -26,6 +26,8 @@ pub enum FindingCode {
     TranslationFaultStorm,
     /// The memory of a ring cannot be read, or is all zero where the driver has been.
     MemoryNotShared,
+    /// Guest memory was there and was taken away.
+    MemoryLost,
     /// The driver is a legacy one, or the VMM does not pass VERSION_1 on.
     Version1NotAcknowledged,
     /// SEQPACKET was offered and is not acknowledged.
@@ -40,7 +42,7 @@ pub enum FindingCode {
 
 impl FindingCode {
     /// Every code.
-    pub const ALL: [FindingCode; 13] = [
+    pub const ALL: [FindingCode; 14] = [
         FindingCode::AccessPlatformWithoutIotlb,
         FindingCode::FeatureNotOffered,
         FindingCode::IotlbWithoutBackendChannel,
@@ -49,6 +51,7 @@ impl FindingCode {
         FindingCode::IotlbMissUnanswered,
         FindingCode::TranslationFaultStorm,
         FindingCode::MemoryNotShared,
+        FindingCode::MemoryLost,
         FindingCode::Version1NotAcknowledged,
         FindingCode::SeqpacketDropped,
         FindingCode::RingBeforeMemory,
@@ -67,6 +70,7 @@ impl FindingCode {
             FindingCode::IotlbMissUnanswered => "iotlb-miss-unanswered",
             FindingCode::TranslationFaultStorm => "translation-fault-storm",
             FindingCode::MemoryNotShared => "memory-not-shared",
+            FindingCode::MemoryLost => "memory-lost",
             FindingCode::Version1NotAcknowledged => "version-1-not-acknowledged",
             FindingCode::SeqpacketDropped => "seqpacket-dropped",
             FindingCode::RingBeforeMemory => "ring-before-memory",
@@ -87,6 +91,7 @@ impl FindingCode {
             | FindingCode::IotlbWithoutBackendChannel
             | FindingCode::IotlbMissUnanswered
             | FindingCode::MemoryNotShared
+            | FindingCode::MemoryLost
             | FindingCode::RingBeforeMemory => Severity::Error,
             FindingCode::IotlbMessageRefused
             | FindingCode::TranslationFaultStorm
@@ -133,6 +138,10 @@ impl FindingCode {
             FindingCode::MemoryNotShared => {
                 "The memory of a ring is missing or blank although the driver is running. As a rule the VMM has not \
                  shared the guest's memory with this process but handed out a private copy."
+            }
+            FindingCode::MemoryLost => {
+                "Memory that the VMM had shared could not be accessed any more, so its session was ended. The guest's \
+                 connections were cut off; nothing was delivered that was not there when it was sent."
             }
             FindingCode::Version1NotAcknowledged => {
                 "A legacy driver, or a VMM that does not pass VERSION_1 on. The device follows virtio 1.x: rings and \
@@ -201,6 +210,13 @@ impl FindingCode {
                  memory-backend=mem (memory-backend-file is private without share=on). Cloud Hypervisor: --memory shared=on. Kata with QEMU: \
                  file_mem_backend = \"/dev/shm\". libvirt and KubeVirt: memoryBacking with source memfd and access mode \
                  shared. crosvm and libkrun share memory by themselves."
+            }
+            FindingCode::MemoryLost => {
+                "If the file was truncated, look for who does that: nobody may make the file of a running guest's memory \
+                 shorter, a VMM that starts anew with the same file included. Otherwise give the memory more room: the \
+                 sizeLimit of the emptyDir behind /dev/shm, the mount option size=, or vm.nr_hugepages; in QEMU \
+                 prealloc=on shows at the start that it is too small. Then restart the VM, unless its VMM connects again \
+                 by itself."
             }
             FindingCode::Version1NotAcknowledged => {
                 "QEMU: add disable-legacy=on to -device vhost-user-vsock-pci. Other VMMs: update the guest's driver."

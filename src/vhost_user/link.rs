@@ -165,10 +165,27 @@ impl DeviceLink {
     }
 
     fn alarm_gone(&self, what: &str) {
-        self.alarm(
-            SessionError::Io,
-            format!("the device thread has ended, {what} was not done"),
+        match self.has_device() {
+            true => self.alarm_restarted(&format!("{what} was not done")),
+            false => self.alarm(
+                SessionError::Io,
+                format!("the device thread has ended, {what} was not done"),
+            ),
+        }
+    }
+
+    /// The device has panicked, begun anew, and knows nothing of this session.
+    pub(super) fn alarm_restarted(&self, but: &str) {
+        let detail = format!(
+            "the device thread has panicked, which its own line in the log tells, and begun anew: {but}"
         );
+        self.alarm(SessionError::Panic, detail);
+    }
+
+    /// Whether there is a device thread.
+    pub(super) fn has_device(&self) -> bool {
+        let (reply, _) = oneshot::channel();
+        self.device.send(Command::Ping(reply)).is_ok()
     }
 
     fn alarm_late(&self, what: &str) {

@@ -20,6 +20,7 @@ use crate::device::handle::Listener;
 use crate::device::{Command, DeviceEvent, DeviceHandle};
 use crate::guest::Memory;
 use crate::sys::peercred::peer_credentials;
+use crate::sys::unwind::{self, Panic};
 
 use super::backend::Backend;
 use super::channel::Channel;
@@ -42,6 +43,9 @@ const REFUSE_BUDGET: usize = 16;
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 /// Pause after accept() failed for lack of descriptors or memory, as the listener stays ready.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// First and longest pause after a session that ended by a panic: what a VMM or its guest can bring about again and again costs
+/// nobody else anything.
+const AFTER_PANIC: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// How long a VMM may take to read the last words of a session that has failed.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -125,10 +129,21 @@ struct Server {
 impl Server {
     fn run(self) {
         let mut pause = None;
-        while let Some(vmm) = self.next_vmm(pause) {
-            self.serve(vmm);
+        let mut after_panic = AFTER_PANIC.0;
+        loop {
+            let error = match unwind::contain(|| Some(self.serve(self.next_vmm(pause)?))) {
+                Ok(Some(error)) => error,
+                Ok(None) => break,
+                Err(panic) => self.after_panic(&panic),
+            };
             // A VMM that we connect to and that drops us at once shall not make us spin.
             pause = Some(RETRY.0);
+            if error == Some(SessionError::Panic) {
+                self.pause(after_panic);
+                after_panic = (after_panic * 2).min(AFTER_PANIC.1);
+            } else {
+                after_panic = AFTER_PANIC.0;
+            }
         }
         debug!(guest = %self.guest, "session thread ends");
     }
@@ -264,8 +279,8 @@ impl Server {
         false
     }
 
-    /// Serves one VMM from its first message to the end.
-    fn serve(&self, vmm: UnixStream) {
+    /// Serves one VMM from its first message to the end; tells the error by which it ended, if any.
+    fn serve(&self, vmm: UnixStream) -> Option<SessionError> {
         let peer = peer_of(&vmm);
         let began = Instant::now();
         let session = self.watch.session_started(peer.clone());
@@ -288,15 +303,38 @@ impl Server {
         };
         self.watch
             .session_ended(end.error.map(|error| (error, end.request)), told);
+        end.error
     }
 
-    fn run_session(&self, vmm: UnixStream) -> End {
-        let link = Arc::new(DeviceLink::new(
+    /// What a session ends with that could not end by itself: this thread has panicked outside of [`Server::pump`], and all that
+    /// it held is closed.
+    fn after_panic(&self, panic: &Panic) -> Option<SessionError> {
+        let end = End::panicked(&self.guest, panic);
+        // An error was told.
+        let _ = self
+            .link()
+            .call_after_failure("end the session", |done| Command::EndSession { done });
+        let told = SessionEnd {
+            session: self.watch.snapshot().session,
+            reason: end.reason,
+            detail: end.detail,
+        };
+        self.watch
+            .session_ended(end.error.map(|error| (error, end.request)), told);
+        end.error
+    }
+
+    fn link(&self) -> DeviceLink {
+        DeviceLink::new(
             self.guest.clone(),
             self.device.clone(),
             self.watch.clone(),
             self.wake.clone(),
-        ));
+        )
+    }
+
+    fn run_session(&self, vmm: UnixStream) -> End {
+        let link = Arc::new(self.link());
         let (mut daemon, private) = match self.start_daemon(&link) {
             Ok(started) => started,
             Err(error) => return End::error(SessionError::Io, error),
@@ -305,7 +343,7 @@ impl Server {
         let gate = Gate::new(self.config().mode, self.config().access_platform);
         let notes = link.clone();
         let mut relay = Relay::new(vmm, private, gate, move |note| notes.note(note));
-        let end = self.pump(&mut relay, &link, &events);
+        let end = unwind::contain(|| self.pump(&mut relay, &link, &events)).unwrap_or_else(PumpEnd::Panicked);
         // Whether it was a crash of the VMM has to be known before its rings are stopped.
         let ran = self.watch.any_ring_started();
         let (vmm, gate) = relay.close_backend();
@@ -324,13 +362,11 @@ impl Server {
     /// Has the device tell this session what it needs to know. A device that has ended is found out by what comes next.
     fn listen_to_device(&self) -> mpsc::Receiver<DeviceEvent> {
         let (sender, events) = mpsc::channel();
-        let wake = self.wake.clone();
-        let listener: Listener = Box::new(move |event| {
-            // A session that is over wants to know nothing more.
-            if sender.send(event).is_ok() {
-                wake.wake();
-            }
-        });
+        let line = Line {
+            sender: Some(sender),
+            wake: self.wake.clone(),
+        };
+        let listener: Listener = Box::new(move |event| line.tell(event));
         let (done, _) = tokio::sync::oneshot::channel();
         let _ = self.device.send(Command::SetListener {
             listener: Some(listener),
@@ -485,10 +521,23 @@ impl Server {
             channel.open(socket, relay.gate().acknowledges());
             self.watch.backend_channel(true);
         }
-        for event in events.try_iter() {
-            match event {
-                DeviceEvent::Miss(miss) => channel.ask(miss),
-                event => self.watch.device_event(&event),
+        loop {
+            match events.try_recv() {
+                Ok(DeviceEvent::Miss(miss)) => channel.ask(miss),
+                Ok(event) => {
+                    self.watch.device_event(&event);
+                    if let DeviceEvent::MemoryLost(loss) = event {
+                        link.alarm(SessionError::MemoryLost, loss.to_string());
+                    }
+                }
+                Err(mpsc::TryRecvError::Empty) => break,
+                Err(mpsc::TryRecvError::Disconnected) => {
+                    // A device that has ended does so because the sidecar does.
+                    if link.has_device() {
+                        link.alarm_restarted("it knows nothing of this session");
+                    }
+                    break;
+                }
             }
         }
         let ended = channel.turn(
@@ -528,6 +577,34 @@ impl Server {
                 warn!(guest = %self.guest, "a second connection refused: one VMM is served at a time");
             }
         }
+    }
+}
+
+/// The device's end of what it tells a session. Its end wakes the session: a device that has begun anew has forgotten it.
+struct Line {
+    /// `None` only while this is dropped.
+    sender: Option<mpsc::Sender<DeviceEvent>>,
+    wake: Arc<WakeFd>,
+}
+
+impl Line {
+    fn tell(&self, event: DeviceEvent) {
+        // A session that is over wants to know nothing more.
+        if self
+            .sender
+            .as_ref()
+            .is_some_and(|sender| sender.send(event).is_ok())
+        {
+            self.wake.wake();
+        }
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        // First, so that whoever is woken finds it gone.
+        drop(self.sender.take());
+        self.wake.wake();
     }
 }
 

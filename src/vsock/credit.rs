@@ -128,13 +128,17 @@ impl RecvCredit {
         (self.buf_alloc, self.fwd_cnt)
     }
 
+    /// Bytes that the host socket took and the guest has not been told of.
+    pub fn news(&self) -> u32 {
+        self.fwd_cnt.wrapping_sub(self.last_fwd_cnt)
+    }
+
     /// Whether the guest should be told of new room although nothing else is to be said.
     ///
     /// Half the window is news enough. Before that, only a guest that is short of room needs to hear: at once when
-    /// everything was taken that can be (nothing else would ever trigger an update), else in steps that are worth a packet.
-    /// The host end cannot take `unfinished` bytes, those of a message without its end, and the guest needs room to send that.
-    pub fn update_owed(&self, unfinished: u32) -> bool {
-        let news = self.fwd_cnt.wrapping_sub(self.last_fwd_cnt);
+    /// everything was taken (nothing else would ever trigger an update), else in steps that are worth a packet.
+    pub fn update_owed(&self) -> bool {
+        let news = self.news();
         if news == 0 {
             return false;
         }
@@ -142,7 +146,7 @@ impl RecvCredit {
             .buf_alloc
             .saturating_sub(self.rx_cnt.wrapping_sub(self.last_fwd_cnt));
         let short = room_in_its_eyes < super::header::MAX_PACKET_PAYLOAD.min(self.buf_alloc / 2);
-        news >= self.buf_alloc / 2 || (short && (self.held() <= unfinished || news >= self.buf_alloc / 4))
+        news >= self.buf_alloc / 2 || (short && (self.held() == 0 || news >= self.buf_alloc / 4))
     }
 }
 
@@ -211,23 +215,23 @@ mod tests {
         let mut recv = RecvCredit::new(256 * 1024);
         recv.receive(64 * 1024).unwrap();
         recv.forwarded(64 * 1024);
-        assert!(!recv.update_owed(0), "the guest still sees 192 KiB");
+        assert!(!recv.update_owed(), "the guest still sees 192 KiB");
         recv.receive(64 * 1024).unwrap();
         recv.forwarded(64 * 1024);
-        assert!(recv.update_owed(0));
+        assert!(recv.update_owed());
         recv.announce();
-        assert!(!recv.update_owed(0));
+        assert!(!recv.update_owed());
         // A guest that filled the whole window hears of small progress only when it was drained.
         recv.receive(256 * 1024).unwrap();
         recv.forwarded(1000);
-        assert!(!recv.update_owed(0));
+        assert!(!recv.update_owed());
         recv.forwarded(64 * 1024);
-        assert!(recv.update_owed(0));
+        assert!(recv.update_owed());
         let mut small = RecvCredit::new(4096);
         small.receive(4096).unwrap();
         small.forwarded(1);
-        assert!(!small.update_owed(0));
+        assert!(!small.update_owed());
         small.forwarded(4095);
-        assert!(small.update_owed(0));
+        assert!(small.update_owed());
     }
 }

@@ -35,8 +35,6 @@ const BAD: &[Bad] = bad![
         => "1:30" "guests[0].vhost_user" "unknown key" "did you mean `vhostUser`?" "vhost_user";
     "a key like no other": "GUEST  turbo: true\n"
         => "5:3" "guests[0].turbo" "unknown key `turbo`" "keys here are `name`, `cid`, `vhostUser`" "turbo";
-    "a key of a later version": "GUEST  inbound: [{listen: unix:///tmp/a.sock, port: 22, socketType: seqpacket}]\n"
-        => "5:52" "guests[0].inbound[0].socketType" "unknown key `socketType`" "keys here are `name`, `listen`" "socketType";
     "a key twice": "GUEST  cid: 4\n"
         => "5:3" "guests[0].cid" "`cid` is given a second time, after line 3" "keep one" "cid";
     "a key that is no text": "7: x\nguests: []"
@@ -91,6 +89,13 @@ const BAD: &[Bad] = bad![
     "a CID twice": "GUEST- name: b\n  cid: 3\n  vhostUser: {socket: DIR/b.sock}\n"
         => "6:8" "guests[1].cid" "the CID 3 belongs to the guest on line 3" "a CID of its own" "3";
 
+    "connections to loopback": "GUEST  outbound: [{port: 1, cid: 1, to: tcp://a:1}]"
+        => "5:29" "guests[0].outbound[0].cid" "VMADDR_CID_LOCAL" "2 for the host" "1";
+    "connections to any CID": "GUEST  outbound: [{port: 1, cid: 4294967295, to: tcp://a:1}]"
+        => "5:29" "guests[0].outbound[0].cid" "VMADDR_CID_ANY" "2 for the host" "4294967295";
+    "connections to the guest's own CID": "GUEST  outbound: [{port: 1, cid: 3, to: tcp://a:1}]"
+        => "5:29" "guests[0].outbound[0].cid" "3 is the guest's own CID" "the CID of another guest" "3";
+
     // Ports.
     "vsock port 0": "GUEST  outbound: [{port: 0, to: tcp://a:1}]"
         => "5:21" "guests[0].outbound[0].port" "0 is no vsock port" "vsock port from 1 to 4294967294" "0";
@@ -131,6 +136,9 @@ const BAD: &[Bad] = bad![
     "hidden by two together": "GUEST  outbound:\n  - {ports: 50-99, to: tcp://a:1}\n  - {ports: 1-49, to: tcp://a:1}\n  - {ports: 20-60, to: tcp://b:1}\n"
         => "8:5" "guests[0].outbound[2]" "the rule for ports 1-49 on line 7, the rule for ports 50-99 on line 6" "move this rule up" "{";
 
+    "a port of a guest twice": "GUEST  outbound:\n  - {ports: 1-9, to: guest://db}\n  - {cid: 4, port: 2, to: guest://db}\n- {name: db, cid: 4, vhostUser: {socket: DIR/b.sock}}"
+        => "7:5" "guests[0].outbound[1]" "never used: port 2 of CID 4 belongs to the rule for ports 1-9 of CID 4 on line 6" "move this rule up" "{";
+
     // Listeners.
     "one address twice": "admin: {listen: [tcp://127.0.0.1:9464]}\nGUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:9464}]"
         => "6:31" "guests[0].inbound[0].listen" "listened on already, on line 1" "an address of its own" "tcp://127.0.0.1:9464";
@@ -138,8 +146,22 @@ const BAD: &[Bad] = bad![
         => "6:31" "guests[0].inbound[0].listen" "and tcp://0.0.0.0:9464 on line 1 take the same port" "of its own" "tcp://127.0.0.1:9464";
     "a wildcard after": "GUEST  inbound:\n  - {port: 1, listen: tcp://127.0.0.1:1}\n  - {port: 2, listen: tcp://0.0.0.0:1}\n"
         => "7:23" "guests[0].inbound[1].listen" "and tcp://127.0.0.1:1 on line 6 take the same port" "of its own" "tcp://0.0.0.0:1";
-    "the wildcard of both families": "GUEST  inbound:\n  - {port: 1, listen: 'tcp://[::]:1'}\n  - {port: 2, listen: tcp://127.0.0.1:1}\n"
-        => "7:23" "guests[0].inbound[1].listen" "and tcp://[::]:1 on line 6 take the same port" "of its own" "tcp://127.0.0.1:1";
+    "the admin server's wildcard of both families": "admin: {listen: ['tcp://[::]:1']}\nGUEST  inbound: [{port: 2, listen: tcp://127.0.0.1:1}]"
+        => "6:31" "guests[0].inbound[0].listen" "and tcp://[::]:1 on line 1 take the same port" "of its own" "tcp://127.0.0.1:1";
+    "a wildcard before, in IPv6": "GUEST  inbound:\n  - {port: 1, listen: 'tcp://[::]:1'}\n  - {port: 2, listen: 'tcp://[::1]:1'}\n"
+        => "7:23" "guests[0].inbound[1].listen" "and tcp://[::]:1 on line 6 take the same port" "of its own" "'tcp://[::1]:1'";
+    "an IPv4 address as IPv6": "GUEST  inbound: [{port: 1, listen: 'tcp://[::ffff:127.0.0.1]:1'}]"
+        => "5:31" "guests[0].inbound[0].listen" "`::ffff:127.0.0.1` is an IPv4 address" "write tcp://127.0.0.1:1" "'tcp://[::ffff:127.0.0.1]:1'";
+    "one AF_VSOCK port twice": "GUEST  inbound:\n  - {port: 1, listen: vsock://22}\n  - {port: 2, listen: vsock://22}\n"
+        => "7:23" "guests[0].inbound[1].listen" "vsock://22 is listened on already, on line 6" "a port of its own" "vsock://22";
+    "an AF_VSOCK listener with a CID": "GUEST  inbound: [{port: 1, listen: vsock://2:22}]"
+        => "5:31" "guests[0].inbound[0].listen" "on every CID of this host" "write vsock://22" "vsock://2:22";
+    "an AF_VSOCK listener without a port": "GUEST  inbound: [{port: 1, listen: 'vsock://'}]"
+        => "5:31" "guests[0].inbound[0].listen" "`` is no vsock port" "from 1 to 4294967294" "'vsock://'";
+    "listening on a guest": "GUEST  inbound: [{port: 1, listen: guest://db}]"
+        => "5:31" "guests[0].inbound[0].listen" "a guest is no address of ours" "`to: guest://db`" "guest://db";
+    "the admin server on AF_VSOCK": "admin: {listen: [vsock://9464]}\nGUEST"
+        => "1:18" "admin.listen[0]" "TCP and unix sockets only" "such as tcp://127.0.0.1:9464" "vsock://9464";
     "one address in two guests": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1}]\n- name: b\n  cid: 4\n  vhostUser: {socket: DIR/b.sock}\n  inbound: [{port: 1, listen: tcp://127.0.0.1:1}]"
         => "9:31" "guests[1].inbound[0].listen" "listened on already, on line 5" "of its own" "tcp://127.0.0.1:1";
     "listening on a name": "GUEST  inbound: [{port: 1, listen: tcp://web.example:1}]"
@@ -162,8 +184,44 @@ const BAD: &[Bad] = bad![
         => "5:30" "guests[0].inbound[0].allow" "clients of a unix socket have no IP addresses" "permissions of the socket" "[";
     "ranges of the other family": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, allow: ['fd00::/8']}]"
         => "5:57" "guests[0].inbound[0].allow" "only IPv6 addresses are allowed, and tcp://127.0.0.1:1 takes IPv4 clients" "add ranges of IPv4 addresses" "[";
+    "ranges of IPv4 on the wildcard of IPv6": "GUEST  inbound: [{port: 1, listen: 'tcp://[::]:1', allow: [10.0.0.0/8]}]"
+        => "5:54" "guests[0].inbound[0].allow" "only IPv4 addresses are allowed, and tcp://[::]:1 takes IPv6 clients" "ranges of IPv6" "[";
+    "ranges for an AF_VSOCK listener": "GUEST  inbound: [{port: 1, listen: vsock://22, allow: [10.0.0.0/8]}]"
+        => "5:50" "guests[0].inbound[0].allow" "clients of AF_VSOCK have no IP addresses" "listen on TCP" "[";
     "a wait of some length": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, waitForGuest: 5s}]"
         => "5:64" "guests[0].inbound[0].waitForGuest" "`5s` is of the wrong type (text)" "`true` or `false`" "5s";
+
+    // Messages.
+    "messages on TCP": "GUEST  inbound: [{port: 1, listen: tcp://127.0.0.1:1, socketType: seqpacket}]"
+        => "5:62" "guests[0].inbound[0].socketType" "TCP is a stream of bytes" "`framing: length-prefixed`" "seqpacket";
+    "messages on AF_VSOCK": "GUEST  inbound: [{port: 1, listen: vsock://1, socketType: seqpacket}]"
+        => "5:54" "guests[0].inbound[0].socketType" "for streams only" "listen on a unix socket" "seqpacket";
+    "a socket type of datagrams": "GUEST  inbound: [{port: 1, socketType: dgram, listen: 'unix://DIR/a.sock'}]"
+        => "5:35" "guests[0].inbound[0].socketType" "`dgram` is not known" "`stream` or `seqpacket`" "dgram";
+    "a CONNECT line as a message": "GUEST  inbound: [{protocol: connect, socketType: seqpacket, listen: 'unix://DIR/a.sock'}]"
+        => "5:45" "guests[0].inbound[0].socketType" "is a line of text" "give the rule a `port`" "seqpacket";
+    "a CONNECT line in frames": "GUEST  inbound: [{protocol: connect, framing: length-prefixed, listen: 'unix://DIR/a.sock'}]"
+        => "5:42" "guests[0].inbound[0].framing" "begins with a line of text" "give the rule a `port`" "length-prefixed";
+    "frames for messages that have boundaries": "GUEST  inbound: [{port: 1, socketType: seqpacket, framing: length-prefixed, listen: 'unix://DIR/a.sock'}]"
+        => "5:55" "guests[0].inbound[0].framing" "without frames" "keep one of" "length-prefixed";
+    "frames on an AF_VSOCK listener": "GUEST  inbound: [{port: 1, listen: vsock://1, framing: length-prefixed}]"
+        => "5:51" "guests[0].inbound[0].framing" "for plain streams only" "listen on TCP" "length-prefixed";
+    "frames to a unix socket": "GUEST  outbound: [{port: 1, to: unix:///a, framing: length-prefixed}]"
+        => "5:48" "guests[0].outbound[0].framing" "the guest's own type of socket" "tcp:// targets" "length-prefixed";
+    "frames to AF_VSOCK": "GUEST  outbound: [{port: 1, to: vsock://2:1, framing: length-prefixed}]"
+        => "5:50" "guests[0].outbound[0].framing" "for plain streams only" "tcp:// targets" "length-prefixed";
+    "frames of some kind": "GUEST  outbound: [{port: 1, to: tcp://a:1, framing: lengthPrefixed}]"
+        => "5:48" "guests[0].outbound[0].framing" "`lengthPrefixed` is not known" "did you mean `length-prefixed`?" "lengthPrefixed";
+    "a longest message without frames": "GUEST  outbound: [{port: 1, to: tcp://a:1, maxMessage: 64KiB}]"
+        => "5:51" "guests[0].outbound[0].maxMessage" "this rule has none" "add `framing: length-prefixed`" "64KiB";
+    "a longest message of nothing": "GUEST  outbound: [{port: 1, to: tcp://a:1, framing: length-prefixed, maxMessage: 0}]"
+        => "5:77" "guests[0].outbound[0].maxMessage" "0 bytes is no bound" "from 1 to 256KiB" "0";
+    "a message that fits into no buffer": "GUEST  outbound: [{port: 1, to: tcp://a:1, framing: length-prefixed, maxMessage: 257KiB}]"
+        => "5:77" "guests[0].outbound[0].maxMessage" "257KiB does not fit into the buffer" "`limits.buffer`, or raise that" "257KiB";
+    "a message larger than a small buffer": "GUEST  limits: {buffer: 4KiB}\n  inbound: [{port: 1, listen: tcp://127.0.0.1:1, framing: length-prefixed, maxMessage: 8KiB}]"
+        => "6:88" "guests[0].inbound[0].maxMessage" "8KiB does not fit" "from 1 to 4KiB" "8KiB";
+    "no connections of a rule": "GUEST  outbound: [{port: 1, to: tcp://a:1, connections: 0}]"
+        => "5:52" "guests[0].outbound[0].connections" "0 is no usable limit" "from 1 to 1000000" "0";
 
     // Sockets.
     "two guests with one socket": "GUEST- name: b\n  cid: 4\n  vhostUser: {socket: DIR/./web.sock}\n"
@@ -196,8 +254,34 @@ const BAD: &[Bad] = bad![
         => "5:28" "guests[0].outbound[0].to" "unknown placeholder `{prt}`" "{port} and {cid}" "'unix:///run/{prt}.sock'";
     "an open brace": "GUEST  outbound: [{port: 1, to: 'unix:///run/{port'}]"
         => "5:28" "guests[0].outbound[0].to" "unknown placeholder `{port`" "{port} and {cid}" "'unix:///run/{port'";
-    "an unknown scheme": "GUEST  outbound: [{port: 1, to: 'guest://db'}]"
-        => "5:28" "guests[0].outbound[0].to" "unknown scheme `guest`" "tcp://postgres" "'guest://db'";
+    "an unknown scheme": "GUEST  outbound: [{port: 1, to: 'http://db'}]"
+        => "5:28" "guests[0].outbound[0].to" "unknown scheme `http`" "tcp://postgres" "'http://db'";
+    "a guest that is not there": "GUEST  outbound: [{port: 1, to: guest://db}]"
+        => "5:28" "guests[0].outbound[0].to" "there is no guest `db` in this file" "no other guest" "guest://db";
+    "a guest that was misspelled": "GUEST  outbound: [{port: 1, to: guest://batabase}]\n- name: database\n  cid: 4\n  vhostUser: {socket: DIR/b.sock}\n"
+        => "5:28" "guests[0].outbound[0].to" "there is no guest `batabase` in this file" "did you mean `guest://database`?" "guest://batabase";
+    "a guest like no other": "GUEST  outbound: [{port: 1, to: guest://x}]\n- name: db\n  cid: 4\n  vhostUser: {socket: DIR/b.sock}\n- name: mail\n  cid: 5\n  vhostUser: {socket: DIR/c.sock}\n"
+        => "5:28" "guests[0].outbound[0].to" "there is no guest `x`" "the other guests of this file are `db`, `mail`" "guest://x";
+    "a guest to itself": "GUEST  outbound: [{port: 1, to: guest://web}]"
+        => "5:28" "guests[0].outbound[0].to" "`web` is the guest to which this rule belongs" "VMADDR_CID_LOCAL" "guest://web";
+    "a guest without a name": "GUEST  outbound: [{port: 1, to: 'guest://'}]"
+        => "5:28" "guests[0].outbound[0].to" "the name of the guest is missing" "such as guest://db" "'guest://'";
+    "a guest's port 0": "GUEST  outbound: [{port: 1, to: 'guest://db:0'}]\n- {name: db, cid: 4, vhostUser: {socket: DIR/b.sock}}"
+        => "5:28" "guests[0].outbound[0].to" "0 is no vsock port" "from 1 to 4294967294" "'guest://db:0'";
+    "a PROXY header for a guest": "GUEST  outbound: [{port: 1, to: guest://db, proxyProtocol: v2}]\n- {name: db, cid: 4, vhostUser: {socket: DIR/b.sock}}"
+        => "5:55" "guests[0].outbound[0].proxyProtocol" "it sees the CID and the port" "remove `proxyProtocol`" "v2";
+    "frames to a guest": "GUEST  outbound: [{port: 1, to: guest://db, framing: length-prefixed}]\n- {name: db, cid: 4, vhostUser: {socket: DIR/b.sock}}"
+        => "5:49" "guests[0].outbound[0].framing" "with their boundaries, without frames" "tcp:// targets" "length-prefixed";
+    "AF_VSOCK without a port": "GUEST  outbound: [{port: 1, to: 'vsock://2'}]"
+        => "5:28" "guests[0].outbound[0].to" "lacks a port" "such as vsock://2:22" "'vsock://2'";
+    "AF_VSOCK by name": "GUEST  outbound: [{port: 1, to: 'vsock://host:22'}]"
+        => "5:28" "guests[0].outbound[0].to" "`host` is no CID" "2 is the host" "'vsock://host:22'";
+    "AF_VSOCK to any CID": "GUEST  outbound: [{port: 1, to: 'vsock://4294967295:22'}]"
+        => "5:28" "guests[0].outbound[0].to" "VMADDR_CID_ANY" "from 0 to 4294967294" "'vsock://4294967295:22'";
+    "a range past the last port of AF_VSOCK": "GUEST  outbound: [{ports: 1-10, to: 'vsock://2:4294967290'}]"
+        => "5:32" "guests[0].outbound[0].to" "would reach up to vsock port 4294967299" "end the range at 5" "'vsock://2:4294967290'";
+    "a range past the last port of a guest": "GUEST  outbound: [{ports: 1-10, to: 'guest://db:4294967286'}]\n- {name: db, cid: 4, vhostUser: {socket: DIR/b.sock}}"
+        => "5:32" "guests[0].outbound[0].to" "would reach up to vsock port 4294967295" "end the range at 9" "'guest://db:4294967286'";
     "no scheme": "GUEST  outbound: [{port: 1, to: 'db:5432'}]"
         => "5:28" "guests[0].outbound[0].to" "`db:5432` has no scheme" "did you mean `tcp://db:5432`?" "'db:5432'";
     "a bare path": "GUEST  outbound: [{port: 1, to: /run/log.sock}]"
@@ -212,6 +296,12 @@ const BAD: &[Bad] = bad![
         => "5:28" "guests[0].outbound[0].to" "`10.0.0.256` is no IPv4 address" "from 0 to 255" "'tcp://10.0.0.256:80'";
     "a host with a space": "GUEST  outbound: [{port: 1, to: 'tcp://my db:80'}]"
         => "5:28" "guests[0].outbound[0].to" "`my db` is no host" "a host name" "'tcp://my db:80'";
+
+    // Confinement.
+    "a filter that the kernel does not take": "confinement: {noNewPrivileges: false, landlock: off}\nGUEST"
+        => "1:32" "confinement.noNewPrivileges" "seccomp cannot be had" "add `seccomp: off` and `landlock: off`" "false";
+    "a mode that does not exist": "confinement: {seccomp: kill}\nGUEST"
+        => "1:24" "confinement.seccomp" "`kill`" "enforce" "kill";
 
     // Durations, sizes, levels.
     "no unit": "drain: {timeout: 25}\nGUEST"

@@ -79,10 +79,19 @@ guests:
       - {name: apps, ports: 8000-8099, to: tcp://127.0.0.1:8000}
       - {name: logs, port: 514, to: unix:///run/log.sock, proxyProtocol: v2}
       - {name: fc,   ports: 50000-59999, to: "unix:///run/vm/web.sock_{port}"}
+      - {name: peer, cid: 5, ports: 1-65535, to: guest://db}
+      - {name: host, port: 1024, to: vsock://2:1024}
+      - {name: queue, port: 5672, to: tcp://127.0.0.1:5672, framing: length-prefixed, maxMessage: 64KiB, connections: 100}
     inbound:
       - {name: ssh,  listen: tcp://0.0.0.0:2222, port: 22, allow: [10.0.0.0/8], waitForGuest: true}
       - {name: mux,  listen: unix://DIR/web.mux, protocol: connect}
+      - {name: jobs, listen: unix://DIR/jobs.sock, port: 90, socketType: seqpacket}
+      - {name: vm,   listen: vsock://2222, port: 22}
     limits: {connections: 4096, buffer: 256KiB, connectTimeout: 1500ms, guestTimeout: 5s, idleTimeout: 0s}
+  - name: db
+    cid: 5
+    vhostUser: {socket: DIR/db.sock}
+    inbound: [{listen: tcp://127.0.0.1:15432, port: 5432, connections: 50}]
 "#;
 
 /// Mistakes in different guests, rules and layers come together, in the order of the file.
@@ -296,6 +305,70 @@ fn odd_but_usable_files_warn() {
     assert_eq!(text.matches("warning: ").count(), 2, "{text}");
 }
 
+/// The rules of two CIDs do not hide each other; what else is odd about a rule with a CID is told.
+#[test]
+fn rules_are_told_apart_by_their_cid() {
+    let case = Case::with_dir(&format!(
+        "{GUEST}  outbound:\n  - {{ports: 1-99, to: tcp://a:1}}\n  - {{ports: 1-99, to: guest://db}}\n  \
+         - {{cid: 5, ports: 1-99, to: guest://db}}\n  - {{cid: 4, ports: 50-200, to: tcp://a:1}}\n  \
+         limits: {{connections: 10}}\n\
+         - {{name: db, cid: 4, vhostUser: {{socket: DIR/b.sock}}, outbound: [{{port: 1, to: 'guest://web:7', connections: 4097}}]}}\n"
+    ));
+    let output = case.check();
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    for warning in [
+        "9:5: guests[0].outbound[3]: a part of ports 50-200 of CID 4 belongs to the rule for ports 1-99 of CID 4 on line 7",
+        "9:11: guests[0].outbound[3].cid: CID 4 is that of the guest `db`, and this rule leads elsewhere",
+        "11:122: guests[1].outbound[0].connections: 4097 connections of this rule are more than the guest may have (4096)",
+    ] {
+        assert!(
+            text.contains(&format!("warning: config.yaml:{warning}")),
+            "{warning}\n{text}"
+        );
+    }
+    assert_eq!(text.matches("warning: ").count(), 3, "{text}");
+    let (config, _) = config::parse(&stdout(&output), "effective").expect("a right configuration");
+    let cids: Vec<u32> = config
+        .guests
+        .iter()
+        .flat_map(|guest| &guest.outbound)
+        .map(|rule| rule.cid)
+        .collect();
+    assert_eq!(cids, [2, 4, 5, 4, 3]);
+}
+
+/// A frame is bounded by the buffer of its guest, unless the file says less.
+#[test]
+fn the_longest_message_is_that_of_the_buffer() {
+    for (limits, message, expected) in [
+        ("", "", 256 * 1024),
+        (", limits: {buffer: 16MiB}", "", 16 << 20),
+        (", limits: {buffer: 4KiB}", "", 4096),
+        (", limits: {buffer: 16MiB}", ", maxMessage: 1", 1),
+    ] {
+        let text = format!(
+            "guests: [{{name: web, cid: 3, vhostUser: {{socket: /tmp/web.sock}}{limits},\n\
+             outbound: [{{port: 1, to: tcp://a:1, framing: length-prefixed{message}}}],\n\
+             inbound: [{{port: 1, listen: unix:///tmp/a, framing: length-prefixed{message}}}]}}]"
+        );
+        let (config, _) = config::parse(&text, "frames").unwrap_or_else(|error| panic!("{error}"));
+        let guest = &config.guests[0];
+        let framing = Some(config::Framing {
+            max_message: expected,
+        });
+        assert_eq!(
+            (guest.outbound[0].framing, guest.inbound[0].framing),
+            (framing, framing),
+            "{text}"
+        );
+        assert_eq!(
+            guest.inbound[0].guest_socket_type(),
+            config::SocketType::Seqpacket
+        );
+    }
+}
+
 /// The same socket behind a symbolic link would be bound twice.
 #[test]
 fn a_symbolic_link_hides_no_conflict() {
@@ -322,9 +395,9 @@ fn check_prints_the_effective_configuration() {
     let output = case.check();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let expected = format!(
-        "admin:\n  listen: []\nlog:\n  format: json\n  level: info\ndrain:\n  timeout: 25s\nguests:\n- name: web\n  \
-         cid: 3\n  vhostUser:\n    socket: {}/web.sock\n    mode: server\n    accessPlatform: auto\n  outbound:\n  - name: port-5432\n    \
-         port: 5432\n    to: tcp://db:5432\n  inbound: []\n  limits:\n    connections: 4096\n    buffer: 256KiB\n    \
+        "admin:\n  listen: []\nlog:\n  format: json\n  level: info\ndrain:\n  timeout: 25s\nconfinement:\n  \
+         noNewPrivileges: true\n  seccomp: enforce\n  landlock: enforce\nguests:\n- name: web\n  cid: 3\n  vhostUser:\n    socket: {}/web.sock\n    mode: server\n    accessPlatform: auto\n  outbound:\n  - name: port-5432\n    \
+         cid: 2\n    port: 5432\n    to: tcp://db:5432\n  inbound: []\n  limits:\n    connections: 4096\n    buffer: 256KiB\n    \
          connectTimeout: 1500ms\n    guestTimeout: 5s\n    idleTimeout: 0s\n",
         case.path().display()
     );

@@ -48,6 +48,15 @@ fn strange_values() -> impl Strategy<Value = Value> {
         json!("unix:///{port}"),
         json!("unix:///}"),
         json!("unix:///a/."),
+        json!("vsock://1"),
+        json!("vsock://2:1"),
+        json!("vsock://02:1"),
+        json!("vsock://4294967295:1"),
+        json!("guest://guest-0"),
+        json!("guest://guest-1:5"),
+        json!("guest://-"),
+        json!("seqpacket"),
+        json!("length-prefixed"),
         json!("connect"),
         json!("v2"),
         json!("10.0.0.0/8"),
@@ -82,6 +91,14 @@ fn replace(tree: &mut Value, index: &mut usize, value: &Value) -> bool {
     }
 }
 
+/// A kind of listener, before it has an address.
+#[derive(Clone, Debug)]
+enum Listen {
+    Unix(config::SocketType),
+    Tcp(Vec<config::Cidr>),
+    Vsock,
+}
+
 /// A legal configuration.
 fn configurations() -> impl Strategy<Value = config::Config> {
     use config::*;
@@ -100,17 +117,52 @@ fn configurations() -> impl Strategy<Value = config::Config> {
         path.prop_map(|path| Target::Unix {
             path: path + "{port}.{cid}"
         }),
+        (0..=0xffff_fffeu32, 1..=0xffff_0000u32).prop_map(|(cid, port)| Target::Vsock { cid, port }),
+        // The first guest's name stands for that of any other.
+        prop::option::of(1..=0xffff_0000u32).prop_map(|port| Target::Guest {
+            name: String::new(),
+            port
+        }),
     ];
     let proxied = prop_oneof![Just(None), Just(Some(ProxyProtocol::V2))];
-    let outbound = prop::collection::vec((name, 0..400u32, target, proxied), 0..4);
+    let cid = prop_oneof![
+        Just(None),
+        Just(Some(2)),
+        Just(Some(2_000_003)),
+        (4..1000u32).prop_map(Some)
+    ];
+    let connections = prop::option::of(1..=1_000_000usize);
+    let framed = prop::option::of(1..=4096u32);
+    let outbound = prop::collection::vec(
+        (
+            name,
+            0..400u32,
+            (cid, target),
+            proxied,
+            framed.clone(),
+            connections.clone(),
+        ),
+        0..4,
+    );
     let range = (any::<std::net::Ipv4Addr>(), 0..=32u8).prop_map(|(ip, prefix)| {
         let network = u64::from(ip.to_bits()) >> (32 - prefix) << (32 - prefix);
         let network = std::net::Ipv4Addr::from_bits(network as u32);
         Cidr::new(network.into(), prefix).expect("no bits behind the prefix")
     });
-    let listen = prop_oneof![Just(None), prop::collection::vec(range, 0..4).prop_map(Some)];
+    let listen = prop_oneof![
+        prop_oneof![Just(SocketType::Stream), Just(SocketType::Seqpacket)].prop_map(Listen::Unix),
+        prop::collection::vec(range, 0..4).prop_map(Listen::Tcp),
+        Just(Listen::Vsock),
+    ];
     let inbound = prop::collection::vec(
-        (name, prop::option::of(1..=0xffff_fffeu32), listen, any::<bool>()),
+        (
+            name,
+            prop::option::of(1..=0xffff_fffeu32),
+            listen,
+            any::<bool>(),
+            framed,
+            connections,
+        ),
         0..4,
     );
     let limits = (
@@ -122,8 +174,35 @@ fn configurations() -> impl Strategy<Value = config::Config> {
     );
     let guest = (outbound, inbound, limits, any::<bool>());
     let guests = prop::collection::vec(guest, 1..4);
-    (guests, millis(0..=3_600_000), any::<bool>(), 0..3usize).prop_map(
-        |(guests, drain_timeout, text, admin)| {
+    let confinement = prop_oneof![
+        (
+            prop::sample::select(vec![SeccompMode::Enforce, SeccompMode::Log, SeccompMode::Off]),
+            prop::sample::select(vec![
+                LandlockMode::Enforce,
+                LandlockMode::Files,
+                LandlockMode::Off
+            ]),
+        )
+            .prop_map(|(seccomp, landlock)| Confinement {
+                no_new_privileges: true,
+                seccomp,
+                landlock
+            }),
+        Just(Confinement {
+            no_new_privileges: false,
+            seccomp: SeccompMode::Off,
+            landlock: LandlockMode::Off,
+        }),
+    ];
+    (
+        guests,
+        millis(0..=3_600_000),
+        any::<bool>(),
+        0..3usize,
+        confinement,
+    )
+        .prop_map(|(guests, drain_timeout, text, admin, confinement)| {
+            let count = guests.len();
             let unix = |name: String| ListenAddress::Unix(format!("/run/{name}").into());
             let guests = guests
                 .into_iter()
@@ -146,37 +225,75 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                         outbound: outbound
                             .into_iter()
                             .zip(0..)
-                            .map(|((name, more, target, proxy_protocol), rule)| {
-                                let ports = next + 1..=next + 1 + more;
-                                next = *ports.end();
-                                OutboundRule {
-                                    name: format!("{name}-{rule}"),
-                                    cid: 2,
-                                    ports,
-                                    target,
-                                    proxy_protocol,
-                                    framing: None,
-                                    connections: None,
-                                }
-                            })
+                            .map(
+                                |((name, more, (cid, target), proxied, framed, connections), rule)| {
+                                    let ports = next + 1..=next + 1 + more;
+                                    next = *ports.end();
+                                    // Without another guest there is none to connect to.
+                                    let other = if n == 0 { 1 } else { 0 };
+                                    let target = match target {
+                                        Target::Guest { .. } if count == 1 => {
+                                            Target::Vsock { cid: 2, port: 1 }
+                                        }
+                                        Target::Guest { port, .. } => Target::Guest {
+                                            name: format!("guest-{other}"),
+                                            port,
+                                        },
+                                        target => target,
+                                    };
+                                    let is_guest = matches!(target, Target::Guest { .. });
+                                    let is_tcp = matches!(target, Target::Tcp { .. });
+                                    let default = if is_guest { 3 + other * 1_000_000 } else { 2 };
+                                    OutboundRule {
+                                        name: format!("{name}-{rule}"),
+                                        cid: cid.filter(|cid| *cid != 3 + n * 1_000_000).unwrap_or(default),
+                                        ports,
+                                        target,
+                                        proxy_protocol: proxied.filter(|_| !is_guest),
+                                        framing: framed
+                                            .filter(|_| is_tcp)
+                                            .map(|max_message| Framing { max_message }),
+                                        connections,
+                                    }
+                                },
+                            )
                             .collect(),
                         inbound: inbound
                             .into_iter()
                             .zip(0..)
-                            .map(|((name, port, ranges, wait_for_guest), rule)| InboundRule {
-                                name: format!("{name}-{rule}"),
-                                listen: match ranges {
-                                    None => unix(format!("{n}.{rule}")),
-                                    Some(_) => ListenAddress::Tcp(([127, 0, 0, n as u8], 1000 + rule).into()),
+                            .map(
+                                |((name, port, listen, wait_for_guest, framed, connections), rule)| {
+                                    let framing = framed.map(|max_message| Framing { max_message });
+                                    let (listen, socket_type, allow, framing) = match listen {
+                                        Listen::Unix(of) => {
+                                            // A CONNECT line comes over a stream.
+                                            let of = if port.is_some() { of } else { SocketType::Stream };
+                                            let framing = framing.filter(|_| of == SocketType::Stream);
+                                            (unix(format!("{n}.{rule}")), of, Vec::new(), framing)
+                                        }
+                                        Listen::Tcp(ranges) => {
+                                            let address = ([127, 0, 0, n as u8], 1000 + rule).into();
+                                            (ListenAddress::Tcp(address), SocketType::Stream, ranges, framing)
+                                        }
+                                        Listen::Vsock => {
+                                            let address = ListenAddress::Vsock(1 + n * 100 + u32::from(rule));
+                                            (address, SocketType::Stream, Vec::new(), None)
+                                        }
+                                    };
+                                    InboundRule {
+                                        name: format!("{name}-{rule}"),
+                                        listen,
+                                        allow,
+                                        wait_for_guest,
+                                        socket_type,
+                                        framing: framing.filter(|_| port.is_some()),
+                                        connections,
+                                        protocol: port.map_or(InboundProtocol::Connect, |port| {
+                                            InboundProtocol::Plain { port }
+                                        }),
+                                    }
                                 },
-                                allow: ranges.unwrap_or_default(),
-                                wait_for_guest,
-                                socket_type: Default::default(),
-                                framing: None,
-                                connections: None,
-                                protocol: port
-                                    .map_or(InboundProtocol::Connect, |port| InboundProtocol::Plain { port }),
-                            })
+                            )
                             .collect(),
                         limits: Limits {
                             connections,
@@ -194,10 +311,10 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                     level: "info".to_owned(),
                 },
                 drain_timeout,
+                confinement,
                 guests: guests.collect(),
             }
-        },
-    )
+        })
 }
 
 proptest! {
@@ -217,7 +334,7 @@ proptest! {
     #[test]
     fn what_the_parser_accepts_the_schema_accepts(
         config in configurations(),
-        index in 0..80usize,
+        index in 0..120usize,
         value in strange_values(),
     ) {
         thread_local! { static VALIDATOR: jsonschema::Validator = validator(); }

@@ -77,8 +77,26 @@ fn schema_and_parser_agree_on_the_shape() {
         guest(", outbound: [{port: 1, to: 'tcp://my_db.example.:1'}]"),
         guest(", outbound: [{port: 1, to: 'unix:///a', proxyProtocol: v2}]"),
         guest(", inbound: [{listen: 'tcp://[2001:db8::1]:443', port: 1}]"),
-        guest(", inbound: [{listen: 'unix:///a', protocol: connect}]"),
+        guest(", outbound: [{port: 1, cid: 9, to: 'vsock://0:4294967294'}]"),
+        guest(
+            ", outbound: [{ports: 1-9, cid: 2, to: 'vsock://4294967294:1', proxyProtocol: v2, connections: 7}]",
+        ),
+        guest(", outbound: [{port: 1, to: 'tcp://a:1', framing: length-prefixed, maxMessage: 1}]"),
+        guest(", outbound: [{port: 1, to: guest://db}, {port: 1, cid: 2, to: 'guest://db:2'}]").replace(
+            "}]}]",
+            "}]}, {name: db, cid: 4, vhostUser: {socket: /tmp/db.sock}}]",
+        ),
+        guest(", inbound: [{listen: 'unix:///a', protocol: connect, socketType: stream, connections: 1}]"),
+        guest(", inbound: [{listen: 'unix:///a', port: 1, socketType: seqpacket}]"),
+        guest(", inbound: [{listen: 'unix:///a', port: 1, framing: length-prefixed, maxMessage: 256KiB}]"),
+        guest(", inbound: [{listen: vsock://4294967294, port: 1}, {listen: vsock://1, protocol: connect}]"),
         guest(", inbound: [{listen: 'unix:///a', port: 1, waitForGuest: true}]"),
+        // Each family has its own listener.
+        guest(", inbound: [{listen: 'tcp://[::]:1', port: 1}, {listen: tcp://0.0.0.0:1, port: 1}]"),
+        format!(
+            "admin: {{listen: ['tcp://[::]:1', tcp://127.0.0.1:1]}}\n{}",
+            guest(", inbound: [{listen: tcp://127.0.0.2:1, port: 1}]")
+        ),
         guest(
             ", inbound: [{listen: 'tcp://[::]:1', port: 1, allow: [10.0.0.0/8, 'FD00::/8', '::1', 192.0.2.7, '::ffff:0:0/96']}]",
         ),
@@ -88,7 +106,18 @@ fn schema_and_parser_agree_on_the_shape() {
             "log: {{format: text, level: 'warn,vsock_sidecar::host=trace'}}\n{}",
             guest("")
         ),
-        format!("admin: {{}}\nlog: {{}}\ndrain: {{}}\n{}", guest("")),
+        format!(
+            "admin: {{}}\nlog: {{}}\ndrain: {{}}\nconfinement: {{}}\n{}",
+            guest("")
+        ),
+        format!(
+            "confinement: {{noNewPrivileges: true, seccomp: log, landlock: files}}\n{}",
+            guest("")
+        ),
+        format!(
+            "confinement: {{noNewPrivileges: false, seccomp: 'off', landlock: 'off'}}\n{}",
+            guest("")
+        ),
     ];
     for text in right {
         config::parse(&text, "right").unwrap_or_else(|error| panic!("{text}\n{error}"));
@@ -116,7 +145,20 @@ fn schema_and_parser_agree_on_the_shape() {
         guest(", outbound: [{port: 1, to: 'tcp://a'}]"),
         guest(", outbound: [{port: 1, to: 'unix://a'}]"),
         guest(", outbound: [{port: 1, to: 'unix:///a{b}'}]"),
-        guest(", outbound: [{port: 1, to: 'guest://a'}]"),
+        guest(", outbound: [{port: 1, to: 'guest://A'}]"),
+        guest(", outbound: [{port: 1, to: 'guest://'}]"),
+        guest(", outbound: [{port: 1, to: 'guest://a:0'}]"),
+        guest(", outbound: [{port: 1, to: 'vsock://2'}]"),
+        guest(", outbound: [{port: 1, to: 'vsock://host:1'}]"),
+        guest(", outbound: [{port: 1, to: 'vsock://2:0'}]"),
+        guest(", outbound: [{port: 1, cid: 1, to: 'tcp://a:1'}]"),
+        guest(", outbound: [{port: 1, to: 'tcp://a:1', framing: newlines}]"),
+        guest(", outbound: [{port: 1, to: 'tcp://a:1', connections: 0}]"),
+        guest(", outbound: [{port: 1, to: 'tcp://a:1', socketType: stream}]"),
+        guest(", inbound: [{listen: 'unix:///a', port: 1, socketType: dgram}]"),
+        guest(", inbound: [{listen: 'vsock://0', port: 1}]"),
+        guest(", inbound: [{listen: 'vsock://2:1', port: 1}]"),
+        guest(", inbound: [{listen: 'guest://a', port: 1}]"),
         guest(", outbound: [{port: 1, to: 'tcp://a:1', proxyProtocol: v1}]"),
         guest(", outbound: [{port: 1, to: 'tcp://a:1', proxyProtocol: 2}]"),
         guest(", outbound: [{port: 1, to: 'tcp://a:1', proxyProtocol: true}]"),
@@ -140,6 +182,9 @@ fn schema_and_parser_agree_on_the_shape() {
         format!("log: {{format: xml}}\n{}", guest("")),
         format!("admin: {{listen: tcp://127.0.0.1:1}}\n{}", guest("")),
         format!("drain: 25s\n{}", guest("")),
+        format!("confinement: off\n{}", guest("")),
+        format!("confinement: {{seccomp: kill}}\n{}", guest("")),
+        format!("confinement: {{landlock: true}}\n{}", guest("")),
     ];
     for text in wrong {
         assert!(
@@ -158,6 +203,7 @@ fn sections(schema: &Value) -> Vec<(&'static str, &Value)> {
         ("`admin`", of("Admin")),
         ("`log`", of("Log")),
         ("`drain`", of("Drain")),
+        ("`confinement`", of("Confinement")),
         ("`guests[]`", of("Guest")),
         ("`guests[].vhostUser`", of("VhostUser")),
         ("`guests[].outbound[]`", of("Outbound")),

@@ -5,6 +5,8 @@ mod support;
 
 mod bad_start;
 mod capture;
+mod confinement;
+mod containment;
 mod edges;
 mod hostile_guest;
 mod iommu;
@@ -13,6 +15,9 @@ mod limits;
 mod observability;
 mod proxy_header;
 mod reconnect;
+mod seqpacket;
 mod shutdown;
+mod sibling_close;
+mod siblings;
 mod stream;
 mod waiting;

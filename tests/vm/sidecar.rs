@@ -107,6 +107,14 @@ impl Drop for Sidecar {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            return;
+        }
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let refused = log
+            .lines()
+            .find(|line| line.contains("refused by the seccomp filter"));
+        assert_eq!(refused, None, "the list of system calls is short of one");
     }
 }
 

@@ -1,19 +1,20 @@
 //! SEQPACKET connections against their sockets: whole messages out, whole messages in.
 
 use std::io::{self, IoSlice};
-use std::os::fd::AsFd;
 use std::time::Instant;
 
 use rustix::io::Errno;
 use tracing::{debug, warn};
 
-use super::{Gather, Switchboard};
+use super::{Gather, Switchboard, Unspilled};
 use crate::device::flow::{Flow, HostEnd};
 use crate::device::messages::{Message, Wire};
 use crate::host::Packet;
 use crate::metrics::Direction;
-use crate::sys::vectored::writev;
 use crate::vsock::{Boundary, CloseReason, ConnectionId, Misbehavior};
+
+/// The longest message that is taken from a packet socket, in bytes: what room is made for, whatever a guest claims to have.
+const LONGEST_PACKET: u32 = 16 << 20;
 
 impl Switchboard {
     /// Whether this connection's bytes are messages.
@@ -38,6 +39,10 @@ impl Switchboard {
             return;
         }
         self.flush(now, gather);
+        // What is left of it is no message of the guest.
+        if gather.memory.is_lost() {
+            return;
+        }
         // That may have been the connection's end.
         let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.write_failed) else {
             return;
@@ -68,14 +73,14 @@ impl Switchboard {
         if !direct || bytes == 0 {
             return false;
         }
-        match writev(stream.as_fd(), &gather.slices) {
+        match gather.write_to(stream) {
             Ok(_) => {
                 flow.bytes_from_guest += bytes as u64;
                 let rule = flow.rule;
                 gather.slices.clear();
                 self.wrote(now, id, rule, bytes);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+            Err(error) if waits(&error) => return false,
             Err(error) => {
                 gather.slices.clear();
                 self.message_failed(now, id, &error);
@@ -93,17 +98,13 @@ impl Switchboard {
             return;
         };
         flow.bytes_from_guest += bytes as u64;
-        let mut taken = 0;
-        let kept = flow.spill.extend_with(bytes, |piece| {
-            taken += gather.slices.copy_to(taken, piece);
-            Ok::<(), crate::host::SpillFull>(())
-        });
-        match kept {
+        match gather.keep_in(&mut flow.spill, 0, bytes) {
             Ok(()) => {
                 messages.outbox.extend(bytes);
                 self.metrics.buffered_bytes[Direction::GuestToHost as usize].add(bytes as i64);
             }
-            Err(error) => {
+            Err(Unspilled::MemoryLost) => {}
+            Err(Unspilled::Full(error)) => {
                 warn!(guest = %self.name, %error, "the spill buffer is smaller than the credit");
                 self.muxer.host_failed(id, CloseReason::Error);
             }
@@ -154,7 +155,7 @@ impl Switchboard {
         now: Instant,
         id: ConnectionId,
     ) -> Option<(Message, u32)> {
-        let longest = self.muxer.connection(id)?.longest_message();
+        let mut longest = self.muxer.connection(id)?.longest_message();
         let flow = self.flows.get_mut(id)?;
         let messages = flow.messages.as_mut()?;
         if let Some(current) = messages.inbox.current() {
@@ -164,13 +165,19 @@ impl Switchboard {
             return None;
         };
         let wire = messages.wire;
+        if wire == Wire::Packets {
+            longest = longest.min(LONGEST_PACKET);
+        }
         let inbox = &mut messages.inbox;
         let found = match wire {
             Wire::Packets => stream
-                .receive_packet(&mut inbox.packet, longest as usize)
+                .receive_packet(&mut self.packet_room, longest as usize)
                 .map(|packet| match packet {
                     Packet::End => None,
-                    Packet::Message => Some(inbox.packet.len()),
+                    Packet::Message => {
+                        inbox.packet.clone_from(&self.packet_room);
+                        Some(inbox.packet.len())
+                    }
                     Packet::TooLong { len } => Some(len.max(longest as usize + 1)),
                 })
                 .map(|len| {
@@ -218,6 +225,13 @@ impl Switchboard {
             return;
         };
         flow.eof = true;
+        // With the end of the bytes rather than behind it: the guest sees a close as a whole.
+        if flow.is_unheard() {
+            self.reads_no_more(now, id);
+        }
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
         if flow
             .messages
             .as_ref()
@@ -276,6 +290,12 @@ impl Switchboard {
         debug!(guest = %self.name, what, "connection ended");
         self.muxer.host_failed(id, CloseReason::MessageTooLong);
     }
+}
+
+/// Whether a message that a socket refused goes to the spill buffer: until there is room, or a buffer large enough for it, which
+/// [`crate::host::HostStream::send_packet`] makes.
+fn waits(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock || Errno::from_io_error(error) == Some(Errno::MSGSIZE)
 }
 
 /// Sends the first message that is whole, or goes on with it; how many of its bytes the socket took. `None` if there is none.

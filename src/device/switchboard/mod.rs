@@ -1,6 +1,7 @@
 //! Where connections meet their host ends: the muxer's events become socket calls, socket readiness becomes input of
 //! the muxer. Knows nothing of rings.
 
+mod abandon;
 mod events;
 mod messages;
 mod siblings;
@@ -16,12 +17,13 @@ use mio::{Interest, Registry, Token};
 use tracing::{debug, warn};
 
 use crate::config::{self, Framing};
+use crate::guest::View;
 use crate::host::dial::{DialError, Dialer};
 use crate::host::listen::Incoming;
-use crate::host::{HostStream, SpillBuf};
+use crate::host::{HostStream, SpillBuf, SpillFull};
 use crate::metrics::{Direction, GuestMetrics};
 use crate::sys::iovec::IoVecs;
-use crate::sys::vectored::{Received, writev};
+use crate::sys::vectored::{Received, is_memory_fault, writev};
 use crate::vsock::{
     Caller, CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags,
     SocketType,
@@ -41,6 +43,49 @@ use super::token;
 pub(super) struct Gather<'m> {
     pub(super) id: Option<ConnectionId>,
     pub(super) slices: IoVecs<'m>,
+    /// What they are slices of.
+    pub(super) memory: View<'m>,
+}
+
+/// Why bytes of the guest were not kept.
+enum Unspilled {
+    Full(SpillFull),
+    MemoryLost,
+}
+
+impl From<SpillFull> for Unspilled {
+    fn from(full: SpillFull) -> Unspilled {
+        Unspilled::Full(full)
+    }
+}
+
+impl Gather<'_> {
+    /// Writes once to a socket. Memory that is lost is no fault of the socket: it takes nothing then. Zeros that stand for such
+    /// memory are not what the guest has sent, and are not written.
+    fn write_to(&self, stream: &HostStream) -> io::Result<usize> {
+        if self.memory.is_lost() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        writev(stream.as_fd(), &self.slices).map_err(|error| match is_memory_fault(&error) {
+            true => {
+                self.memory.mark_lost();
+                io::ErrorKind::WouldBlock.into()
+            }
+            false => error,
+        })
+    }
+
+    /// Copies `n` bytes behind the first `skip` to the end of a spill buffer, or nothing.
+    fn keep_in(&self, spill: &mut SpillBuf, skip: usize, n: usize) -> Result<(), Unspilled> {
+        let mut taken = skip;
+        spill.extend_with(n, |piece| {
+            taken += self.slices.copy_to(taken, piece);
+            match self.memory.is_lost() {
+                true => Err(Unspilled::MemoryLost),
+                false => Ok(()),
+            }
+        })
+    }
 }
 
 /// What [`Switchboard::read`] got for the guest.
@@ -70,6 +115,8 @@ pub(super) struct Switchboard {
     /// Of our own thread: dials are answered through it.
     handle: DeviceHandle,
     logbook: Logbook,
+    /// Where messages of packet sockets are received: room for the longest, which no connection keeps.
+    packet_room: Vec<u8>,
     /// New inbound connections are refused.
     draining: bool,
 }
@@ -109,6 +156,7 @@ impl Switchboard {
             registry: parts.registry,
             handle: parts.handle,
             logbook: Logbook::default(),
+            packet_room: Vec::new(),
             draining: false,
         }
     }
@@ -315,12 +363,12 @@ impl Switchboard {
         if bytes > 0 && self.has_messages(id) {
             self.keep_of_message(id, gather, bytes);
         } else if bytes > 0 {
-            self.send_to_host(now, id, &gather.slices, bytes);
+            self.send_to_host(now, id, gather, bytes);
         }
         gather.slices.clear();
     }
 
-    fn send_to_host(&mut self, now: Instant, id: ConnectionId, slices: &IoVecs<'_>, bytes: usize) {
+    fn send_to_host(&mut self, now: Instant, id: ConnectionId, gather: &Gather<'_>, bytes: usize) {
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
@@ -333,7 +381,7 @@ impl Switchboard {
             return;
         };
         let written = if flow.spill.is_empty() {
-            match writev(stream.as_fd(), slices) {
+            match gather.write_to(stream) {
                 Ok(written) => written,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
                 Err(error) => {
@@ -347,18 +395,15 @@ impl Switchboard {
         let rest = bytes - written;
         if rest > 0 {
             // Credit bounds what is held (invariant 1 of the law), so this fits.
-            let mut taken = written;
-            let spilled = flow.spill.extend_with(rest, |piece| {
-                taken += slices.copy_to(taken, piece);
-                Ok::<(), crate::host::SpillFull>(())
-            });
+            let spilled = gather.keep_in(&mut flow.spill, written, rest);
             let direction = Direction::GuestToHost as usize;
             match spilled {
                 Ok(()) => {
                     self.metrics.buffered_bytes[direction].add(rest as i64);
                     self.metrics.backpressure_pauses[direction].inc();
                 }
-                Err(error) => {
+                Err(Unspilled::MemoryLost) => {}
+                Err(Unspilled::Full(error)) => {
                     warn!(guest = %self.name, %error, "the spill buffer is smaller than the credit");
                     self.muxer.host_failed(id, CloseReason::Error);
                     return;
@@ -401,15 +446,24 @@ impl Switchboard {
     }
 
     /// A socket that is gone and whose bytes the guest does not want will never be read or written again: nobody else
-    /// would notice its end.
+    /// would notice its end. Nor that a guest at the other end reads no more, before ours writes.
     fn end_if_deaf(&mut self, now: Instant, id: ConnectionId) {
-        let unwanted = self
-            .muxer
-            .connection(id)
-            .is_some_and(|connection| connection.guest_shut().contains(ShutdownFlags::RCV));
-        if unwanted && self.flows.get(id).is_some_and(|flow| flow.hung_up) {
+        let Some(flow) = self.flows.get(id) else { return };
+        let unwanted = || {
+            let connection = self.muxer.connection(id);
+            connection.is_some_and(|connection| connection.guest_shut().contains(ShutdownFlags::RCV))
+        };
+        if flow.is_unheard() {
+            self.reads_no_more(now, id);
+        } else if flow.hung_up && unwanted() {
             self.takes_no_more(now, id);
         }
+    }
+
+    /// The guest at the other end has said that it reads no more.
+    fn reads_no_more(&mut self, now: Instant, id: ConnectionId) {
+        self.forget_held(id);
+        self.muxer.host_reads_no_more(now, id);
     }
 
     fn write_failed(&mut self, now: Instant, id: ConnectionId, error: &io::Error) {
@@ -419,8 +473,13 @@ impl Switchboard {
         self.muxer.host_readable(id);
     }
 
-    /// Forgets what the socket has not taken.
     fn takes_no_more(&mut self, now: Instant, id: ConnectionId) {
+        self.forget_held(id);
+        self.muxer.host_write_failed(now, id);
+    }
+
+    /// Forgets what the socket has not taken.
+    fn forget_held(&mut self, id: ConnectionId) {
         if let Some(flow) = self.flows.get_mut(id) {
             let lost = std::mem::replace(&mut flow.spill, SpillBuf::new(self.buf_alloc as usize)).len();
             self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(lost as i64);
@@ -430,7 +489,6 @@ impl Switchboard {
             flow.read_on = true;
             flow.write_failed = true;
         }
-        self.muxer.host_write_failed(now, id);
     }
 
     /// Bytes of a CONNECT preface still to be sent, if any: they go before the socket's.
@@ -571,6 +629,7 @@ impl Switchboard {
             spill: SpillBuf::new(self.buf_alloc as usize),
             messages: None,
             asked_by: None,
+            ears: None,
             preface: Vec::new(),
             preface_sent: 0,
             wants_ok: false,
@@ -625,6 +684,7 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::TimedOut { .. } => RefuseReason::DialTimeout,
         DialError::Resolve { .. } => RefuseReason::Dns,
         DialError::Unreachable { .. } => RefuseReason::Unreachable,
+        DialError::WrongType { .. } => RefuseReason::UnsupportedType,
         DialError::Resources { .. } => RefuseReason::Limit,
     }
 }

@@ -10,7 +10,7 @@ use super::Switchboard;
 use crate::device::flow::{Flow, HostEnd, RuleRef};
 use crate::device::handle::Command;
 use crate::device::messages::{Messages, Wire};
-use crate::device::sibling::{SiblingAnswer, SiblingRequest};
+use crate::device::sibling::{Ears, SiblingAnswer, SiblingRequest};
 use crate::host::HostStream;
 use crate::vsock::{Caller, Cid, Port, RefuseReason, SocketType};
 
@@ -26,12 +26,15 @@ impl Switchboard {
         flow.peer.clone_from(&target);
         let rule = flow.rule;
         let guest_port = flow.guest_port;
+        let (our_ears, ears) = Ears::pair();
+        flow.ears = Some(our_ears);
         self.flows.insert(flow);
 
         let found = self.siblings.find(name, &self.name);
         let pair = UnixStream::pair().and_then(|(ours, theirs)| {
-            let theirs = HostStream::named(theirs.into(), &format!("guest://{}:{guest_port}", self.name))?;
-            Ok((HostStream::named(ours.into(), &target)?, theirs))
+            let caller = format!("guest://{}:{guest_port}", self.name);
+            let theirs = HostStream::new(theirs.into())?.with_peer(caller);
+            Ok((HostStream::new(ours.into())?.with_peer(target.clone()), theirs))
         });
         let reason = match (found, pair) {
             (Some((sibling, from)), Ok((ours, theirs))) => {
@@ -49,6 +52,7 @@ impl Switchboard {
                     port: to,
                     seqpacket,
                     stream: theirs,
+                    ears,
                     answer,
                 };
                 // What a device that is gone does not take is dropped, which is an answer too.
@@ -78,6 +82,7 @@ impl Switchboard {
             port,
             seqpacket,
             stream,
+            ears,
             answer,
         } = request;
         let rule = RuleRef::inbound(self.inbound_rules.saturating_add(from));
@@ -107,6 +112,7 @@ impl Switchboard {
         let host_port = self.muxer.connection(id).map_or(0, |c| c.key().peer_port.0);
         let mut flow = self.new_flow(id, rule, port, host_port, now, stream.peer().to_owned());
         flow.asked_by = Some(Box::new(answer));
+        flow.ears = Some(ears);
         if seqpacket {
             flow.messages = Some(Box::new(Messages::new(Wire::SIBLING)));
         }

@@ -1,15 +1,17 @@
 //! A device whose thread is the test, with a guest whose memory is scattered over I/O virtual pages. Supplies verbs; what is
 //! right is for the tests to say.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::event::{EventfdFlags, eventfd};
-use vm_memory::{Bytes, GuestAddress};
+use rustix::fs::{MemfdFlags, memfd_create};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::*;
-use crate::config::{OutboundRule, Target};
+use crate::config::{Framing, OutboundRule, Target};
 use crate::guest::{Mapping, Memory, Miss, Permission};
 use crate::vsock::{HEADER_LEN, Op, Port};
 
@@ -66,6 +68,9 @@ pub struct Bench {
     pub ahead: Duration,
     pub told: mpsc::Receiver<DeviceEvent>,
     memory: Arc<Memory>,
+    file: File,
+    /// Of the guest's connection.
+    socket_type: u16,
     addresses: Addresses,
     pub rx: DriverRing,
     pub tx: DriverRing,
@@ -80,6 +85,11 @@ pub type Buf = (u64, u32);
 impl Bench {
     /// A device with memory and a listener; no ring runs.
     pub fn new(addresses: Addresses) -> Bench {
+        Bench::with_framing(addresses, None)
+    }
+
+    /// The same; with framing the guest's connection is of type SEQPACKET.
+    pub fn with_framing(addresses: Addresses, framing: Option<Framing>) -> Bench {
         let control = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -95,7 +105,7 @@ impl Bench {
                 path: path.to_str().unwrap().into(),
             },
             proxy_protocol: None,
-            framing: None,
+            framing,
             connections: None,
         };
         let rules = RuleNames {
@@ -120,7 +130,7 @@ impl Bench {
             metrics: GuestMetrics::detached(&rules, &labels()),
         })
         .unwrap();
-        let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), (PAGES * PAGE) as usize)]).unwrap());
+        let (file, memory) = shared_memory();
         let (tell, told) = mpsc::channel();
         let mut bench = Bench {
             device,
@@ -129,6 +139,8 @@ impl Bench {
             ahead: Duration::ZERO,
             told,
             memory: Arc::clone(&memory),
+            file,
+            socket_type: if framing.is_some() { 2 } else { 1 },
             addresses,
             rx: DriverRing::new(0),
             tx: DriverRing::new(4),
@@ -167,6 +179,25 @@ impl Bench {
         assert_eq!(self.sent(), 1);
         assert_eq!(self.events_told(), []);
         stream
+    }
+
+    /// The VMM shortens the file of guest memory to so many pages.
+    pub fn truncate(&self, pages: u64) {
+        self.file.set_len(pages * PAGE).unwrap();
+    }
+
+    /// The device's thread panics, and it begins anew as that thread would have it.
+    pub fn panic(&mut self) {
+        let spare = Device::new(self.device.config.clone()).unwrap().0;
+        let now = self.now();
+        self.device = std::mem::replace(&mut self.device, spare).begin_anew(now);
+    }
+
+    /// Another VMM with another guest, whose rings do not run yet.
+    pub fn next_vmm(&mut self) {
+        (self.file, self.memory) = shared_memory();
+        (self.rx, self.tx) = (DriverRing::new(0), DriverRing::new(4));
+        self.next_session();
     }
 
     /// The VMM is gone, and another one with the same guest is there. Its rings do not run yet.
@@ -379,15 +410,20 @@ impl Bench {
 
     /// As [`Bench::send_from`], without a kick.
     pub fn queue(&mut self, header_page: u64, op: Op, payload: &[Buf]) {
+        self.queue_flagged(header_page, op, 0, payload);
+    }
+
+    /// As [`Bench::queue`], with flags.
+    pub fn queue_flagged(&mut self, header_page: u64, op: Op, flags: u32, payload: &[Buf]) {
         let header = Header {
             src_cid: Cid(3),
             dst_cid: Cid::HOST,
             src_port: Port(GUEST_PORT),
             dst_port: Port(PORT),
             len: payload.iter().map(|(_, len)| len).sum(),
-            socket_type: 1,
+            socket_type: self.socket_type,
             op: op as u16,
-            flags: 0,
+            flags,
             buf_alloc: GUEST_BUFFER,
             fwd_cnt: 0,
         };
@@ -447,6 +483,16 @@ impl Bench {
     pub fn held(&mut self) -> Vec<Option<&'static str>> {
         self.snapshot().rings.iter().map(|ring| ring.held_by).collect()
     }
+}
+
+/// Memory of a file, as a VMM shares it.
+fn shared_memory() -> (File, Arc<Memory>) {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(PAGES * PAGE).unwrap();
+    let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+    let region = MmapRegion::from_file(offset, (PAGES * PAGE) as usize).unwrap();
+    let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
+    (file, Arc::new(Memory::from_regions(vec![region]).unwrap()))
 }
 
 const NEXT: u16 = 1;

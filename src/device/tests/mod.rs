@@ -1,5 +1,6 @@
 mod bench;
 mod capture;
+mod containment;
 mod invalidate;
 mod translation;
 
@@ -18,6 +19,10 @@ fn labels() -> LabelSets {
 }
 
 fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
+    device_counting(control, GuestMetrics::detached(&RuleNames::default(), &labels()))
+}
+
+fn device_counting(control: &tokio::runtime::Runtime, metrics: Arc<GuestMetrics>) -> RunningDevice {
     let second = Duration::from_secs(1);
     spawn(DeviceConfig {
         name: "web".into(),
@@ -33,7 +38,7 @@ fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
         siblings: Default::default(),
         inbound_rules: 0,
         dialer: Dialer::new(control.handle().clone()),
-        metrics: GuestMetrics::detached(&RuleNames::default(), &labels()),
+        metrics,
     })
     .unwrap()
 }

@@ -123,8 +123,7 @@ impl Ram {
 impl Clone for Ram {
     /// All mapped again.
     fn clone(&self) -> Ram {
-        let GuestRam(mem) = &self.ram;
-        Ram::new(mem, self.iotlb.is_some())
+        Ram::new(self.ram.memory(), self.iotlb.is_some())
     }
 }
 

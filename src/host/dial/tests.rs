@@ -6,6 +6,8 @@ use std::sync::mpsc;
 use super::*;
 use crate::host::resolve::LookupFuture;
 
+mod packets;
+
 /// Longer than anything here takes, so that a test which hits it has failed.
 const LONG: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(60);
@@ -46,7 +48,7 @@ impl Dials {
         let (tell, told) = mpsc::channel();
         let request = DialRequest {
             target,
-            socket_type: crate::config::SocketType::Stream,
+            socket_type: SocketType::Stream,
             first_port: 100,
             guest_port: 100,
             cid: 3,
@@ -135,7 +137,7 @@ fn full_unix(path: &Path) -> (UnixListener, Vec<HostStream>) {
     listening.bind(&socket2::SockAddr::unix(path).unwrap()).unwrap();
     listening.listen(1).unwrap();
     let mut clients = Vec::new();
-    while let Ok(client) = connect::connect_unix(path) {
+    while let Ok(client) = connect::connect_unix(path, SocketType::Stream) {
         clients.push(client);
     }
     (listening.into(), clients)
@@ -186,7 +188,7 @@ fn a_range_keeps_its_offset_and_placeholders_are_filled_in() {
     let to = |target: &Target, first_port, guest_port| {
         let request = DialRequest {
             target,
-            socket_type: crate::config::SocketType::Stream,
+            socket_type: SocketType::Stream,
             first_port,
             guest_port,
             cid: 7,
@@ -224,6 +226,39 @@ fn a_range_keeps_its_offset_and_placeholders_are_filled_in() {
     for (first, guest) in [(5000, 4999), (0, 65536), (0, 57536), (0, u32::MAX)] {
         let error = to(&tcp("10.0.0.1", 8000), first, guest).unwrap_err();
         assert!(matches!(error, DialError::Unreachable { .. }), "{error}");
+    }
+}
+
+/// Nothing is dialled here: what a socket of the family does is tested inside a VM (`tests/nested_vsock`).
+#[test]
+fn a_vsock_range_keeps_its_offset() {
+    let to = |port, first_port, guest_port| {
+        Destination::new(DialRequest {
+            target: &Target::Vsock { cid: 16, port },
+            socket_type: SocketType::Stream,
+            first_port,
+            guest_port,
+            cid: 7,
+            greeting: &[],
+            timeout: LONG,
+        })
+    };
+    let at = |port| Destination::Vsock { cid: 16, port };
+    assert_eq!(to(5000, 100, 100).unwrap(), at(5000));
+    assert_eq!(to(70_000, 100, 199).unwrap(), at(70_099));
+    assert_eq!(to(1, 1, 0xffff_fffe).unwrap(), at(0xffff_fffe));
+    for (port, first, guest) in [
+        (5000, 100, 99),
+        (2, 1, 0xffff_fffe),
+        (0xffff_fffe, 0, 0xffff_fffe),
+    ] {
+        let error = to(port, first, guest).unwrap_err().to_string();
+        assert!(
+            error.starts_with(&format!(
+                "cannot reach vsock://16:{port}: guest port {guest} has no"
+            )),
+            "{error}"
+        );
     }
 }
 
@@ -347,11 +382,9 @@ fn a_resolver_that_hangs_is_told_apart_from_a_target_that_does() {
 fn no_way_there_is_unreachable() {
     let dir = tempfile::tempdir().unwrap();
     let dials = Dials::new();
-    let datagram = dir.path().join("datagram");
-    let _open = std::os::unix::net::UnixDatagram::bind(&datagram).unwrap();
     let long = dir.path().join("x".repeat(200));
     // Class E is no unicast address: the kernel has no route to a broadcast for TCP.
-    let rows = [tcp("255.255.255.255", 80), unix(&datagram), unix(&long)];
+    let rows = [tcp("255.255.255.255", 80), unix(&long)];
     for target in rows {
         let error = dials.dial(&target, LONG).unwrap_err();
         assert!(matches!(error, DialError::Unreachable { .. }), "{error:?}");
@@ -437,6 +470,7 @@ fn errors_have_the_meaning_of_their_number() {
         DialError::Resolve { .. } => "resolve",
         DialError::Unreachable { .. } => "unreachable",
         DialError::Resources { .. } => "resources",
+        _ => "another",
     };
     for (errno, want) in [
         (Errno::CONNREFUSED, "refused"),
@@ -541,7 +575,7 @@ fn a_greeting_comes_first() {
         let (tell, told) = mpsc::channel();
         let request = DialRequest {
             target: &target,
-            socket_type: crate::config::SocketType::Stream,
+            socket_type: SocketType::Stream,
             first_port: 100,
             guest_port: 100,
             cid: 3,
@@ -569,7 +603,7 @@ fn full() -> (HostStream, UnixStream, usize) {
     ours.set_nonblocking(true).unwrap();
     let ours = HostStream::configured(
         Socket::from(std::os::fd::OwnedFd::from(ours)),
-        false,
+        crate::host::stream::Kind::unix(SocketType::Stream),
         "full".to_owned(),
     );
     let mut filled = 0;

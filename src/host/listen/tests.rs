@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::*;
+use crate::host::Packet;
 
 /// Longer than anything here takes, so that a test which hits it has failed.
 const LONG: Duration = Duration::from_secs(20);
@@ -36,7 +37,7 @@ impl Served {
             protocol,
             handshake_timeout: Duration::from_secs(5),
             wait_for_guest: false,
-            socket_type: crate::config::SocketType::Stream,
+            socket_type: SocketType::Stream,
             framing: None,
         };
         let stopped = async {
@@ -51,8 +52,12 @@ impl Served {
         }
     }
 
+    fn packets(path: &Path) -> Served {
+        Served::new(Listener::bind(&unix(path), SocketType::Seqpacket).unwrap(), PLAIN)
+    }
+
     fn tcp(protocol: InboundProtocol) -> Served {
-        Served::new(Listener::bind(&loopback()).unwrap(), protocol)
+        Served::new(bind(&loopback()).unwrap(), protocol)
     }
 
     fn connect(&self) -> TcpStream {
@@ -70,6 +75,10 @@ impl Served {
         self.stop.send(()).unwrap();
         timeout(LONG, self.task).await.unwrap().unwrap().unwrap();
     }
+}
+
+fn bind(address: &ListenAddress) -> Result<Listener, ListenError> {
+    Listener::bind(address, SocketType::Stream)
 }
 
 fn loopback() -> ListenAddress {
@@ -112,7 +121,7 @@ async fn a_plain_tcp_client_is_for_the_rules_port() {
 async fn a_plain_unix_client_is_for_the_rules_port() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
-    let mut served = Served::new(Listener::bind(&unix(&path)).unwrap(), PLAIN);
+    let mut served = Served::new(bind(&unix(&path)).unwrap(), PLAIN);
     let mut client = UnixStream::connect(&path).unwrap();
     let incoming = served.next().await.unwrap();
     assert_eq!((incoming.port, incoming.wants_ok), (22, false));
@@ -220,7 +229,7 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
         protocol: InboundProtocol::Connect,
         handshake_timeout: LONG,
         wait_for_guest: false,
-        socket_type: crate::config::SocketType::Stream,
+        socket_type: SocketType::Stream,
         framing: None,
     };
     let mut handshakes = Handshakes::new(2);
@@ -230,7 +239,7 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
         ours.set_nonblocking(true).unwrap();
         let client = Client {
             socket: ours.into(),
-            tcp: false,
+            kind: Kind::unix(SocketType::Stream),
             ip: None,
             peer: name.to_owned(),
         };
@@ -271,7 +280,7 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
 
 #[tokio::test]
 async fn a_client_that_resets_in_the_queue_harms_nobody() {
-    let listener = Listener::bind(&loopback()).unwrap();
+    let listener = bind(&loopback()).unwrap();
     let ListenAddress::Tcp(address) = *listener.address() else {
         panic!("TCP")
     };
@@ -293,7 +302,7 @@ async fn a_client_that_resets_in_the_queue_harms_nobody() {
 async fn stopping_closes_the_listener_and_who_is_not_through() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");
-    let mut served = Served::new(Listener::bind(&unix(&path)).unwrap(), InboundProtocol::Connect);
+    let mut served = Served::new(bind(&unix(&path)).unwrap(), InboundProtocol::Connect);
     let mut through = UnixStream::connect(&path).unwrap();
     through.write_all(b"CONNECT 3\n").unwrap();
     let mut half = UnixStream::connect(&path).unwrap();
@@ -324,13 +333,13 @@ async fn a_stopped_tcp_port_refuses_and_can_be_bound_again() {
         TcpStream::connect(tcp).unwrap_err().kind(),
         io::ErrorKind::ConnectionRefused
     );
-    Listener::bind(&address).unwrap();
+    bind(&address).unwrap();
 }
 
 #[test]
 fn errors_of_tcp_name_the_address_and_the_remedy() {
-    let taken = Listener::bind(&loopback()).unwrap();
-    let error = Listener::bind(taken.address()).unwrap_err();
+    let taken = bind(&loopback()).unwrap();
+    let error = bind(taken.address()).unwrap_err();
     assert!(matches!(error, ListenError::InUse { .. }), "{error:?}");
     let text = format!(
         "cannot listen on {}: another socket listens there; ",
@@ -339,7 +348,7 @@ fn errors_of_tcp_name_the_address_and_the_remedy() {
     assert!(error.to_string().starts_with(&text), "{error}");
 
     // TEST-NET-1, which is nobody's.
-    let error = Listener::bind(&ListenAddress::Tcp("192.0.2.1:80".parse().unwrap())).unwrap_err();
+    let error = bind(&ListenAddress::Tcp("192.0.2.1:80".parse().unwrap())).unwrap_err();
     assert!(matches!(error, ListenError::NotLocal { .. }), "{error:?}");
 
     let denied = ListenError::Denied {
@@ -351,12 +360,12 @@ fn errors_of_tcp_name_the_address_and_the_remedy() {
 
 #[test]
 fn an_ipv6_listener_leaves_ipv4_alone() {
-    let v6 = Listener::bind(&ListenAddress::Tcp("[::]:0".parse().unwrap())).unwrap();
+    let v6 = bind(&ListenAddress::Tcp("[::]:0".parse().unwrap())).unwrap();
     let ListenAddress::Tcp(bound) = *v6.address() else {
         panic!("TCP")
     };
     let v4 = ListenAddress::Tcp(SocketAddr::new("0.0.0.0".parse().unwrap(), bound.port()));
-    Listener::bind(&v4).unwrap();
+    bind(&v4).unwrap();
 }
 
 #[test]
@@ -367,7 +376,7 @@ fn what_is_in_a_unix_sockets_place() {
     let live = UnixListener::bind(path("live")).unwrap();
     std::fs::write(path("regular"), "precious").unwrap();
     for name in ["free", "stale"] {
-        let listener = Listener::bind(&unix(&path(name))).unwrap();
+        let listener = bind(&unix(&path(name))).unwrap();
         let metadata = std::fs::metadata(path(name)).unwrap();
         assert!(metadata.file_type().is_socket());
         assert_eq!(metadata.permissions().mode() & 0o7777, 0o660);
@@ -380,7 +389,7 @@ fn what_is_in_a_unix_sockets_place() {
         ("missing/s", "does not exist"),
         (&*"x".repeat(150), "takes at most 107"),
     ] {
-        let error = Listener::bind(&unix(&path(name))).unwrap_err().to_string();
+        let error = bind(&unix(&path(name))).unwrap_err().to_string();
         assert!(error.contains(text) && error.contains(name), "{error}");
     }
     UnixStream::connect(path("live")).unwrap();
@@ -505,7 +514,7 @@ fn allowing(ranges: &[(&str, u8)]) -> Vec<Cidr> {
 #[tokio::test]
 async fn a_client_that_is_not_allowed_is_closed_at_once() {
     for protocol in [PLAIN, InboundProtocol::Connect] {
-        let listener = Listener::bind(&loopback()).unwrap();
+        let listener = bind(&loopback()).unwrap();
         let mut served = Served::new(
             listener.only_from(allowing(&[("127.0.0.2", 32), ("::", 0)])),
             protocol,
@@ -546,7 +555,7 @@ async fn an_ipv6_client_is_held_against_the_ipv6_ranges() {
         (allowing(&[("10.0.0.0", 8), ("::1", 128)]), true),
         (allowing(&[("0.0.0.0", 0), ("fd00::", 8)]), false),
     ] {
-        let mut served = Served::new(Listener::bind(&address).unwrap().only_from(ranges), PLAIN);
+        let mut served = Served::new(bind(&address).unwrap().only_from(ranges), PLAIN);
         let _client = served.connect();
         assert_eq!(served.next().await.is_ok(), is_allowed);
         served.stop().await;
@@ -560,7 +569,7 @@ fn an_ipv4_client_in_ipv6_clothes_is_an_ipv4_client() {
         let (socket, _) = UnixStream::pair().unwrap();
         Client {
             socket: socket.into(),
-            tcp: true,
+            kind: Kind::stream(Transport::Tcp),
             ip: ip.map(|ip| ip.parse().unwrap()),
             peer: String::new(),
         }
@@ -573,4 +582,55 @@ fn an_ipv4_client_in_ipv6_clothes_is_an_ipv4_client() {
         "nobody knows where it comes from"
     );
     assert!(client(None).is_allowed(&[]));
+}
+
+/// A client's socket of messages, connected.
+fn packet_client(path: &Path) -> HostStream {
+    let socket = Socket::new(Domain::UNIX, Type::SEQPACKET, None).unwrap();
+    socket.connect(&socket2::SockAddr::unix(path).unwrap()).unwrap();
+    HostStream::new(socket).unwrap()
+}
+
+#[tokio::test]
+async fn a_packet_listener_gives_out_packet_sockets() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let mut served = Served::packets(&path);
+    let client = packet_client(&path);
+    let stream = served.next().await.unwrap().stream;
+    assert!(stream.is_packet() && !stream.is_tcp());
+    let fd = stream.as_fd();
+    assert!(SockRef::from(&fd).nonblocking().unwrap());
+
+    // What an accepted socket does not inherit: empty messages are seen, and the longest usual one fits.
+    client.send_packet(&[]).unwrap();
+    let mut got = Vec::new();
+    assert_eq!(stream.receive_packet(&mut got, 8).unwrap(), Packet::Message);
+    assert_eq!(got, b"");
+    let long = vec![7; 256 * 1024];
+    let sent = rustix::net::send(&stream, &long, rustix::net::SendFlags::NOSIGNAL);
+    assert_eq!(sent.unwrap(), long.len());
+    assert_eq!(
+        client.receive_packet(&mut got, long.len()).unwrap(),
+        Packet::Message
+    );
+    assert_eq!(got, long);
+    served.stop().await;
+    assert!(!path.exists());
+}
+
+/// A stale file says nothing of the type of the socket that was there.
+#[tokio::test]
+async fn a_listener_of_either_type_takes_the_place_of_a_stale_one_of_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    drop(UnixListener::bind(&path).unwrap());
+    let served = Served::packets(&path);
+    let error = bind(&unix(&path)).unwrap_err().to_string();
+    assert!(error.contains("served by another process"), "{error}");
+    packet_client(&path);
+    served.stop().await;
+
+    drop(Listener::bind(&unix(&path), SocketType::Seqpacket).unwrap());
+    bind(&unix(&path)).unwrap();
 }

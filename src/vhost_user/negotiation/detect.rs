@@ -284,6 +284,7 @@ impl Inner {
                 let seen = format!("{} refused {STORM} translations within a minute", self.vmm());
                 self.raise(FindingCode::TranslationFaultStorm, seen);
             }
+            DeviceEvent::MemoryLost(loss) => self.raise(FindingCode::MemoryLost, loss.to_string()),
             DeviceEvent::RingBroken { index, error } => self.look_at_broken_ring(*index, error),
             DeviceEvent::RingMended { index } => self.ring_is_fine(*index),
             DeviceEvent::RingEmpty { index } => {

@@ -88,11 +88,15 @@ pub enum SessionError {
     Timeout,
     /// The VMM closed the connection while rings were running.
     PeerClosed,
+    /// The VMM has truncated guest memory or the dirty log, or nothing backs them.
+    MemoryLost,
+    /// A thread that served it has panicked, by a fault of ours or of the protocol handler's.
+    Panic,
 }
 
 impl SessionError {
     /// Every reason.
-    pub const ALL: [SessionError; 7] = [
+    pub const ALL: [SessionError; 9] = [
         SessionError::Protocol,
         SessionError::Feature,
         SessionError::Memory,
@@ -100,6 +104,8 @@ impl SessionError {
         SessionError::Io,
         SessionError::Timeout,
         SessionError::PeerClosed,
+        SessionError::MemoryLost,
+        SessionError::Panic,
     ];
 
     /// The reason's name in metrics, logs and JSON.
@@ -112,6 +118,8 @@ impl SessionError {
             SessionError::Io => "io",
             SessionError::Timeout => "timeout",
             SessionError::PeerClosed => "peer_closed",
+            SessionError::MemoryLost => "memory_lost",
+            SessionError::Panic => "panic",
         }
     }
 

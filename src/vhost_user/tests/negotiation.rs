@@ -36,7 +36,9 @@ fn every_known_value_is_there_from_the_beginning() {
             "vring",
             "io",
             "timeout",
-            "peer_closed"
+            "peer_closed",
+            "memory_lost",
+            "panic"
         ]
     );
     assert_eq!(now.rings.map(|ring| ring.queue), ["rx", "tx", "event"]);

@@ -223,7 +223,8 @@ struct Entry {
 #[derive(Debug)]
 pub struct Muxer {
     config: MuxerConfig,
-    types: SocketTypes,
+    /// Nothing: the driver has not spoken.
+    types: Option<SocketTypes>,
     entries: Slab<Entry>,
     keys: HashMap<ConnectionKey, ConnectionId>,
     backlog: Backlog,
@@ -239,7 +240,7 @@ impl Muxer {
     pub fn new(config: MuxerConfig) -> Muxer {
         Muxer {
             config,
-            types: SocketTypes::IMPLIED,
+            types: None,
             entries: Slab::new(),
             keys: HashMap::new(),
             backlog: Backlog::default(),
@@ -248,6 +249,11 @@ impl Muxer {
             next_local_port: LOCAL_PORTS.start,
             next_generation: 0,
         }
+    }
+
+    /// Gives no id away that `before` has given away: answers that were meant for its connections may still come.
+    pub fn succeed(&mut self, before: &Muxer) {
+        self.next_generation = before.next_generation;
     }
 
     /// Ends what has taken too long.
@@ -267,7 +273,18 @@ impl Muxer {
 
     /// What was negotiated. Connections of a type that is no longer among them are left alone: the rings stop with a change.
     pub fn set_types(&mut self, types: SocketTypes) {
-        self.types = types;
+        self.types = Some(types);
+    }
+
+    /// The driver is gone; the next one may know other types. Until it speaks, clients are asked to wait for it rather than
+    /// refused for its predecessor's sake.
+    pub fn forget_types(&mut self) {
+        self.types = None;
+    }
+
+    /// Whether the driver that runs knows this type of connection.
+    pub(super) fn knows(&self, socket_type: SocketType) -> bool {
+        self.types.unwrap_or(SocketTypes::IMPLIED).contains(socket_type)
     }
 
     /// Asks the guest for a stream to `guest_port` for a client of the host side; see [`Muxer::request`].
@@ -279,9 +296,9 @@ impl Muxer {
     ///
     /// # Errors
     /// [`RefuseReason::Limit`] when there are too many connections, [`RefuseReason::UnsupportedType`] when the guest's driver
-    /// has not agreed on the type. Nothing follows then.
+    /// has not agreed on the type. Nothing follows then. While there is no driver, its type is judged when it could be asked.
     pub fn request(&mut self, now: Instant, caller: Caller) -> Result<ConnectionId, RefuseReason> {
-        if !self.types.contains(caller.socket_type) {
+        if self.types.is_some() && !self.knows(caller.socket_type) {
             return Err(RefuseReason::UnsupportedType);
         }
         if self.entries.len() >= self.config.max_connections {

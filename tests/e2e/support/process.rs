@@ -12,7 +12,8 @@ use serde_json::Value;
 
 use super::{LONG, until};
 
-/// A running sidecar in a directory of its own. Dropping it kills it, and fails the test if it had panicked.
+/// A running sidecar in a directory of its own. Dropping it kills it, and fails the test if it had panicked, or had
+/// made a system call that its own filter refuses.
 pub struct Sidecar {
     child: Child,
     dir: tempfile::TempDir,
@@ -235,6 +236,11 @@ impl Drop for Sidecar {
             eprintln!("--- the sidecar's log:\n{}", self.log_tail());
         } else if let Some(line) = log.lines().find(|line| line.contains("panicked at")) {
             panic!("the sidecar panicked: {line}");
+        } else if let Some(line) = log
+            .lines()
+            .find(|line| line.contains("refused by the seccomp filter"))
+        {
+            panic!("the list of system calls is short of one: {line}");
         }
     }
 }

@@ -42,6 +42,8 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 /// A device that lives through all cases, and the sessions that serve it.
 pub struct Live {
     device: RunningDevice,
+    /// What the device counts.
+    metrics: Arc<GuestMetrics>,
     directory: tempfile::TempDir,
     /// One for each policy, in server mode.
     servers: Vec<Served>,
@@ -77,6 +79,7 @@ impl Live {
             misbehavior: Misbehavior::LABELS,
             ring_errors: RingFault::LABELS,
         };
+        let metrics = GuestMetrics::detached(&RuleNames::default(), &labels);
         let device = device::spawn(DeviceConfig {
             name: "web".into(),
             cid: 3,
@@ -91,11 +94,12 @@ impl Live {
             siblings: Default::default(),
             inbound_rules: 0,
             dialer: Dialer::new(runtime.handle().clone()),
-            metrics: GuestMetrics::detached(&RuleNames::default(), &labels),
+            metrics: Arc::clone(&metrics),
         })
         .expect("a device");
         Live {
             device,
+            metrics,
             directory: tempfile::tempdir().expect("a directory"),
             servers: Vec::new(),
             sessions: 0,
@@ -180,6 +184,11 @@ impl Live {
             assert!(!end.detail.contains("panicked"), "{}", end.detail);
             assert!(!end.detail.contains("device thread"), "{}", end.detail);
         }
+        assert_eq!(
+            self.metrics.device_panics.get(),
+            0,
+            "contained panics of the device"
+        );
         assert!(!started.handle.is_finished(), "the session thread has ended");
         match mode {
             Mode::Server => self.servers.push(started),
