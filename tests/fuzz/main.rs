@@ -98,7 +98,7 @@ fn short_run(target: &str) {
     let corpus = corpus_of(target);
     for (path, bytes) in &corpus {
         let name = path.display().to_string();
-        for change in 0..40 {
+        for change in 0..20 {
             let _running = Running(&name, change);
             run(&steps::changed(bytes, change));
         }
