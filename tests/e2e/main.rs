@@ -13,6 +13,8 @@ mod limits;
 mod observability;
 mod proxy_header;
 mod reconnect;
+mod seqpacket;
 mod shutdown;
+mod siblings;
 mod stream;
 mod waiting;
