@@ -302,6 +302,16 @@ impl Connection {
         }
     }
 
+    /// Whether the guest should be told of new room although nothing else is to be said.
+    ///
+    /// Where there are messages, as soon as all but the unfinished one were taken: nothing else would ever trigger an update,
+    /// and the guest may need all of the window, be it for the rest of that message or, if it waits for room for a whole one,
+    /// for the next.
+    pub(super) fn update_owed(&self) -> bool {
+        let drained = self.socket_type == SocketType::Seqpacket && self.recv.held() == self.message;
+        self.recv.update_owed() || (drained && self.recv.news() > 0)
+    }
+
     /// Whether bytes of the host socket may go to the guest, credit aside.
     pub(super) fn may_send(&self) -> bool {
         self.state == State::Established

@@ -128,12 +128,17 @@ impl RecvCredit {
         (self.buf_alloc, self.fwd_cnt)
     }
 
+    /// Bytes that the host socket took and the guest has not been told of.
+    pub fn news(&self) -> u32 {
+        self.fwd_cnt.wrapping_sub(self.last_fwd_cnt)
+    }
+
     /// Whether the guest should be told of new room although nothing else is to be said.
     ///
     /// Half the window is news enough. Before that, only a guest that is short of room needs to hear: at once when
     /// everything was taken (nothing else would ever trigger an update), else in steps that are worth a packet.
     pub fn update_owed(&self) -> bool {
-        let news = self.fwd_cnt.wrapping_sub(self.last_fwd_cnt);
+        let news = self.news();
         if news == 0 {
             return false;
         }

@@ -71,7 +71,7 @@ impl Muxer {
             State::Draining if empty => self.drained(id),
             State::Draining => self.set_deadline(id, now + DRAIN_TIMEOUT),
             State::Established => {
-                if connection.recv.update_owed() {
+                if connection.update_owed() {
                     self.owe(id, Owed::CREDIT_UPDATE);
                 }
                 if empty {

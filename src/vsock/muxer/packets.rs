@@ -210,7 +210,7 @@ impl Muxer {
         if discard {
             connection.recv.forwarded(len);
         }
-        let update_owed = discard && connection.recv.update_owed();
+        let update_owed = discard && connection.update_owed();
         if update_owed {
             self.owe(id, Owed::CREDIT_UPDATE);
         }

@@ -105,6 +105,7 @@ fn boundaries_pass_in_both_directions() {
     // What says nothing is nothing.
     assert_eq!(s.guest(piece(0, Boundary::None)), Disposition::Consumed);
     s.mux.host_wrote(s.now, id, 121);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, 121))]);
 
     s.mux.host_readable(id);
     assert_eq!(s.poll(), Some(Outgoing::Data { id, limit: GUEST_BUF }));
@@ -191,6 +192,36 @@ fn a_message_that_waits_behind_others_is_not_too_long() {
         }
     );
     assert_eq!(s.events(), []);
+}
+
+/// A message of nearly the whole window behind a short one: the guest may have been told of the short one's room or not, and
+/// without it the long one stops before its end for ever.
+#[test]
+fn the_room_of_what_was_taken_is_told_while_a_message_is_unfinished() {
+    let mut s = scene();
+    let id = established(&mut s);
+    let short = OUR_BUF / 8;
+    s.guest(piece(short, Boundary::Message));
+    s.guest(piece(OUR_BUF - short, Boundary::None));
+    assert_eq!(s.sent(), []);
+    s.mux.host_wrote(s.now, id, short);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, short))]);
+    s.guest(piece(short - 1, Boundary::Message));
+    assert_eq!(s.events(), []);
+}
+
+/// A guest that waits for room for a whole message is told of all there is.
+#[test]
+fn every_message_that_was_taken_is_told_of() {
+    let mut s = scene();
+    let id = established(&mut s);
+    s.guest(piece(1, Boundary::Message));
+    s.mux.host_wrote(s.now, id, 1);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, 1))]);
+    assert!(matches!(
+        s.guest(piece(OUR_BUF, Boundary::Message)),
+        Disposition::Payload { .. }
+    ));
 }
 
 #[test]
