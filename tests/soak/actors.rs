@@ -68,7 +68,11 @@ fn again_and_again(
 }
 
 /// Sends so many bytes, half-closes, and compares what comes back.
-fn there_and_back<S>(stream: &S, seed: u64, shutdown: impl Fn() -> std::io::Result<()> + Sync) -> Result<u64, String>
+fn there_and_back<S>(
+    stream: &S,
+    seed: u64,
+    shutdown: impl Fn() -> std::io::Result<()> + Sync,
+) -> Result<u64, String>
 where
     S: Sync,
     for<'a> &'a S: Read + Write,
@@ -354,19 +358,30 @@ fn messages_there_and_back(
         // What was read wrong is what the writer then stumbles over.
         read.and(writer.join().unwrap())
     })
-    .map_err(|error| format!("from port {}: {error}, was reset: {}", socket.local_port(), socket.was_reset()))?;
+    .map_err(|error| {
+        format!(
+            "from port {}: {error}, was reset: {}",
+            socket.local_port(),
+            socket.was_reset()
+        )
+    })?;
     stage.ledger.count(what, lengths.len() as u64);
     Ok(())
 }
 
 fn sibling_messages(stage: &Stage) {
-    again_and_again(stage, "messages between guests", &[&stage.web, &stage.db], |seed| {
-        let guest = stage.web.sockets();
-        match guest.connect_seqpacket_to(DB, 23) {
-            Ok(socket) => messages_there_and_back(stage, "messages: guest to guest", &socket, seed, true),
-            Err(error) => not_up(stage, &format!("connect: {error}")),
-        }
-    });
+    again_and_again(
+        stage,
+        "messages between guests",
+        &[&stage.web, &stage.db],
+        |seed| {
+            let guest = stage.web.sockets();
+            match guest.connect_seqpacket_to(DB, 23) {
+                Ok(socket) => messages_there_and_back(stage, "messages: guest to guest", &socket, seed, true),
+                Err(error) => not_up(stage, &format!("connect: {error}")),
+            }
+        },
+    );
 }
 
 fn packets(stage: &Stage) {

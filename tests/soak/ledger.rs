@@ -57,7 +57,10 @@ impl Ledger {
             "packets of garbage",
             "scrapes",
         ] {
-            assert!(counts.get(path).is_some_and(|count| *count > 0), "nothing for {path:?}");
+            assert!(
+                counts.get(path).is_some_and(|count| *count > 0),
+                "nothing for {path:?}"
+            );
         }
     }
 }
@@ -101,7 +104,10 @@ impl Leaks {
     #[track_caller]
     pub fn judge(&self, after: &Leaks) {
         println!("  before: {self:?}\n   after: {after:?}");
-        assert!(after.descriptors <= self.descriptors, "descriptors leak: {self:?}, {after:?}");
+        assert!(
+            after.descriptors <= self.descriptors,
+            "descriptors leak: {self:?}, {after:?}"
+        );
         assert!(after.threads <= self.threads, "threads leak: {self:?}, {after:?}");
         // Fragments and caches come and go; a leak of 100 bytes a connection would be many times this.
         assert!(
@@ -121,7 +127,10 @@ pub fn judge_counters(sidecar: &Sidecar) {
             total("vsock_connections_closed_total", guest),
         );
         println!("  {guest}: opened {opened}, closed {closed}");
-        assert_eq!(opened, closed, "{guest}: connections opened and closed, none being active");
+        assert_eq!(
+            opened, closed,
+            "{guest}: connections opened and closed, none being active"
+        );
     }
     let between = |guest: &str, direction: &str, rule: &str| {
         let labels = [("guest", guest), ("direction", direction), ("rule", rule)];
@@ -132,6 +141,9 @@ pub fn judge_counters(sidecar: &Sidecar) {
         let dialled = between(from, "guest_to_host", "peer");
         let answered = between(to, "host_to_guest", &format!("guest://{from}"));
         println!("  {from} -> {to}: {dialled} dialled, {answered} accepted");
-        assert!(dialled <= answered, "{from} has connections to {to} that {to} knows nothing of");
+        assert!(
+            dialled <= answered,
+            "{from} has connections to {to} that {to} knows nothing of"
+        );
     }
 }

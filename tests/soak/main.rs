@@ -19,12 +19,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ledger::{Ledger, Leaks};
+use ledger::{Leaks, Ledger};
 use support::*;
 
-/// CIDs of the guests.
-pub const WEB: u64 = 3;
-pub const DB: u64 = 5;
+/// CID of the guest `db`.
+const DB: u64 = 5;
 
 fn seconds() -> u64 {
     std::env::var("SOAK_SECONDS")
@@ -33,25 +32,25 @@ fn seconds() -> u64 {
 }
 
 /// Where everything is.
-pub struct Stage {
-    pub sidecar: Sidecar,
-    pub web: disturbances::Machine,
-    pub db: disturbances::Machine,
+struct Stage {
+    sidecar: Sidecar,
+    web: disturbances::Machine,
+    db: disturbances::Machine,
     /// TCP ports: of the CONNECT listener and of the plain one.
-    pub inbound: [u16; 2],
-    pub until: Instant,
+    inbound: [u16; 2],
+    until: Instant,
     /// Clients that have not come to their end.
-    pub clients: AtomicUsize,
-    pub ledger: Ledger,
+    clients: AtomicUsize,
+    ledger: Ledger,
 }
 
 impl Stage {
     /// Whether servers in the guests are wanted: longer than clients begin anything.
-    pub fn has_clients(&self) -> bool {
+    fn has_clients(&self) -> bool {
         self.clients.load(Ordering::SeqCst) > 0
     }
 
-    pub fn goes_on(&self) -> bool {
+    fn goes_on(&self) -> bool {
         Instant::now() < self.until && !self.ledger.has_failed()
     }
 }
