@@ -135,6 +135,11 @@ impl Retry {
     }
 }
 
+/// Empty messages that a guest gets before it has to show that it takes any: each is memory of its kernel, whatever the host
+/// end sends. Linux tells of its credit whenever an application takes a message, an empty one included
+/// (`virtio_transport_seqpacket_do_dequeue` in net/vmw_vsock/virtio_transport_common.c).
+const MAX_EMPTY_SENT: u32 = 1024;
+
 /// One connection.
 #[derive(Debug)]
 pub struct Connection {
@@ -146,6 +151,8 @@ pub struct Connection {
     pub(super) recv: RecvCredit,
     /// Bytes of the message that the guest has begun and not ended (SEQPACKET).
     pub(super) message: u32,
+    /// Empty messages that went to the guest since it last told of its credit; they use none up.
+    pub(super) empty_sent: u32,
     /// What the guest will do no more; only grows.
     pub(super) guest_shut: ShutdownFlags,
     /// What the host end will do no more, told to the guest or owed; only grows.
@@ -214,6 +221,7 @@ impl Connection {
             send: SendCredit::new(),
             recv: RecvCredit::new(buf_alloc),
             message: 0,
+            empty_sent: 0,
             guest_shut: ShutdownFlags::NONE,
             host_shut: ShutdownFlags::NONE,
             host_write_closed: false,
@@ -316,6 +324,7 @@ impl Connection {
     pub(super) fn may_send(&self) -> bool {
         self.state == State::Established
             && self.readable
+            && self.empty_sent < MAX_EMPTY_SENT
             && !self.host_shut.contains(ShutdownFlags::SEND)
             && !self.guest_shut.contains(ShutdownFlags::RCV)
     }

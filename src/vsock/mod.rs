@@ -66,6 +66,7 @@
 //! 5. Every packet of a connection carries its valid `buf_alloc` and `fwd_cnt`.
 //! 6. Memory is bounded: `max_connections` connections, 1024 (`Backlog::MAX_STRAYS`) resets for unknown flows. When
 //!    those wait because the guest posts no buffers, its packets wait in its ring ([`Muxer::accepts_input`]).
+//!    A guest that takes none of its messages gets 1024 empty ones, which cost no credit, and no more.
 //! 7. A guest's fault is a [`Misbehavior`]: it costs that connection and a count; never an error, never a panic.
 //! 8. Every connection that caused [`Event::Dial`] or came from [`Muxer::connect`] ends with exactly one
 //!    [`Event::Refused`] or [`Event::Closed`].

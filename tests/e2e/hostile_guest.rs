@@ -277,10 +277,10 @@ const ROWS: &[Row] = &[
         counted: Some("unknown_type"),
     },
     Row {
-        trick: "REQUEST of type SEQPACKET, which was not negotiated",
+        trick: "REQUEST of type SEQPACKET for a target that has no boundaries, which is refused and no fault",
         play: |h| stray(h, |head| (head.op, head.socket_type) = (1, 2)),
         answer: Answer::Rst,
-        counted: Some("unsupported_type"),
+        counted: None,
     },
     Row {
         trick: "SEQPACKET data on a stream",

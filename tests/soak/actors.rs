@@ -189,9 +189,9 @@ fn serve_in(stage: &Stage, machine: &Machine) {
     }
 }
 
-fn take<S: Send + 'static>(listener: &GuestListener<S>, serve: impl FnOnce(S) + Send + 'static)
+fn take<S>(listener: &GuestListener<S>, serve: impl FnOnce(S) + Send + 'static)
 where
-    S: vsock_sidecar::embedded_guest::Accepted,
+    S: vsock_sidecar::embedded_guest::Accepted + Send + 'static,
 {
     if let Ok(accepted) = listener.accept_timeout(Duration::from_millis(2)) {
         thread::spawn(move || serve(accepted));
@@ -315,7 +315,7 @@ fn messages_there_and_back(
         })
         .collect();
     let lengths = &lengths;
-    let ends_record = |i: usize| marks && i % 3 == 0;
+    let ends_record = |i: usize| marks && i.is_multiple_of(3);
     thread::scope(|scope| {
         let writer = scope.spawn(move || {
             for (i, len) in lengths.iter().enumerate() {

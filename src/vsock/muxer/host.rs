@@ -49,10 +49,11 @@ impl Muxer {
         }
     }
 
-    /// `n` bytes of the host end went to the guest. `more` tells whether there may be others.
+    /// `n` bytes of the host end went to the guest; none is an empty message. `more` tells whether there may be others.
     pub fn host_read(&mut self, now: Instant, id: ConnectionId, n: u32, more: bool) {
         if let Some(connection) = self.connection_mut(id) {
             connection.send.sent(n);
+            connection.empty_sent += u32::from(n == 0);
             connection.readable = more;
             connection.last_activity = now;
             self.enqueue_data(id);

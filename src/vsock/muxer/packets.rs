@@ -140,6 +140,11 @@ impl Muxer {
             return Disposition::Consumed;
         }
         // Before the operation, which may end the connection: nothing is told of it after its end.
+        if op == Some(Op::CreditUpdate)
+            && let Some(connection) = self.connection_mut(id)
+        {
+            connection.empty_sent = 0;
+        }
         self.resume_after_credit(now, id);
         let verdict = match op {
             Some(Op::Rw) => return self.handle_rw(now, id, key, header, available),

@@ -288,6 +288,27 @@ fn a_shutdown_within_a_message_is_a_fault_and_behind_one_is_not() {
     }
 }
 
+/// They use up no credit, and each is memory of the guest's kernel until an application takes it.
+#[test]
+fn a_guest_that_takes_no_empty_messages_gets_only_so_many() {
+    let mut s = scene();
+    let id = established(&mut s);
+    s.mux.host_readable(id);
+    let mut sent = 0;
+    while let Some(Outgoing::Data { .. }) = s.poll() {
+        s.mux.data_header(id, 0, Boundary::Message).unwrap();
+        s.mux.host_read(s.now, id, 0, true);
+        sent += 1;
+        assert!(sent <= 1024, "there is no end");
+    }
+    assert_eq!(sent, 1024);
+    // What it says of something else is no sign that it takes any.
+    s.guest(piece(1, Boundary::Message));
+    assert_eq!(s.poll(), None);
+    s.guest(seq(FLOW.sends_credit(GUEST_BUF, 0)));
+    assert!(matches!(s.poll(), Some(Outgoing::Data { .. })));
+}
+
 #[test]
 fn the_type_of_a_connection_does_not_change() {
     let mut s = scene();

@@ -67,6 +67,9 @@ struct Judge<'a> {
     faults: u32,
 }
 
+/// A chain: its head, where its bytes lie, and how many there are.
+type Taken = (u16, Vec<Run>, usize);
+
 impl Judge<'_> {
     fn give_back(&mut self) {
         self.model.next_avail = self.model.next_used;
@@ -75,7 +78,7 @@ impl Judge<'_> {
 
     /// Looks at the next chain and takes it, or rejects it: `Some(None)`. A chain that cannot be used stays where it is if
     /// something is held before it: `None`.
-    fn next(&mut self, payload: bool) -> Result<Option<Option<(u16, Vec<Run>, usize)>>, Unsure> {
+    fn next(&mut self, payload: bool) -> Result<Option<Option<Taken>>, Unsure> {
         let Some(head) = self.model.next_head(self.ram, self.areas) else {
             return Ok(None);
         };
