@@ -3,12 +3,17 @@
 CARGO ?= cargo
 DENY_VERSION := 0.20.2
 FUZZ_VERSION := 0.13.2
+# How long the soak takes.
+MINUTES ?= 60
 # A fuzz target, and for how many seconds it runs.
 TARGET ?= gate
 SECONDS ?= 600
+FUZZ_TARGETS := capture config connect_line gate header muxer proxy rx_placement session tx_chains
+# The session says what the gate hears.
+CORPUS = $(if $(filter session,$(TARGET)),gate,$(TARGET))
 TOOLS := $(CURDIR)/target/tools
 
-.PHONY: all setup test unit check fmt clippy doc deny advisories demo fuzz hostile-figures
+.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories demo fuzz fuzz-all hostile-figures soak
 
 all: check
 
@@ -22,7 +27,11 @@ test: setup
 
 ## unit: the tests that need nothing but Rust
 unit:
-	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test session
+	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test hostile --test panics --test session
+
+## vsock-test: Linux's own tests of vsock between two guests of one sidecar (docs/linux-vsock-test.md), with figures
+vsock-test: setup
+	$(CARGO) test --locked --test vsock_test -- --nocapture
 
 ## check: everything that continuous integration runs
 check: test fmt clippy doc deny
@@ -57,11 +66,19 @@ demo:
 hostile-figures:
 	$(CARGO) bench --locked --bench hostile
 
+## soak: everything at once for MINUTES, in release; fails on a lost byte or a leak (docs/soak.md)
+soak:
+	SOAK_SECONDS=$$(($(MINUTES) * 60)) $(CARGO) test --locked --release --test soak -- --nocapture
+
 ## fuzz: one fuzz target for some time (make fuzz TARGET=session SECONDS=600); needs a nightly compiler
 fuzz: $(TOOLS)/bin/cargo-fuzz
 	mkdir -p fuzz/corpus/$(TARGET)
-	cd fuzz && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run --sanitizer none $(TARGET) corpus/$(TARGET) ../tests/corpus/gate \
+	cd fuzz && PATH=$(TOOLS)/bin:$$PATH $(CARGO) +nightly fuzz run --sanitizer none $(TARGET) corpus/$(TARGET) ../tests/corpus/$(CORPUS) \
 		-- -max_total_time=$(SECONDS) -max_len=2048 -timeout=60 -rss_limit_mb=1024
+
+## fuzz-all: every fuzz target, one after the other (make fuzz-all SECONDS=600)
+fuzz-all:
+	set -e; for target in $(FUZZ_TARGETS); do $(MAKE) fuzz TARGET=$$target SECONDS=$(SECONDS); done
 
 $(TOOLS)/bin/cargo-fuzz:
 	CARGO_TARGET_DIR=$(TOOLS)/build $(CARGO) install --locked --quiet --root $(TOOLS) --version $(FUZZ_VERSION) cargo-fuzz

@@ -19,7 +19,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("capture", &["metrics", "vsock::header"]),
     (
         "device",
-        &["capture", "config", "guest", "host", "metrics", "quota", "sys", "vsock"],
+        &[
+            "capture", "config", "guest", "host", "metrics", "quota", "sys", "vsock",
+        ],
     ),
     ("vhost_user", &["device", "guest", "sys"]),
     ("admin", &["config", "drain", "metrics", "sys"]),

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the tests use besides Rust: QEMU and tools to make a guest, guest kernels, promtool and Prometheus, tshark, Chromium.
+# Installs what the tests use besides Rust: QEMU and tools to make a guest, guest kernels, Linux's own tests, promtool and Prometheus, tshark, Chromium.
 # For Debian and Ubuntu. Does nothing if everything is there. Run again at will.
 set -eu
 
@@ -9,6 +9,8 @@ need qemu-system-x86_64 qemu-system-x86
 need cpio cpio
 need depmod kmod
 need xz xz-utils
+need make make
+need cc gcc
 need promtool prometheus
 need tshark tshark
 # Any of its names will do.
@@ -35,3 +37,4 @@ if [ -n "$missing" ]; then
 fi
 
 sh "$(dirname "$0")/vm/fetch-kernels.sh"
+sh "$(dirname "$0")/vm/fetch-vsock-test.sh"

@@ -1,11 +1,8 @@
 //! A policy as a landlock ruleset. The calling thread has it from then on, and every thread that it starts.
 
-use std::io;
-
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, NetPort,
-    PathBeneath, PathFd, PathFdError, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus,
-    Scope,
+    PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 
 use super::policy::{Policy, Rights};
@@ -25,7 +22,7 @@ pub(super) enum Outcome {
 
 /// Restricts the calling thread and its threads to come to what the policy names. There is no way back.
 ///
-/// Sets no_new_privs. Paths that do not exist are left out.
+/// Sets no_new_privs. Paths that cannot be looked up are left out.
 pub(super) fn restrict(policy: &Policy) -> Result<Outcome, RulesetError> {
     let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
@@ -37,11 +34,9 @@ pub(super) fn restrict(policy: &Policy) -> Result<Outcome, RulesetError> {
     }
     let mut ruleset = ruleset.create()?;
     for (path, rights) in &policy.paths {
-        match PathFd::new(path) {
-            Ok(fd) => ruleset = ruleset.add_rule(PathBeneath::new(fd, access(*rights)))?,
-            Err(error) => {
-                tracing::debug!(path = %path.display(), error = %reason(&error), "left out of the landlock policy")
-            }
+        // Nothing to log to yet. What is needed and missing is named when it is used.
+        if let Ok(fd) = PathFd::new(path) {
+            ruleset = ruleset.add_rule(PathBeneath::new(fd, access(*rights)))?;
         }
     }
     if let Some(ports) = &policy.ports {
@@ -100,9 +95,4 @@ fn access(rights: Rights) -> BitFlags<AccessFs> {
     ];
     let granted = pairs.into_iter().filter(|(granted, _)| *granted);
     granted.fold(BitFlags::empty(), |sum, (_, rights)| sum | rights)
-}
-
-fn reason(error: &PathFdError) -> String {
-    let source = std::error::Error::source(error).and_then(|source| source.downcast_ref::<io::Error>());
-    source.map_or_else(|| error.to_string(), ToString::to_string)
 }

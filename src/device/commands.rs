@@ -227,7 +227,7 @@ impl Device {
         }
         self.translation.end_session(&self.switchboard.metrics.iotlb);
         self.switchboard.session_ended(now);
-        self.switchboard.muxer.set_types(SocketTypes::IMPLIED);
+        self.switchboard.muxer.forget_types();
         self.ram = None;
     }
 

@@ -9,7 +9,7 @@ use crate::metrics::{Direction, GuestMetrics, RuleMetrics};
 use crate::vsock::ConnectionId;
 
 use super::messages::Messages;
-use super::sibling::SiblingAnswer;
+use super::sibling::{Ears, SiblingAnswer};
 
 /// Which rule allowed a connection. `None` as index: no rule did.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -74,6 +74,8 @@ pub(super) struct Flow {
     pub(super) messages: Option<Box<Messages>>,
     /// The guest that asked for this connection and waits for what this guest says.
     pub(super) asked_by: Option<Box<SiblingAnswer>>,
+    /// To and from the guest at the other end, if it is one.
+    pub(super) ears: Option<Ears>,
     /// Bytes a client sent together with its CONNECT line, to be sent before the socket's.
     pub(super) preface: Vec<u8>,
     /// How many bytes of `preface` have been sent.
@@ -126,6 +128,11 @@ impl Flow {
                 .messages
                 .as_ref()
                 .is_some_and(|messages| messages.outbox.has_whole())
+    }
+
+    /// Whether the guest at the other end reads no more, and nobody has heard of it yet.
+    pub(super) fn is_unheard(&self) -> bool {
+        !self.write_failed && self.ears.as_ref().is_some_and(Ears::are_closed_there)
     }
 
     /// Accounts for `n` bytes more in the buffer, before they are there.

@@ -2,7 +2,7 @@
 //!
 //! Each device has half of the connection, as with any other host end: the two halves are the ends of a socket pair. So
 //! back-pressure, half-close and resets pass through the kernel as they do with a service, and nothing that one guest does to
-//! its half can be more to the other than what a service can do.
+//! its half can be more to the other than what a service can do. One thing passes beside it ([`Ears`]).
 //!
 //! ```text
 //!   guest a: REQUEST b:5 ──▶ device a ── Command::Sibling { stream } ──▶ device b ── REQUEST from a's CID ──▶ guest b
@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::host::HostStream;
@@ -66,6 +67,49 @@ impl fmt::Debug for Siblings {
     }
 }
 
+/// Whether the guests at the two ends of a connection still listen to each other: one of the pair for each half.
+///
+/// A guest that stops to read has told its peer so (SHUTDOWN of RCV), and the peer's next `send` fails. The socket pair tells
+/// as much only to who writes to it (EPIPE), when that `send` has succeeded; a poll shows nothing (`unix_poll` in Linux's
+/// net/unix/af_unix.c). So it is told here, before the socket is shut down or closed, which wakes the other device.
+#[derive(Debug)]
+pub(super) struct Ears {
+    ours: Arc<AtomicBool>,
+    theirs: Arc<AtomicBool>,
+}
+
+impl Ears {
+    /// For the two halves of one connection.
+    pub(super) fn pair() -> (Ears, Ears) {
+        let (one, other) = <(Arc<AtomicBool>, Arc<AtomicBool>)>::default();
+        let ears = Ears {
+            ours: Arc::clone(&one),
+            theirs: Arc::clone(&other),
+        };
+        let others = Ears {
+            ours: other,
+            theirs: one,
+        };
+        (ears, others)
+    }
+
+    /// Our guest reads no more. So does a half that is dropped.
+    pub(super) fn close(&self) {
+        self.ours.store(true, Ordering::Release);
+    }
+
+    /// Whether the guest at the other half reads no more.
+    pub(super) fn are_closed_there(&self) -> bool {
+        self.theirs.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Ears {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 /// A guest that wants a connection to another one.
 #[derive(Debug)]
 pub struct SiblingRequest {
@@ -81,6 +125,8 @@ pub struct SiblingRequest {
     pub(super) seqpacket: bool,
     /// The half of the connection that is for the guest that is asked.
     pub(super) stream: HostStream,
+    /// Beside it.
+    pub(super) ears: Ears,
     /// Who waits for the outcome.
     pub(super) answer: SiblingAnswer,
 }

@@ -10,7 +10,8 @@
 //! 1. [`FrontEnd`] speaks vhost-user over a unix socket, in a [`Profile`]'s order of messages, or sends anything raw.
 //! 2. [`Driver`] owns guest memory ([`GuestMemory`], one memfd a region) and three split [`Virtqueue`]s: posts
 //!    receive buffers in a [`RxLayout`], sends packets in a [`Shape`], notifies and is interrupted as in Linux.
-//! 3. [`Sockets`] is a small guest vsock stack with a thread of its own: connect, listen, credit, half-close.
+//! 3. [`Sockets`] is a small guest vsock stack with a thread of its own: connect, listen, credit, half-close, in streams
+//!    and in messages (SEQPACKET), with the host and with sibling guests.
 //! 4. [`Iommu`] stands between device and memory where VIRTIO_F_ACCESS_PLATFORM is acknowledged: rings and buffers have
 //!    I/O virtual addresses, the driver maps and unmaps as Linux does, the front-end answers misses as QEMU does or as
 //!    a [`misses::Policy`] says.
@@ -54,7 +55,10 @@ pub use memory::{GuestMemory, Region};
 pub use misses::{Answer, Miss, Outcome, SeenMiss, Unrelated};
 pub use profile::{Order, Profile};
 pub use shape::{RxLayout, Shape};
-pub use sockets::{GuestListener, GuestStream, SocketOptions, Sockets};
+pub use sockets::{
+    Accepted, GuestListener, GuestMessage, GuestSeqpacket, GuestSocket, GuestStream, MessageCredit,
+    SocketOptions, Sockets,
+};
 pub use stats::{Packets, QueueStats, Stats, Violation, Violations};
 pub use virtqueue::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Segment, Table, Used, Virtqueue, descriptor,

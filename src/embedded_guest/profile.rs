@@ -74,6 +74,8 @@ pub struct Profile {
     pub order: Order,
 }
 
+/// What QEMU passes on and Linux acknowledges. Linux's driver knows one feature of vsock itself, SEQPACKET; so STREAM and
+/// NO_IMPLIED_STREAM are never acknowledged, whatever the VMM passes on.
 const DRIVER_FEATURES: u64 = feature::SEQPACKET
     | feature::INDIRECT_DESC
     | feature::EVENT_IDX
@@ -81,7 +83,7 @@ const DRIVER_FEATURES: u64 = feature::SEQPACKET
     | feature::VERSION_1;
 
 impl Profile {
-    /// QEMU 7.2 without vIOMMU: rings 0 and 1; never STREAM, NO_IMPLIED_STREAM or IN_ORDER.
+    /// QEMU 7.2 without vIOMMU: rings 0 and 1; SEQPACKET, never STREAM, NO_IMPLIED_STREAM or IN_ORDER.
     pub fn qemu() -> Profile {
         Profile {
             name: "qemu",
@@ -107,11 +109,12 @@ impl Profile {
     }
 
     /// crosvm with `--protected-vm` on Android: acknowledges ACCESS_PLATFORM where it is offered, means by it only that the
-    /// driver uses the DMA API, and never sends an IOTLB message.
+    /// driver uses the DMA API, and never sends an IOTLB message. Passes bits 0 to 23 of the device, and of the rings' only
+    /// VERSION_1 and EVENT_IDX.
     pub fn crosvm_protected() -> Profile {
         Profile {
             name: "crosvm-protected",
-            features: DRIVER_FEATURES | feature::ACCESS_PLATFORM,
+            features: DRIVER_FEATURES & !feature::INDIRECT_DESC | feature::ACCESS_PLATFORM,
             forced_features: 0,
             protocol_features: protocol_feature::MQ | protocol_feature::CONFIG,
             queues: 3,
@@ -119,11 +122,12 @@ impl Profile {
         }
     }
 
-    /// Cloud Hypervisor: three rings, IN_ORDER, everything acknowledged.
+    /// Cloud Hypervisor: three rings, IN_ORDER, everything acknowledged; passes no feature of the device itself, so its
+    /// guests have no SEQPACKET.
     pub fn cloud_hypervisor() -> Profile {
         Profile {
             name: "cloud-hypervisor",
-            features: DRIVER_FEATURES | feature::IN_ORDER,
+            features: DRIVER_FEATURES & !feature::SEQPACKET | feature::IN_ORDER,
             forced_features: 0,
             protocol_features: protocol_feature::MQ
                 | protocol_feature::CONFIG
@@ -135,7 +139,7 @@ impl Profile {
         }
     }
 
-    /// libkrun: three rings, whatever the device offers, neither REPLY_ACK nor a backend channel; sets
+    /// libkrun: three rings, whatever the device offers (STREAM and NO_IMPLIED_STREAM as well), neither REPLY_ACK nor a backend channel; sets
     /// ACCESS_PLATFORM without ever sending an IOTLB message.
     pub fn libkrun() -> Profile {
         Profile {

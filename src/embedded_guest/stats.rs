@@ -24,7 +24,17 @@ pub enum Violation {
     UnknownType,
     /// Operation 0 (VIRTIO_VSOCK_OP_INVALID) or one the standard does not know.
     InvalidOp,
-    /// An RW packet without payload.
+    /// A packet of a socket type that was not negotiated; RST aside, which answers such a one.
+    TypeNotNegotiated,
+    /// A packet of another socket type than the connection it is for.
+    WrongType,
+    /// A flag that the standard does not know for this operation and socket type.
+    UnknownFlags,
+    /// VIRTIO_VSOCK_SEQ_EOR on a packet that is not its message's last.
+    RecordEndInMessage,
+    /// SHUTDOWN in the middle of a message, which will never end: the guest's program does not hear of it.
+    UnfinishedMessage,
+    /// An RW packet without payload that is not the end of a message.
     EmptyRw,
     /// Payload on an operation that has none.
     UnexpectedPayload,
@@ -59,6 +69,11 @@ impl Violation {
         Violation::WrongAddress,
         Violation::UnknownType,
         Violation::InvalidOp,
+        Violation::TypeNotNegotiated,
+        Violation::WrongType,
+        Violation::UnknownFlags,
+        Violation::RecordEndInMessage,
+        Violation::UnfinishedMessage,
         Violation::EmptyRw,
         Violation::UnexpectedPayload,
         Violation::CreditExceeded,

@@ -22,6 +22,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::HostStream;
+use super::af_vsock;
 use super::connect::{self, Started};
 use super::resolve::{Lookup, Names, SystemResolver};
 use super::stream::Transport;
@@ -101,7 +102,8 @@ pub struct DialRequest<'a> {
     pub first_port: u32,
     /// The port the guest connects to, in the rule's range.
     pub guest_port: u32,
-    /// The type of the guest's connection, and of a unix target's socket.
+    /// The type of the guest's connection, and of a unix target's socket. Others are streams of bytes whatever this says:
+    /// whether they may carry messages, and how, is the caller's to know.
     pub socket_type: SocketType,
     /// The guest.
     pub cid: u32,
@@ -205,6 +207,8 @@ enum Waiting {
     Backlog { path: PathBuf, socket_type: SocketType },
     /// Room in the connected socket for the rest of the greeting.
     Room { stream: HostStream },
+    /// The answer of another machine, or of this one's kernel.
+    Vsock { cid: u32, port: u32 },
 }
 
 impl Waiting {
@@ -232,12 +236,14 @@ impl Waiting {
                 ))),
             },
             Destination::Name { host, port } => Ok(Waiting::Name { host, port }),
+            Destination::Vsock { cid, port } => Ok(Waiting::Vsock { cid, port }),
         }
     }
 
     async fn end(self, names: &Arc<Names>, deadline: Instant, timeout: Duration) -> DialResult {
         match self {
             Waiting::Room { stream } => Ok(stream),
+            Waiting::Vsock { cid, port } => af_vsock::connect(cid, port, deadline, timeout).await,
             Waiting::Backlog { path, socket_type } => retry_unix(&path, socket_type, deadline, timeout).await,
             Waiting::Answer { socket, address } => {
                 let label = |_| tcp_label(&address);
@@ -431,7 +437,7 @@ fn unix_failure(path: &Path, socket_type: SocketType, error: io::Error, timeout:
 }
 
 /// What `error` of a connect means.
-fn failure(target: String, source: io::Error, timeout: Duration) -> DialError {
+pub(super) fn failure(target: String, source: io::Error, timeout: Duration) -> DialError {
     match Errno::from_io_error(&source) {
         Some(Errno::CONNREFUSED | Errno::NOENT) => DialError::Refused { target, source },
         Some(Errno::TIMEDOUT) => DialError::TimedOut {
@@ -481,6 +487,8 @@ enum Destination {
     Address(SocketAddr),
     /// Needs one.
     Name { host: String, port: u16 },
+    /// AF_VSOCK of this host.
+    Vsock { cid: u32, port: u32 },
     /// A unix socket.
     Unix { path: PathBuf },
 }
@@ -494,20 +502,19 @@ impl Destination {
             cid,
             ..
         } = request;
+        // The configuration refuses ranges that do not fit; should one come here, no other service is dialled.
+        let shifted = |port: u32| port.checked_add(guest_port.checked_sub(first_port)?);
+        let unreachable = |target: String, text: String| DialError::Unreachable {
+            target,
+            source: io::Error::new(io::ErrorKind::InvalidInput, text),
+        };
         match target {
             Target::Tcp { host, port } => {
-                // The configuration refuses ranges that do not fit; should one come here, no other service is dialled.
-                let offset = guest_port.checked_sub(first_port);
-                let shifted = offset.and_then(|offset| u32::from(*port).checked_add(offset));
-                let Some(port) = shifted.and_then(|shifted| u16::try_from(shifted).ok()) else {
+                let Some(port) = shifted(u32::from(*port)).and_then(|port| u16::try_from(port).ok()) else {
                     let text = format!(
                         "guest port {guest_port} has no TCP port, counted from {first_port} as {port}"
                     );
-                    let source = io::Error::new(io::ErrorKind::InvalidInput, text);
-                    return Err(DialError::Unreachable {
-                        target: format!("tcp://{host}"),
-                        source,
-                    });
+                    return Err(unreachable(format!("tcp://{host}"), text));
                 };
                 Ok(match host.parse::<IpAddr>() {
                     Ok(ip) => Destination::Address(SocketAddr::new(ip, port)),
@@ -517,10 +524,21 @@ impl Destination {
                     },
                 })
             }
-            Target::Vsock { .. } | Target::Guest { .. } => Err(DialError::Unreachable {
-                target: target.to_string(),
-                source: io::ErrorKind::Unsupported.into(),
-            }),
+            Target::Vsock { cid, port } => {
+                // The highest number stands for any port (VMADDR_PORT_ANY).
+                let Some(port) = shifted(*port).filter(|port| *port != u32::MAX) else {
+                    let text = format!(
+                        "guest port {guest_port} has no vsock port, counted from {first_port} as {port}"
+                    );
+                    return Err(unreachable(target.to_string(), text));
+                };
+                Ok(Destination::Vsock { cid: *cid, port })
+            }
+            // Guests of this sidecar are joined by their devices.
+            Target::Guest { .. } => Err(unreachable(
+                target.to_string(),
+                "a guest is no socket of this host".to_owned(),
+            )),
             Target::Unix { path } => {
                 let path = path
                     .replace("{port}", &guest_port.to_string())

@@ -51,14 +51,16 @@ pub enum Rejection {
 
 /// Whom a client wants, and what it sent for them already.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Wanted {
-    pub(super) port: u32,
-    pub(super) preface: Vec<u8>,
+pub struct Wanted {
+    /// The guest's port, 1 to 4294967294.
+    pub port: u32,
+    /// The bytes behind the line's newline that came with it.
+    pub preface: Vec<u8>,
 }
 
 /// The part of the line that has come so far.
 #[derive(Default, Debug)]
-pub(super) struct ConnectLine {
+pub struct ConnectLine {
     bytes: [u8; MAX_LINE],
     len: usize,
 }
@@ -68,7 +70,7 @@ impl ConnectLine {
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] when more has to come: call again. Any other is the socket's failure.
-    pub(super) fn read_from(&mut self, socket: impl AsFd) -> io::Result<Result<Wanted, Rejection>> {
+    pub fn read_from(&mut self, socket: impl AsFd) -> io::Result<Result<Wanted, Rejection>> {
         let mut chunk = [0; CHUNK];
         loop {
             let (taken, _) =
@@ -84,8 +86,8 @@ impl ConnectLine {
         }
     }
 
-    /// Takes the next bytes; `None` while the line is not whole.
-    fn push(&mut self, bytes: &[u8]) -> Option<Result<Wanted, Rejection>> {
+    /// Takes the next bytes; `None` while the line is not whole. Not to be called after an answer.
+    pub fn push(&mut self, bytes: &[u8]) -> Option<Result<Wanted, Rejection>> {
         let newline = bytes.iter().position(|&byte| byte == b'\n');
         let (part, rest) = bytes.split_at(newline.unwrap_or(bytes.len()));
         let Some(room) = self.bytes.get_mut(self.len..self.len + part.len()) else {

@@ -21,6 +21,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::HostStream;
+use super::af_vsock;
 use super::handshake::{ConnectLine, Wanted};
 use super::stream::{Kind, Transport, set_packet_options, set_tcp_options};
 use crate::config::{Cidr, Framing, InboundProtocol, ListenAddress, SocketType};
@@ -31,7 +32,7 @@ use crate::sys::unix_socket::{self, BindError, SocketGuard};
 pub use super::handshake::{MAX_LINE, Rejection};
 
 /// Connections the kernel completes before we accept them; it takes less if net.core.somaxconn says so.
-const BACKLOG: i32 = 1024;
+pub(super) const BACKLOG: i32 = 1024;
 
 /// Clients of one `protocol: connect` listener that have not sent their line yet. One more, and the oldest goes: who means it
 /// sends the line at once, so the oldest is the least likely to.
@@ -124,9 +125,16 @@ pub enum ListenError {
         /// The system's words.
         source: io::Error,
     },
-    /// Not built yet.
-    #[error("cannot listen on AF_VSOCK")]
-    NoVsock,
+    /// A port of AF_VSOCK.
+    #[error("cannot {action} vsock://{port}: {source}")]
+    Vsock {
+        /// What was tried.
+        action: &'static str,
+        /// The port.
+        port: u32,
+        /// The system's words, and what to do.
+        source: io::Error,
+    },
     /// Anything else.
     #[error("cannot {action} tcp://{address}: {source}")]
     Io {
@@ -171,7 +179,14 @@ impl Listener {
                     file: None,
                 })
             }
-            ListenAddress::Vsock(_) => Err(ListenError::NoVsock),
+            ListenAddress::Vsock(port) => Ok(Listener {
+                socket: af_vsock::bind(*port)?,
+                address: address.clone(),
+                allow: Vec::new(),
+                kind: af_vsock::KIND,
+                descriptors: None,
+                file: None,
+            }),
             ListenAddress::Unix(path) => {
                 let kind = Kind::unix(socket_type);
                 let (socket, file) = match socket_type {
@@ -398,7 +413,16 @@ fn accept(listener: BorrowedFd<'_>, address: &ListenAddress, kind: Kind) -> io::
                 descriptor: None,
             })
         }
-        ListenAddress::Vsock(_) => Err(io::ErrorKind::Unsupported.into()),
+        ListenAddress::Vsock(_) => {
+            let (socket, peer) = af_vsock::accept(listener)?;
+            Ok(Client {
+                socket,
+                kind,
+                ip: None,
+                peer,
+                descriptor: None,
+            })
+        }
         // Clients of unix sockets have no names; which listener they came by is all there is to say.
         ListenAddress::Unix(path) => {
             let socket = rustix::net::accept_with(listener, flags)?;

@@ -16,6 +16,7 @@
 //!  Dialer::dial ── unix, loopback ──────────────────────────────────────────▶ connect
 //!     │  ╰── name, slow, several ──▶ Names::lookup ─────────────────────────▶ getaddrinfo (blocking pool)
 //!     │                              connect::race ◀── epoll ───────────────▶ connect …
+//!     │  ╰── AF_VSOCK ─────────────▶ af_vsock::connect ◀── epoll ───────────▶ connect
 //!     ◀── done(DialResult, took) ────────╯
 //!                                    Listener::serve ◀── epoll ─────────────▶ accept
 //!     ◀── sink(Ok(Incoming)) ────────────┤ plain: at once
@@ -64,9 +65,10 @@
 //! | a message that is received | peer | the `most` of the caller, one buffer a thread |
 #![forbid(unsafe_code)]
 
+mod af_vsock;
 mod connect;
 pub mod dial;
-mod handshake;
+pub mod handshake;
 pub mod listen;
 pub mod proxy_protocol;
 pub mod resolve;

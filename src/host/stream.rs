@@ -12,6 +12,7 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 
+use super::af_vsock;
 use crate::config::SocketType;
 use crate::quota::Share;
 use crate::sys::packet;
@@ -340,7 +341,7 @@ fn describe(address: &SockAddr) -> String {
     } else if let Some(path) = address.as_pathname() {
         path.display().to_string()
     } else if let Some((cid, port)) = address.as_vsock_address() {
-        format!("vsock://{cid}:{port}")
+        af_vsock::label(cid, port)
     } else {
         "unix socket without a name".to_owned()
     }

@@ -88,7 +88,6 @@ impl Backlog {
     }
 
     /// Of resets, replies and data.
-    #[cfg(test)]
     pub(super) fn lengths(&self) -> (usize, usize, usize) {
         (self.strays.len(), self.replies.len(), self.data.len())
     }

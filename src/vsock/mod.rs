@@ -100,5 +100,7 @@ mod tests;
 pub use connection::{Connection, ConnectionKey, Origin, State};
 pub use header::{Boundary, Cid, HEADER_LEN, Header, Op, Port, ShutdownFlags, SocketType};
 pub use misbehavior::Misbehavior;
-pub use muxer::{Caller, ConnectionId, Disposition, Event, Muxer, MuxerConfig, Outgoing, SocketTypes};
+pub use muxer::{
+    Caller, ConnectionId, Disposition, Event, ListLengths, Muxer, MuxerConfig, Outgoing, SocketTypes,
+};
 pub use reason::{CloseReason, RefuseReason};

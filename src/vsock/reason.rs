@@ -48,7 +48,7 @@ labelled! {
         GuestRst => "guest_rst",
         /// The guest did not answer REQUEST within `guestTimeout`.
         GuestTimeout => "guest_timeout",
-        /// The connection is SEQPACKET, and the target or the guest knows only streams.
+        /// The target or the guest does not take connections of this type: SEQPACKET where only streams go, or the reverse.
         UnsupportedType => "unsupported_type",
         /// The sidecar is shutting down.
         Draining => "draining",

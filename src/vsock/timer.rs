@@ -39,7 +39,6 @@ impl Deadlines {
     }
 
     /// Wake-ups held.
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.wake_ups.len()
     }

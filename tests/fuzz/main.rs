@@ -2,8 +2,16 @@
 //!
 //! `fuzz/` has the same two functions, `gate::run` and `session::run`, for libFuzzer; `docs/fuzzing.md` says how to use it.
 
+mod capture;
+mod config;
+mod connect_line;
 mod found;
 mod gate;
+mod header;
+mod input;
+mod muxer;
+mod proxy;
+mod rings;
 mod session;
 mod steps;
 
@@ -14,9 +22,14 @@ use steps::Case;
 
 /// The corpus: file names and what they hold, in the order of the names.
 fn corpus() -> Vec<(PathBuf, Vec<u8>)> {
-    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/gate");
+    corpus_of("gate")
+}
+
+fn corpus_of(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
+    let directory = format!("{}/tests/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
     let mut files: Vec<_> = std::fs::read_dir(directory)
-        .expect("the corpus is part of the source")
+        .into_iter()
+        .flatten()
         .map(|entry| entry.expect("a file of the corpus").path())
         .collect();
     files.sort();
@@ -62,6 +75,78 @@ fn the_gate_keeps_its_promises_on_every_sequence_of_the_corpus_and_its_neighbour
             }
         }
     }
+}
+
+/// A target that takes bytes: what it is called, and its function.
+const TARGETS: &[(&str, fn(&[u8]), u64)] = &[
+    ("capture", capture::run, 500),
+    ("config", config::run, 1500),
+    ("connect_line", connect_line::run, 5000),
+    ("header", header::run, 2000),
+    ("muxer", muxer::run, 1500),
+    ("proxy", proxy::run, 1000),
+    ("rx_placement", rings::rx::run, 1500),
+    ("tx_chains", rings::tx::run, 1500),
+];
+
+/// Every case of a target's corpus with some changes to each, and noise.
+fn short_run(target: &str) {
+    let (_, run, cases) = TARGETS
+        .iter()
+        .find(|(name, ..)| *name == target)
+        .expect("a target");
+    let corpus = corpus_of(target);
+    for (path, bytes) in &corpus {
+        let name = path.display().to_string();
+        for change in 0..20 {
+            let _running = Running(&name, change);
+            run(&steps::changed(bytes, change));
+        }
+    }
+    for number in 0..*cases {
+        let _running = Running("noise", number);
+        run(&input::noise(number, 1500));
+    }
+}
+
+#[test]
+fn a_capture_is_whole_blocks_of_what_was_kept() {
+    short_run("capture");
+}
+
+#[test]
+fn a_configuration_is_read_as_it_is_written_or_refused_in_a_place() {
+    short_run("config");
+}
+
+#[test]
+fn a_connect_line_means_the_same_in_any_pieces() {
+    short_run("connect_line");
+}
+
+#[test]
+fn a_proxy_header_is_what_its_receiver_expects() {
+    short_run("proxy");
+}
+
+#[test]
+fn payload_lands_in_the_buffers_of_the_rx_ring_and_nowhere_else() {
+    short_run("rx_placement");
+}
+
+#[test]
+fn packets_of_the_tx_ring_are_what_the_standard_says() {
+    short_run("tx_chains");
+}
+
+#[test]
+fn a_header_keeps_all_its_bits() {
+    short_run("header");
+}
+
+#[test]
+fn the_law_keeps_its_promises_whatever_guests_host_ends_and_time_do() {
+    short_run("muxer");
 }
 
 /// Panics of the threads of a session: they are contained, and no test would see them.

@@ -6,6 +6,8 @@
 //! for it now sets `VSOCK_TEST_NO_VM=1`, which CI refuses. `VSOCK_TEST_SCENARIO=reboot` runs the scenarios of that name.
 
 mod iommu;
+// Made for several tests, each of which uses a part.
+#[allow(dead_code)]
 #[path = "../vm/mod.rs"]
 mod vm;
 

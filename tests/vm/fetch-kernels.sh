@@ -7,6 +7,7 @@
 # For each VERSION it leaves
 #   DIR/VERSION/vmlinux            the kernel, uncompressed, to be entered as an ELF file (PVH)
 #   DIR/VERSION/modules/NN-*.ko    the modules a vsock guest needs, uncompressed, to be loaded in the order of NN
+#   DIR/VERSION/extra/NN-*.ko      what some tests load behind these: a network card, vsock within one guest
 #   DIR/VERSION/release            the kernel's release; written last, so its presence means that the rest is whole
 #
 # The kernels are Debian's cloud kernels, taken out of their packages; nothing is installed from them. What is there is
@@ -18,11 +19,10 @@ set -eu
 # What is loaded at boot, in this order; what these need comes by modules.dep. Built-in ones are left out by themselves,
 # and so is one with a question mark where the kernel has none: Debian's 6.1 knows no virtio-iommu.
 wanted="virtio_pci virtio_iommu? vmw_vsock_virtio_transport"
+extra="virtio_net vsock_loopback vsock_diag"
 
-fail() {
-    echo "fetch-kernels: $*" >&2
-    exit 1
-}
+me=fetch-kernels
+. "$(dirname "$0")/apt.sh"
 
 [ $# -gt 0 ] || set -- "${CARGO_TARGET_DIR:-$(dirname "$0")/../../target}/vm" 6.1 6.12
 [ $# -ge 2 ] || fail "usage: fetch-kernels.sh [DIR VERSION...]"
@@ -32,38 +32,7 @@ shift
 
 [ "$(uname -m)" = x86_64 ] || fail "the guest is x86-64 and its test program is built here: this machine is $(uname -m)"
 
-# Tests of several files may ask at once.
-if command -v flock >/dev/null && [ "${FETCH_KERNELS_LOCKED:-}" != "$dir" ]; then
-    FETCH_KERNELS_LOCKED=$dir exec flock "$dir/lock" sh "$0" "$dir" "$@"
-fi
-
-PATH=$PATH:/usr/sbin:/sbin
-
-updated=
-update_lists() {
-    [ -z "$updated" ] || return 0
-    updated=yes
-    [ "$(id -u)" = 0 ] || return 0
-    echo "fetch-kernels: apt-get update" >&2
-    apt-get -qq update >&2 || echo "fetch-kernels: apt-get update failed; going on with the lists at hand" >&2
-}
-
-# need PROGRAM PACKAGE...: installs the packages whose program is missing.
-need() {
-    missing=
-    while [ $# -ge 2 ]; do
-        command -v "$1" >/dev/null || missing="$missing $2"
-        shift 2
-    done
-    [ -n "$missing" ] || return 0
-    command -v apt-get >/dev/null || fail "install what Debian calls$missing, then run this again"
-    [ "$(id -u)" = 0 ] && [ "${FETCH_KERNELS_INSTALL:-yes}" != no ] || fail "missing programs; run: sudo apt-get install --no-install-recommends$missing"
-    update_lists
-    echo "fetch-kernels: apt-get install$missing" >&2
-    # shellcheck disable=SC2086 # a list of package names
-    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $missing >&2 ||
-        fail "could not install$missing"
-}
+alone "$dir" "$@"
 
 # The packages that hold kernel $1: Debian's cloud kernel, or else (Ubuntu has no such packages) the distribution's own.
 packages_of() {
@@ -93,11 +62,10 @@ download() { # VERSION INTO
         "elsewhere put such a package file into $dir/debs and run this again"
     echo "fetch-kernels: Linux $version from $packages" >&2
     # shellcheck disable=SC2086 # a list of package names
-    fetch="apt-get -qq -o APT::Sandbox::User=$(id -un) download $packages"
-    (cd "$into" && $fetch >&2) || {
+    fetch "$into" $packages || {
         update_lists
         packages=$(packages_of "$version")
-        (cd "$into" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download $packages >&2)
+        fetch "$into" $packages
     } || fail "could not download $packages"
 }
 
@@ -122,28 +90,13 @@ unpack_kernel() { # VMLINUZ INTO
     payload "$1" "$3" "$4" | $unpack >"$2" || [ "$magic" != "${magic#1f8b}" ] || fail "$1: cannot be unpacked"
 }
 
-kernel() { # VERSION
-    version=$1 dest=$dir/$1
-    if [ -s "$dest/release" ] && [ -s "$dest/vmlinux" ] && [ "$(cat "$dest/wanted")" = "$wanted" ]; then
-        return 0
-    fi
-    need depmod kmod xz xz-utils
-    work=$dir/.work-$version
-    rm -rf "$work" "$dest"
-    download "$version" "$work/debs"
-    mkdir -p "$work/root" "$work/out/modules"
-    for deb in "$work"/debs/*.deb; do
-        dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$work/root"
-    done
-    # Newer packages hold usr/lib/modules; depmod looks in lib/modules.
-    [ -e "$work/root/lib" ] || ln -s usr/lib "$work/root/lib"
-    release=$(basename "$work"/root/lib/modules/*)
-    tree=$work/root/lib/modules/$release
-    unpack_kernel "$work/root/boot/vmlinuz-$release" "$work/out/vmlinux"
-    depmod -b "$work/root" "$release" || fail "depmod failed for $release"
-
-    # A line of modules.dep is "module: dependencies", the one to load first last.
-    for word in $wanted; do
+# The modules of these names and what they need, in the order of loading. A line of modules.dep is "module: dependencies",
+# the one to load first last.
+closure() { # INTO MODULE...
+    into=$1
+    shift
+    : >"$work/all"
+    for word in "$@"; do
         name=${word%\?}
         awk -F: -v name="$name" '{
             file = $1; sub(/.*\//, "", file); sub(/\.ko.*/, "", file); gsub(/-/, "_", file)
@@ -154,12 +107,17 @@ kernel() { # VERSION
         }' "$tree/modules.dep" >"$work/closure"
         [ -s "$work/closure" ] || [ "$name" != "$word" ] || tr - _ <"$tree/modules.builtin" | grep -q "/$name\.ko" ||
             fail "Linux $release has no module $name"
-        cat "$work/closure"
-    done | awk '!seen[$0]++' >"$work/order"
-    number=10
+        cat "$work/closure" >>"$work/all"
+    done
+    awk '!seen[$0]++' "$work/all" >"$into"
+}
+
+# Unpacks the modules that are named on standard input; numbers go on from call to call.
+take() { # INTO
+    mkdir -p "$work/out/$1"
     while read -r module; do
         file=$(basename "$module")
-        out=$work/out/modules/$number-${file%%.ko*}.ko
+        out=$work/out/$1/$number-${file%%.ko*}.ko
         case $file in
         *.ko) cp "$tree/$module" "$out" ;;
         *.ko.xz) xz -dc "$tree/$module" >"$out" ;;
@@ -170,9 +128,38 @@ kernel() { # VERSION
         *) fail "module $file: unknown compression" ;;
         esac
         number=$((number + 1))
-    done <"$work/order"
+    done
+}
 
-    echo "$wanted" >"$work/out/wanted"
+kernel() { # VERSION
+    version=$1 dest=$dir/$1
+    if [ -s "$dest/release" ] && [ -s "$dest/vmlinux" ] && [ "$(cat "$dest/wanted")" = "$wanted $extra" ]; then
+        return 0
+    fi
+    need depmod kmod xz xz-utils
+    work=$dir/.work-$version
+    rm -rf "$work" "$dest"
+    download "$version" "$work/debs"
+    mkdir -p "$work/root" "$work/out"
+    for deb in "$work"/debs/*.deb; do
+        dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$work/root"
+    done
+    # Newer packages hold usr/lib/modules; depmod looks in lib/modules.
+    [ -e "$work/root/lib" ] || ln -s usr/lib "$work/root/lib"
+    release=$(basename "$work"/root/lib/modules/*)
+    tree=$work/root/lib/modules/$release
+    unpack_kernel "$work/root/boot/vmlinuz-$release" "$work/out/vmlinux"
+    depmod -b "$work/root" "$release" || fail "depmod failed for $release"
+
+    # shellcheck disable=SC2086 # lists of words
+    closure "$work/wanted" $wanted
+    # shellcheck disable=SC2086
+    closure "$work/both" $wanted $extra
+    number=10
+    take modules <"$work/wanted"
+    tail -n +"$(($(wc -l <"$work/wanted") + 1))" "$work/both" | take extra
+
+    echo "$wanted $extra" >"$work/out/wanted"
     mv "$work/out" "$dest"
     rm -rf "$work"
     echo "$release" >"$dest/.release"

@@ -1,6 +1,7 @@
 //! A real Linux guest for tests: QEMU with a vhost-user-vsock device, a Debian kernel and an init program of ours.
 //!
 //! - [`assets`]: the kernels (`fetch-kernels.sh`), the guest's program (`tests/guest`) and the initramfs made of both;
+//! - [`extra`]: what else a machine may have: modules and programs;
 //! - [`qemu`]: one virtual machine: boot, the control line of the guest's program, QMP, the end;
 //! - [`sidecar`]: one run of the real binary: configuration, metrics, log, the end;
 //! - [`service`]: what the guest talks to: TCP and unix services and clients with checked data;
@@ -10,6 +11,8 @@
 //! process is ended by its own handle when its value is dropped, a failed test included.
 
 pub mod assets;
+#[allow(dead_code)]
+pub mod extra;
 pub mod lab;
 pub mod qemu;
 pub mod service;

@@ -17,6 +17,16 @@ impl Vm {
         Vm(must(qemu::Vm::boot(assets, socket, dir, options, &mut || true)))
     }
 
+    /// The same for a machine without a vsock device.
+    pub fn boot_without_device(assets: &Assets, dir: &Path, options: &Options) -> Vm {
+        Vm(must(qemu::Vm::boot_without_device(
+            assets,
+            dir,
+            options,
+            &mut || true,
+        )))
+    }
+
     /// Has the guest's program carry out a command (`tests/guest/src/command.rs`) that must succeed.
     pub fn ok(&mut self, command: &str) -> Answer {
         let answer = self.answer(command);

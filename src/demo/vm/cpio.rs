@@ -4,7 +4,7 @@ use super::VmError;
 
 /// An archive under construction. The kernel unpacks several archives one behind the other, so parts can be concatenated.
 #[derive(Default, Debug)]
-pub(super) struct Archive {
+pub struct Archive {
     bytes: Vec<u8>,
     entries: u32,
 }
@@ -14,12 +14,12 @@ const REGULAR: u32 = 0o100_000;
 
 impl Archive {
     /// Adds a directory, named without a leading slash.
-    pub(super) fn directory(&mut self, name: &str) {
+    pub fn directory(&mut self, name: &str) {
         self.entry(name, DIRECTORY | 0o755, 0, &[]);
     }
 
-    /// Adds a regular file; its directory must have been added before.
-    pub(super) fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<(), VmError> {
+    /// Adds a regular file, named without a leading slash; its directory must have been added before. Fails for 4 GiB and more.
+    pub fn file(&mut self, name: &str, mode: u32, content: &[u8]) -> Result<(), VmError> {
         let size = u32::try_from(content.len()).map_err(|_| VmError::TooLarge {
             name: name.to_owned(),
             size: content.len(),
@@ -29,7 +29,7 @@ impl Archive {
     }
 
     /// The whole archive.
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    pub fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, 0, &[]);
         self.bytes
     }

@@ -1,6 +1,7 @@
 //! `demo --vm`: the same acts with a real Linux guest in QEMU.
 //!
 //! - [`assets`]: the kernel (`tests/vm/fetch-kernels.sh`), the guest's program (`tests/guest`) and the initramfs of both;
+//! - [`cpio`]: the initramfs' format, for tests that put more into it;
 //! - [`qemu`]: one virtual machine: boot, the control line of the guest's program, QMP, the end;
 //! - [`pattern`] and [`text`]: data and words that both ends know; the guest's program includes these two files;
 //! - [`wait`]: waits with a deadline, which an interrupt ends.
@@ -10,7 +11,7 @@
 //! which of them is missing. Kernels and programs are kept in `vm` in cargo's target directory.
 
 pub mod assets;
-mod cpio;
+pub mod cpio;
 mod error;
 mod guest;
 pub mod pattern;

@@ -113,6 +113,20 @@ impl Vm {
         Ok(vm)
     }
 
+    /// The same for a machine without a vsock device.
+    pub fn boot_without_device(
+        assets: &Assets,
+        dir: &Path,
+        options: &Options,
+        go_on: GoOn<'_>,
+    ) -> Result<Vm, VmError> {
+        let accelerator = accelerator(assets, dir, go_on)?;
+        let mut vm = Vm::launch(assets, None, dir, options, accelerator, go_on)?;
+        vm.wait_for_boot(go_on)?;
+        vm.boot_time = vm.started.elapsed();
+        Ok(vm)
+    }
+
     /// Starts QEMU; without a vhost-user socket the machine has no vsock device.
     fn launch(
         assets: &Assets,

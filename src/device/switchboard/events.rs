@@ -12,6 +12,7 @@ use crate::config::{self, ProxyProtocol, Target};
 use crate::device::flow::{HostEnd, RuleRef};
 use crate::device::handle::Command;
 use crate::device::messages::Messages;
+use crate::host::HostStream;
 use crate::host::dial::DialRequest;
 use crate::host::listen::Incoming;
 use crate::host::proxy_protocol;
@@ -240,6 +241,10 @@ impl Switchboard {
         // ENOTCONN: the peer was faster; its reset is read in the usual way.
         let result = if flags.contains(ShutdownFlags::SEND) {
             stream.shutdown_write()
+        } else if let Some(ears) = &flow.ears {
+            ears.close();
+            // What the other device has filled to the brim would never be writable again, and so wake nobody.
+            stream.shutdown_read().map(|()| discard(stream))
         } else {
             stream.shutdown_read()
         };
@@ -250,7 +255,11 @@ impl Switchboard {
     }
 
     pub(super) fn close(&mut self, now: Instant, id: ConnectionId, reason: CloseReason, abort: bool) {
-        let Some(flow) = self.flows.remove(id) else { return };
+        let Some(mut flow) = self.flows.remove(id) else {
+            return;
+        };
+        // Ahead of the socket, whose end wakes the other guest's device.
+        drop(flow.ears.take());
         let metrics = flow.rule.metrics(&self.metrics);
         metrics.active.dec();
         metrics.closed[reason as usize].inc();
@@ -298,4 +307,10 @@ impl Switchboard {
             debug!(guest = %self.name, kind = kind.label(), guest_port = %key.guest_port, "misbehavior");
         }
     }
+}
+
+/// Throws away what a socket has that is shut down for reading: no more can come, so this ends.
+fn discard(stream: &HostStream) {
+    let mut bin = [0; 16 * 1024];
+    while matches!(stream.read(&mut bin), Ok(n) if n > 0) {}
 }

@@ -238,6 +238,13 @@ impl Switchboard {
             return;
         };
         flow.eof = true;
+        // With the end of the bytes rather than behind it: the guest sees a close as a whole.
+        if flow.is_unheard() {
+            self.reads_no_more(now, id);
+        }
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
         if flow
             .messages
             .as_ref()

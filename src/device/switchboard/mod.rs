@@ -516,15 +516,24 @@ impl Switchboard {
     }
 
     /// A socket that is gone and whose bytes the guest does not want will never be read or written again: nobody else
-    /// would notice its end.
+    /// would notice its end. Nor that a guest at the other end reads no more, before ours writes.
     fn end_if_deaf(&mut self, now: Instant, id: ConnectionId) {
-        let unwanted = self
-            .muxer
-            .connection(id)
-            .is_some_and(|connection| connection.guest_shut().contains(ShutdownFlags::RCV));
-        if unwanted && self.flows.get(id).is_some_and(|flow| flow.hung_up) {
+        let Some(flow) = self.flows.get(id) else { return };
+        let unwanted = || {
+            let connection = self.muxer.connection(id);
+            connection.is_some_and(|connection| connection.guest_shut().contains(ShutdownFlags::RCV))
+        };
+        if flow.is_unheard() {
+            self.reads_no_more(now, id);
+        } else if flow.hung_up && unwanted() {
             self.takes_no_more(now, id);
         }
+    }
+
+    /// The guest at the other end has said that it reads no more.
+    fn reads_no_more(&mut self, now: Instant, id: ConnectionId) {
+        self.forget_held(id);
+        self.muxer.host_reads_no_more(now, id);
     }
 
     fn write_failed(&mut self, now: Instant, id: ConnectionId, error: &io::Error) {
@@ -534,8 +543,13 @@ impl Switchboard {
         self.muxer.host_readable(id);
     }
 
-    /// Forgets what the socket has not taken.
     fn takes_no_more(&mut self, now: Instant, id: ConnectionId) {
+        self.forget_held(id);
+        self.muxer.host_write_failed(now, id);
+    }
+
+    /// Forgets what the socket has not taken.
+    fn forget_held(&mut self, id: ConnectionId) {
         if let Some(flow) = self.flows.get_mut(id) {
             let lost = std::mem::replace(&mut flow.spill, SpillBuf::new(self.buf_alloc as usize)).len();
             flow.settle();
@@ -546,7 +560,6 @@ impl Switchboard {
             flow.read_on = true;
             flow.write_failed = true;
         }
-        self.muxer.host_write_failed(now, id);
     }
 
     /// Bytes of a CONNECT preface still to be sent, if any: they go before the socket's.
@@ -689,6 +702,7 @@ impl Switchboard {
             place: None,
             messages: None,
             asked_by: None,
+            ears: None,
             preface: Vec::new(),
             preface_sent: 0,
             wants_ok: false,
@@ -742,7 +756,8 @@ fn refuse_reason(error: &DialError) -> RefuseReason {
         DialError::Refused { .. } => RefuseReason::DialRefused,
         DialError::TimedOut { .. } => RefuseReason::DialTimeout,
         DialError::Resolve { .. } => RefuseReason::Dns,
-        DialError::Unreachable { .. } | DialError::WrongType { .. } => RefuseReason::Unreachable,
+        DialError::Unreachable { .. } => RefuseReason::Unreachable,
+        DialError::WrongType { .. } => RefuseReason::UnsupportedType,
         DialError::Resources { source, .. } => match Errno::from_io_error(source) {
             Some(Errno::MFILE | Errno::NFILE) => RefuseReason::Descriptors,
             _ => RefuseReason::Limit,

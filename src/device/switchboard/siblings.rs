@@ -11,7 +11,7 @@ use crate::device::flow::{Flow, HostEnd, RuleRef};
 use crate::device::handle::Command;
 use crate::device::limits;
 use crate::device::messages::{Messages, Wire};
-use crate::device::sibling::{SiblingAnswer, SiblingRequest};
+use crate::device::sibling::{Ears, SiblingAnswer, SiblingRequest};
 use crate::host::HostStream;
 use crate::vsock::{Caller, Cid, Port, RefuseReason, SocketType};
 
@@ -27,6 +27,8 @@ impl Switchboard {
         flow.peer.clone_from(&target);
         let rule = flow.rule;
         let guest_port = flow.guest_port;
+        let (our_ears, ears) = Ears::pair();
+        flow.ears = Some(our_ears);
         self.flows.insert(flow);
 
         let found = self.siblings.find(name, &self.name);
@@ -61,6 +63,7 @@ impl Switchboard {
                     port: to,
                     seqpacket,
                     stream: theirs,
+                    ears,
                     answer,
                 };
                 // What a device that is gone does not take is dropped, which is an answer too.
@@ -90,6 +93,7 @@ impl Switchboard {
             port,
             seqpacket,
             stream,
+            ears,
             answer,
         } = request;
         let rule = RuleRef::inbound(self.inbound_rules.saturating_add(from));
@@ -126,6 +130,7 @@ impl Switchboard {
         let mut flow = self.new_flow(id, rule, port, host_port, now, stream.peer().to_owned());
         flow.place = Some(place);
         flow.asked_by = Some(Box::new(answer));
+        flow.ears = Some(ears);
         if seqpacket {
             flow.messages = Some(Box::new(Messages::new(Wire::SIBLING)));
         }

@@ -1,4 +1,4 @@
-//! A small guest vsock stack: connect and listen as in a guest's program, over the embedded driver.
+//! A small guest vsock stack: connect and listen as in a guest's program, over the embedded driver. Both socket types.
 //!
 //! # Theory of operation
 //!
@@ -10,8 +10,13 @@
 //! 2. No packet is taken from the ring while as many replies wait as the ring has entries (Linux: `max_rx_reply`), so
 //!    a device that takes nothing cannot make us grow.
 //! 3. Payload leaves only within the device's credit; received payload beyond ours is dropped and counted.
+//! 4. The fragments of a message leave in one piece: of the threads that send on a connection one is in a message.
+//! 5. `fwd_cnt` counts what programs have taken, bytes or whole messages; a message that has not ended fills the buffer.
 
+mod listener;
 mod protocol;
+mod seqpacket;
+mod socket;
 mod stream;
 
 use std::io;
@@ -22,8 +27,12 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
+pub use self::listener::GuestListener;
+pub use self::protocol::GuestMessage;
 use self::protocol::Protocol;
-pub use self::stream::{GuestListener, GuestStream};
+pub use self::seqpacket::GuestSeqpacket;
+pub use self::socket::{Accepted, GuestSocket};
+pub use self::stream::GuestStream;
 use super::driver::{Driver, RX, TX};
 use super::error::{Error, Result};
 use super::fd::{EventFd, to_timespec};
@@ -45,6 +54,18 @@ pub struct SocketOptions {
     pub connect_timeout: Duration,
     /// Whether the guest also tells its credit whenever a read empties the buffer, as Linux does since 6.7.
     pub update_when_drained: bool,
+    /// What a message waits for before its first packet leaves.
+    pub message_credit: MessageCredit,
+}
+
+/// When the packets of a SEQPACKET message leave.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MessageCredit {
+    /// As far as there is credit, as Linux: a message may stand still in its middle, and its packets end where credit
+    /// ended.
+    AsItComes,
+    /// Not before there is credit for all of it.
+    Whole,
 }
 
 impl Default for SocketOptions {
@@ -57,6 +78,7 @@ impl Default for SocketOptions {
             shape: Shape::linux_6_12(),
             connect_timeout: Duration::from_secs(2),
             update_when_drained: false,
+            message_credit: MessageCredit::AsItComes,
         }
     }
 }
@@ -110,7 +132,8 @@ impl Sockets {
                 .try_clone_to_owned()
                 .map_err(Error::io("duplicate the vhost-user socket"))?,
         };
-        let protocol = Protocol::new(cid, options.buf_alloc, options.update_when_drained);
+        let features = driver.features();
+        let protocol = Protocol::new(cid, features, options.buf_alloc, options.update_when_drained);
         let shared = Arc::new(Shared {
             stack: Mutex::new(Stack {
                 driver,
@@ -141,10 +164,26 @@ impl Sockets {
         self.connect_to(2, port)
     }
 
-    /// Connects to a port of any CID: 2 is the host, others are sibling guests. Fails with `ConnectionReset` when
-    /// refused and `TimedOut` when not answered, as in Linux.
+    /// Connects to a port of any CID: 2 is the host, others are sibling guests (in Linux with VMADDR_FLAG_TO_HOST, or
+    /// without vhost_vsock in the guest). Fails with `ConnectionReset` when refused and `TimedOut` when not answered, as
+    /// in Linux.
     pub fn connect_to(&self, cid: u64, port: u32) -> io::Result<GuestStream> {
-        GuestStream::connect(self.shared.clone(), cid, port)
+        self.connect_as(cid, port)
+    }
+
+    /// Connects a SEQPACKET socket to a port of the host. Fails with ESOCKTNOSUPPORT when the device or the VMM does not
+    /// know the type.
+    pub fn connect_seqpacket(&self, port: u32) -> io::Result<GuestSeqpacket> {
+        self.connect_seqpacket_to(2, port)
+    }
+
+    /// Connects a SEQPACKET socket to a port of any CID.
+    pub fn connect_seqpacket_to(&self, cid: u64, port: u32) -> io::Result<GuestSeqpacket> {
+        self.connect_as(cid, port)
+    }
+
+    fn connect_as<S: Accepted>(&self, cid: u64, port: u32) -> io::Result<S> {
+        GuestSocket::connect(self.shared.clone(), cid, port, S::SOCKET_TYPE).map(S::around)
     }
 
     /// Listens on a guest port with room for 128 connections that wait to be accepted.
@@ -155,6 +194,11 @@ impl Sockets {
     /// Listens on a guest port; connections beyond `backlog` are reset.
     pub fn listen_with_backlog(&self, port: u32, backlog: usize) -> io::Result<GuestListener> {
         GuestListener::listen(self.shared.clone(), port, backlog)
+    }
+
+    /// Listens on a guest port for SEQPACKET connections, with room for 128 that wait to be accepted.
+    pub fn listen_seqpacket(&self, port: u32) -> io::Result<GuestListener<GuestSeqpacket>> {
+        GuestListener::listen(self.shared.clone(), port, 128)
     }
 
     /// What was seen so far. `stats().violations` is empty as long as the device keeps the rules.
@@ -358,6 +402,16 @@ impl Stack {
         let tx = self.driver.queue(TX).enable_interrupts();
         let full = self.protocol.pending_replies() >= usize::from(self.driver.options().queue_size);
         tx || (rx && !full)
+    }
+
+    /// Sends an RW packet within the credit that was asked for. Nothing has happened when it fails.
+    fn send_data(&mut self, id: usize, payload: &[u8], flags: u32, shape: &Shape) -> Result<()> {
+        let header = self.protocol.data(id, payload.len(), flags);
+        let sent = self.driver.queue_packet(&header, payload, shape);
+        if sent.is_err() {
+            self.protocol.unsend_data(id, payload.len());
+        }
+        sent.map(drop)
     }
 
     /// Whether a writer may put a packet into the ring now.

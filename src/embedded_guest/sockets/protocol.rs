@@ -3,7 +3,11 @@
 //! headers to send pile up in a queue, and sleepers are woken.
 //!
 //! Where the device breaks a rule, Linux mostly says nothing (facts that cost days when they show up as a stream with
-//! a hole); here it is counted as a [`Violation`] besides.
+//! a hole); here it is counted as a [`Violation`](super::super::stats::Violation) besides.
+
+mod calls;
+mod inbox;
+mod packets;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -12,8 +16,11 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 
-use crate::embedded_guest::stats::{Violation, Violations};
-use crate::vsock::header::{Cid, Header, MAX_PACKET_PAYLOAD, Op, Port, ShutdownFlags, SocketType};
+use self::inbox::Inbox;
+pub use self::inbox::{GuestMessage, SEQ_EOM, SEQ_EOR};
+use crate::embedded_guest::profile::feature;
+use crate::embedded_guest::stats::Violations;
+use crate::vsock::header::{Cid, Header, Op, Port, ShutdownFlags, SocketType};
 
 /// How long a closed socket waits for RST (VSOCK_CLOSE_TIMEOUT).
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
@@ -41,6 +48,9 @@ enum Ended {
     /// The device reset it in answer to our SHUTDOWN of both directions. What we had said behind that, such as a
     /// CREDIT_UPDATE, may have found no connection: an RST may come for each.
     Closed,
+    /// The device reset it before it said anything else: our RESPONSE may have found no connection, and an RST may come
+    /// for it, once.
+    Withdrawn,
     /// We gave up connecting without a word: RESPONSE or RST may come, once.
     GaveUp,
 }
@@ -57,6 +67,7 @@ enum State {
 #[derive(Debug)]
 pub(super) struct Connection {
     tuple: Tuple,
+    socket_type: SocketType,
     state: State,
     /// In the table of connections: packets find it.
     hashed: bool,
@@ -64,10 +75,14 @@ pub(super) struct Connection {
     owned: bool,
     /// Why connect() or the connection failed.
     error: Option<io::ErrorKind>,
+    /// The device has said something since its REQUEST, or had none to send.
+    confirmed: bool,
     /// The device reset it, or the session was lost.
     was_reset: bool,
     /// Received and not yet read; never more than `buf_alloc`.
-    unread: VecDeque<u8>,
+    unread: Inbox,
+    /// A thread is in the middle of a message: others wait, or their fragments would mix.
+    in_message: bool,
     buf_alloc: u32,
     fwd_cnt: u32,
     /// The `fwd_cnt` that the last packet told.
@@ -85,6 +100,7 @@ pub(super) struct Connection {
 
 #[derive(Debug)]
 struct Listener {
+    socket_type: SocketType,
     backlog: usize,
     accepted: VecDeque<usize>,
     changed: Arc<Condvar>,
@@ -94,6 +110,8 @@ struct Listener {
 #[derive(Debug)]
 pub(super) struct Protocol {
     cid: Cid,
+    /// The acknowledged feature bits: which socket types there are.
+    features: u64,
     buf_alloc: u32,
     update_when_drained: bool,
     connections: Slab<Connection>,
@@ -119,6 +137,13 @@ pub(super) enum Readable {
     Nothing,
 }
 
+/// What recv() of a SEQPACKET socket found.
+pub(super) enum Received {
+    Message(GuestMessage),
+    Eof,
+    Nothing,
+}
+
 /// What a write may do.
 pub(super) enum Writable {
     /// Send up to so many bytes.
@@ -129,9 +154,10 @@ pub(super) enum Writable {
 }
 
 impl Protocol {
-    pub(super) fn new(cid: u64, buf_alloc: u32, update_when_drained: bool) -> Protocol {
+    pub(super) fn new(cid: u64, features: u64, buf_alloc: u32, update_when_drained: bool) -> Protocol {
         Protocol {
             cid: Cid(cid),
+            features,
             buf_alloc,
             update_when_drained,
             connections: Slab::new(),
@@ -146,379 +172,6 @@ impl Protocol {
             crossed_resets: 0,
             lost: false,
         }
-    }
-
-    // ---- system calls ------------------------------------------------------------------------------------------
-
-    /// connect(): sends REQUEST. See [`Protocol::connected`] for the outcome.
-    pub(super) fn connect(&mut self, cid: u64, port: u32) -> io::Result<usize> {
-        if self.lost {
-            return Err(io::ErrorKind::NetworkDown.into());
-        }
-        self.next_port = self.next_port.wrapping_add(1).max(1024);
-        let tuple = Tuple {
-            peer_cid: Cid(cid),
-            peer_port: Port(port),
-            local_port: Port(self.next_port),
-        };
-        let id = self.insert(tuple, State::Connecting);
-        self.reply_on(id, Op::Request, ShutdownFlags::NONE);
-        Ok(id)
-    }
-
-    /// The outcome of connect(), if there is one.
-    pub(super) fn connected(&self, id: usize) -> Option<io::Result<()>> {
-        let c = &self.connections[id];
-        match (c.error, c.state) {
-            (Some(error), _) => Some(Err(error.into())),
-            (None, State::Connecting) => None,
-            (None, _) => Some(Ok(())),
-        }
-    }
-
-    /// connect() ran into its timeout: the socket is forgotten without a packet.
-    pub(super) fn give_up(&mut self, id: usize) {
-        self.connections[id].owned = false;
-        self.unhash(id, Ended::GaveUp);
-        self.connections.remove(id);
-    }
-
-    /// listen(). A second listener on a port is refused.
-    pub(super) fn listen(&mut self, port: u32, backlog: usize, changed: Arc<Condvar>) -> io::Result<()> {
-        if self.listeners.contains_key(&Port(port)) {
-            return Err(io::ErrorKind::AddrInUse.into());
-        }
-        self.listeners.insert(
-            Port(port),
-            Listener {
-                backlog,
-                accepted: VecDeque::new(),
-                changed,
-            },
-        );
-        Ok(())
-    }
-
-    /// accept(): the oldest connection that waits; an error once the listener is gone.
-    pub(super) fn accept(&mut self, port: u32, changed: &Arc<Condvar>) -> io::Result<Option<usize>> {
-        let listener = self
-            .listeners
-            .get_mut(&Port(port))
-            .filter(|l| Arc::ptr_eq(&l.changed, changed));
-        Ok(listener.ok_or(io::ErrorKind::NotConnected)?.accepted.pop_front())
-    }
-
-    /// close() of a listener: what was not accepted is reset.
-    pub(super) fn close_listener(&mut self, port: u32, changed: &Arc<Condvar>) {
-        // After a reboot the port may be another listener's.
-        if self
-            .listeners
-            .get(&Port(port))
-            .is_none_or(|l| !Arc::ptr_eq(&l.changed, changed))
-        {
-            return;
-        }
-        let Some(listener) = self.listeners.remove(&Port(port)) else {
-            return;
-        };
-        listener.changed.notify_all();
-        for id in listener.accepted {
-            self.connections[id].owned = false;
-            if self.connections[id].hashed {
-                self.reply_on(id, Op::Rst, ShutdownFlags::NONE);
-                self.unhash(id, Ended::Reset);
-            }
-            self.connections.remove(id);
-        }
-    }
-
-    /// recv(): takes bytes out and tells the device when it may need to know.
-    pub(super) fn read(&mut self, id: usize, into: &mut [u8]) -> Readable {
-        let c = &mut self.connections[id];
-        let len = c.unread.len().min(into.len());
-        if len > 0 {
-            let (front, back) = c.unread.as_slices();
-            let from_front = len.min(front.len());
-            into[..from_front].copy_from_slice(&front[..from_front]);
-            into[from_front..len].copy_from_slice(&back[..len - from_front]);
-            c.unread.drain(..len);
-            self.consumed(id, len as u32);
-            return Readable::Bytes(len);
-        }
-        let ended = c.state == State::Done
-            || c.peer_shutdown.contains(ShutdownFlags::SEND)
-            || c.our_shutdown.contains(ShutdownFlags::RCV);
-        if ended || into.is_empty() {
-            Readable::Eof
-        } else {
-            Readable::Nothing
-        }
-    }
-
-    /// virtio_transport_stream_do_dequeue: CREDIT_UPDATE when the device believes that less than a full packet fits.
-    fn consumed(&mut self, id: usize, len: u32) {
-        let c = &mut self.connections[id];
-        c.fwd_cnt = c.fwd_cnt.wrapping_add(len);
-        let untold = c.fwd_cnt.wrapping_sub(c.last_fwd_cnt);
-        let believed_free = c.buf_alloc.saturating_sub(untold);
-        let drained = self.update_when_drained && c.unread.is_empty();
-        if c.state == State::Established && (believed_free < MAX_PACKET_PAYLOAD || drained) {
-            self.reply_on(id, Op::CreditUpdate, ShutdownFlags::NONE);
-        }
-    }
-
-    /// send(): how many bytes the device's credit allows now.
-    pub(super) fn writable(&self, id: usize) -> Writable {
-        let c = &self.connections[id];
-        if c.state == State::Done
-            || c.our_shutdown.contains(ShutdownFlags::SEND)
-            || c.peer_shutdown.contains(ShutdownFlags::RCV)
-        {
-            return Writable::Broken;
-        }
-        match c.room() {
-            0 => Writable::Nothing,
-            room => Writable::Room(room as usize),
-        }
-    }
-
-    /// The header of an RW packet of `len` bytes, which is accounted for. The packet must be sent at once.
-    pub(super) fn data(&mut self, id: usize, len: usize) -> Header {
-        let c = &mut self.connections[id];
-        c.tx_cnt = c.tx_cnt.wrapping_add(len as u32);
-        Header {
-            len: len as u32,
-            ..self.header(id, Op::Rw, ShutdownFlags::NONE)
-        }
-    }
-
-    /// Takes back the accounting of a packet that did not fit the ring.
-    pub(super) fn unsend_data(&mut self, id: usize, len: usize) {
-        let c = &mut self.connections[id];
-        c.tx_cnt = c.tx_cnt.wrapping_sub(len as u32);
-    }
-
-    /// shutdown().
-    pub(super) fn shutdown(&mut self, id: usize, flags: ShutdownFlags) {
-        let c = &mut self.connections[id];
-        if c.our_shutdown.contains(flags) || c.state != State::Established {
-            return;
-        }
-        c.our_shutdown = c.our_shutdown.with(flags);
-        c.changed.notify_all();
-        self.reply_on(id, Op::Shutdown, flags);
-    }
-
-    /// close() (virtio_transport_close): SHUTDOWN of both directions, then RST is awaited for eight seconds; or RST at
-    /// once when the device has already shut both down.
-    pub(super) fn close(&mut self, now: Instant, id: usize) {
-        let c = &mut self.connections[id];
-        c.owned = false;
-        match c.state {
-            State::Done => {
-                self.connections.remove(id);
-            }
-            State::Connecting => {
-                self.reply_on(id, Op::Rst, ShutdownFlags::NONE);
-                self.unhash(id, Ended::Reset);
-                self.connections.remove(id);
-            }
-            State::Established if c.peer_shutdown == ShutdownFlags::BOTH => {
-                self.reply_on(id, Op::Rst, ShutdownFlags::NONE);
-                self.unhash(id, Ended::Confirmed);
-                self.connections.remove(id);
-            }
-            State::Established => {
-                c.close_deadline = Some(now + CLOSE_TIMEOUT);
-                c.unread.clear();
-                self.shutdown(id, ShutdownFlags::BOTH);
-            }
-        }
-    }
-
-    /// RST without a word before it, as SO_LINGER with zero or a crash would give.
-    pub(super) fn abort(&mut self, id: usize) {
-        let c = &mut self.connections[id];
-        if c.state != State::Done {
-            self.reply_on(id, Op::Rst, ShutdownFlags::NONE);
-            self.finish(id, Ended::Reset);
-        }
-    }
-
-    // ---- packets -----------------------------------------------------------------------------------------------
-
-    /// A packet from the device (virtio_transport_recv_pkt).
-    pub(super) fn handle(&mut self, header: &Header, payload: &[u8]) {
-        if header.dst_cid != self.cid || header.src_cid.0 >> 32 != 0 {
-            self.violations.record(Violation::WrongAddress);
-        }
-        let op = Op::from_wire(header.op);
-        match op {
-            None => self.violations.record(Violation::InvalidOp),
-            Some(Op::Rw) if payload.is_empty() => self.violations.record(Violation::EmptyRw),
-            Some(Op::Rw) => {}
-            Some(_) if header.len > 0 => self.violations.record(Violation::UnexpectedPayload),
-            Some(_) => {}
-        }
-        if SocketType::from_wire(header.socket_type).is_none() {
-            self.violations.record(Violation::UnknownType);
-            return self.refuse(header);
-        }
-        let tuple = Tuple {
-            peer_cid: header.src_cid,
-            peer_port: header.src_port,
-            local_port: header.dst_port,
-        };
-        match self.table.get(&tuple).copied() {
-            Some(id) => {
-                self.learn_credit(id, header);
-                match self.connections[id].state {
-                    State::Connecting => self.handle_connecting(id, op, header),
-                    _ => self.handle_established(id, op, header, payload),
-                }
-                self.connections.get(id).inspect(|c| c.changed.notify_all());
-            }
-            None if op == Some(Op::Request) => self.handle_request(tuple, header),
-            None => self.handle_stray(tuple, op, header),
-        }
-    }
-
-    fn learn_credit(&mut self, id: usize, header: &Header) {
-        let c = &mut self.connections[id];
-        c.peer_buf_alloc = header.buf_alloc;
-        c.peer_fwd_cnt = header.fwd_cnt;
-        if (c.tx_cnt.wrapping_sub(header.fwd_cnt) as i32) < 0 {
-            self.violations.record(Violation::ForwardCountAhead);
-        }
-    }
-
-    fn handle_connecting(&mut self, id: usize, op: Option<Op>, header: &Header) {
-        match op {
-            Some(Op::Response) => self.connections[id].state = State::Established,
-            Some(Op::Rst) => {
-                self.connections[id].error = Some(io::ErrorKind::ConnectionReset);
-                self.finish(id, Ended::ByPeer);
-            }
-            None => {}
-            Some(_) => {
-                // EPROTO to the application.
-                self.connections[id].error = Some(io::ErrorKind::InvalidData);
-                self.violations.record(Violation::UnexpectedResponse);
-                self.refuse(header);
-                self.finish(id, Ended::Reset);
-            }
-        }
-    }
-
-    fn handle_established(&mut self, id: usize, op: Option<Op>, header: &Header, payload: &[u8]) {
-        match op {
-            Some(Op::Rw) => self.receive(id, payload),
-            Some(Op::CreditRequest) => self.reply_on(id, Op::CreditUpdate, ShutdownFlags::NONE),
-            Some(Op::CreditUpdate) | None => {}
-            Some(Op::Shutdown) => self.peer_shuts_down(id, ShutdownFlags::from_wire(header.flags)),
-            Some(Op::Rst) => {
-                let c = &mut self.connections[id];
-                c.was_reset = true;
-                let ended = match c.close_deadline {
-                    Some(_) => Ended::Closed,
-                    None => Ended::ByPeer,
-                };
-                self.finish(id, ended);
-            }
-            Some(Op::Response) => self.violations.record(Violation::UnexpectedResponse),
-            Some(Op::Request) => self.violations.record(Violation::DuplicateRequest),
-        }
-    }
-
-    fn receive(&mut self, id: usize, payload: &[u8]) {
-        let c = &mut self.connections[id];
-        if c.peer_shutdown.contains(ShutdownFlags::SEND) {
-            self.violations.record(Violation::DataAfterShutdown);
-            return;
-        }
-        if c.unread.len() + payload.len() > c.buf_alloc as usize {
-            self.violations.record(Violation::CreditExceeded);
-            return;
-        }
-        if !c.owned || c.our_shutdown.contains(ShutdownFlags::RCV) {
-            // Was on its way when the application stopped reading. Nobody reads it, so nothing is said of it: Linux
-            // leaves such bytes in the socket's queue, and a CREDIT_UPDATE behind SHUTDOWN would find no connection.
-            return;
-        }
-        c.unread.extend(payload);
-    }
-
-    fn peer_shuts_down(&mut self, id: usize, flags: ShutdownFlags) {
-        let c = &mut self.connections[id];
-        c.peer_shutdown = c.peer_shutdown.with(flags);
-        if c.peer_shutdown != ShutdownFlags::BOTH {
-            return;
-        }
-        if c.unread.is_empty() {
-            self.reply_on(id, Op::Rst, ShutdownFlags::NONE);
-            self.finish(id, Ended::Confirmed);
-        }
-        // With unread bytes the RST goes out at close(): virtio_transport_close.
-    }
-
-    fn handle_request(&mut self, tuple: Tuple, header: &Header) {
-        let full = |l: &Listener| l.accepted.len() >= l.backlog;
-        if self.listeners.get(&tuple.local_port).is_none_or(full) {
-            return self.refuse(header);
-        }
-        self.ended.remove(&tuple);
-        let id = self.insert(tuple, State::Established);
-        self.learn_credit(id, header);
-        self.reply_on(id, Op::Response, ShutdownFlags::NONE);
-        if let Some(listener) = self.listeners.get_mut(&tuple.local_port) {
-            listener.accepted.push_back(id);
-            listener.changed.notify_all();
-        }
-    }
-
-    /// A packet for no connection: answered with RST, unless it is one.
-    fn handle_stray(&mut self, tuple: Tuple, op: Option<Op>, header: &Header) {
-        let ended = self.ended.get(&tuple).copied();
-        match (op, ended) {
-            (Some(Op::Rst), Some(Ended::Reset | Ended::GaveUp)) => {
-                self.crossed_resets += 1;
-                // Once may cross, twice is an answer.
-                self.ended.insert(tuple, Ended::ByPeer);
-            }
-            (Some(Op::Rst), Some(Ended::Closed)) => self.crossed_resets += 1,
-            (Some(Op::Rst), _) => self.violations.record(Violation::UnexpectedRst),
-            (Some(Op::Response), None) => self.violations.record(Violation::UnexpectedResponse),
-            (_, Some(Ended::Reset | Ended::GaveUp)) => {}
-            (_, _) => self.violations.record(Violation::NoConnection),
-        }
-        self.refuse(header);
-        if ended == Some(Ended::GaveUp) && op != Some(Op::Rst) {
-            self.ended.insert(tuple, Ended::Reset);
-        }
-    }
-
-    /// virtio_transport_reset_no_sock: RST with the addresses turned around, never in answer to RST.
-    fn refuse(&mut self, header: &Header) {
-        if header.op == Op::Rst as u16 {
-            return;
-        }
-        let known = SocketType::from_wire(header.socket_type).is_some();
-        self.replies.push_back(Header {
-            src_cid: header.dst_cid,
-            dst_cid: header.src_cid,
-            src_port: header.dst_port,
-            dst_port: header.src_port,
-            len: 0,
-            socket_type: if known {
-                header.socket_type
-            } else {
-                SocketType::Stream as u16
-            },
-            op: Op::Rst as u16,
-            flags: 0,
-            buf_alloc: 0,
-            fwd_cnt: 0,
-        });
     }
 
     // ---- time and loss -------------------------------------------------------------------------------------------
@@ -617,15 +270,27 @@ impl Protocol {
 
     // ---- helpers -------------------------------------------------------------------------------------------------
 
-    fn insert(&mut self, tuple: Tuple, state: State) -> usize {
+    /// Whether sockets of this type can exist. Without NO_IMPLIED_STREAM there are always streams.
+    fn carries(&self, socket_type: SocketType) -> bool {
+        let has = |mask| self.features & mask != 0;
+        match socket_type {
+            SocketType::Stream => !has(feature::NO_IMPLIED_STREAM) || has(feature::STREAM),
+            SocketType::Seqpacket => has(feature::SEQPACKET),
+        }
+    }
+
+    fn insert(&mut self, tuple: Tuple, socket_type: SocketType, state: State) -> usize {
         let id = self.connections.insert(Connection {
             tuple,
+            socket_type,
             state,
             hashed: true,
             owned: true,
             error: None,
+            confirmed: state == State::Connecting,
             was_reset: false,
-            unread: VecDeque::new(),
+            unread: Inbox::new(socket_type),
+            in_message: false,
             buf_alloc: self.buf_alloc,
             fwd_cnt: 0,
             last_fwd_cnt: 0,
@@ -684,7 +349,7 @@ impl Protocol {
             src_port: c.tuple.local_port,
             dst_port: c.tuple.peer_port,
             len: 0,
-            socket_type: SocketType::Stream as u16,
+            socket_type: c.socket_type as u16,
             op: op as u16,
             flags: flags.bits(),
             buf_alloc: c.buf_alloc,

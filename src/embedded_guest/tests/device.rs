@@ -213,7 +213,13 @@ impl State {
             let room = lens.iter().sum::<u32>() as usize - HEADER_LEN;
             let now = payload.len().min(room);
             header.len = now as u32;
+            let flags = header.flags;
+            if now < payload.len() {
+                // What says that a message ends belongs to its last packet.
+                header.flags = 0;
+            }
             let mut bytes = header.encode().to_vec();
+            header.flags = flags;
             bytes.extend_from_slice(&payload[..now]);
             let mut left = bytes.as_slice();
             for descriptor in descriptors {
@@ -301,7 +307,7 @@ impl VhostUserBackendMut for State {
     }
 }
 
-/// A header from the host to the guest.
+/// A header of a stream from the host to the guest.
 pub fn from_host(op: Op, src_port: u32, dst_port: u32) -> Header {
     use crate::vsock::header::{Cid, Port};
     Header {

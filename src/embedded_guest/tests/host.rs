@@ -1,5 +1,5 @@
 //! A small host with a few services, to talk to the guest's sockets: its own credit arithmetic, its own idea of
-//! shutdown. What the guest does wrong goes to `faults`.
+//! shutdown and of messages. What the guest does wrong goes to `faults`.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use super::device::{Host, from_host};
 use crate::vsock::header::{Header, Op};
 
-/// Sends back what it gets.
+/// Sends back what it gets; of SEQPACKET connections every message, when it has all of it.
 pub const ECHO: u32 = 7;
 /// Takes everything.
 pub const SINK: u32 = 9;
@@ -36,9 +36,17 @@ pub struct Seen {
     pub open: usize,
     /// RSTs from the guest.
     pub resets: usize,
+    /// Messages of SEQPACKET connections: length, packets, flags of the last.
+    pub messages: Vec<(usize, usize, u32)>,
 }
 
 struct Connection {
+    socket_type: u16,
+    /// Of a SEQPACKET connection: the message that has begun, and in how many packets it came so far.
+    message: Vec<u8>,
+    packets: usize,
+    /// Messages to send with the flags of their last packets, each as far as it is not sent yet.
+    messages: VecDeque<(VecDeque<u8>, u32)>,
     /// Bytes received; those beyond `fwd_cnt` fill the buffer.
     received: u32,
     fwd_cnt: u32,
@@ -84,6 +92,7 @@ impl Services {
             flags,
             fwd_cnt,
             buf_alloc: self.buf_alloc,
+            socket_type: of.socket_type,
             ..from_host(op, key.0, key.1)
         }
     }
@@ -106,9 +115,25 @@ impl Services {
             c.sent = c.sent.wrapping_add(len as u32);
             out.push((rw, c.to_send.drain(..len).collect()));
         }
+        while let Some((bytes, flags)) = c.messages.front_mut() {
+            let room = c
+                .guest_buf_alloc
+                .saturating_sub(c.sent.wrapping_sub(c.guest_fwd_cnt));
+            let len = (room as usize).min(bytes.len());
+            if len == 0 && !bytes.is_empty() {
+                break;
+            }
+            c.sent = c.sent.wrapping_add(len as u32);
+            let payload = bytes.drain(..len).collect();
+            let flags = if bytes.is_empty() { *flags } else { 0 };
+            out.push((Header { flags, ..rw }, payload));
+            if bytes.is_empty() {
+                c.messages.pop_front();
+            }
+        }
         let told = c.told;
         c.told = c.fwd_cnt;
-        if c.finishing && c.to_send.is_empty() && !c.shut_down {
+        if c.finishing && c.to_send.is_empty() && c.messages.is_empty() && !c.shut_down {
             c.shut_down = true;
             let flags = if c.guest_shutdown & 2 != 0 { 3 } else { 2 };
             out.push((self.answer(Op::Shutdown, of, flags), vec![]));
@@ -142,6 +167,10 @@ impl Host for Services {
                 VecDeque::new()
             };
             let connection = Connection {
+                socket_type: header.socket_type,
+                message: Vec::new(),
+                packets: 0,
+                messages: VecDeque::new(),
                 received: 0,
                 fwd_cnt: 0,
                 told: 0,
@@ -175,19 +204,36 @@ impl Host for Services {
         };
         c.guest_buf_alloc = header.buf_alloc;
         c.guest_fwd_cnt = header.fwd_cnt;
+        let same_type = header.socket_type == c.socket_type;
+        let messages = c.socket_type == 2;
         match op {
             Some(Op::Rw) => {
                 c.received = c.received.wrapping_add(header.len);
                 let overrun = c.received.wrapping_sub(c.fwd_cnt) > buf_alloc;
                 let after_shutdown = c.guest_shutdown & 2 != 0;
-                if service == ECHO {
+                let ends = messages && header.flags & 1 != 0;
+                let flags_known = header.flags & !(if ends { 3 } else { 0 }) == 0;
+                if messages {
+                    c.message.extend(payload);
+                    c.packets += 1;
+                }
+                if ends {
+                    let message = std::mem::take(&mut c.message);
+                    let seen = (message.len(), std::mem::take(&mut c.packets), header.flags);
+                    self.seen.lock().unwrap().messages.push(seen);
+                    if service == ECHO {
+                        c.messages.push_back((message.into(), header.flags));
+                    }
+                } else if service == ECHO && !messages {
                     c.to_send.extend(payload);
                 }
-                if service != STALLED {
+                // Like Linux: a message is taken when it is whole.
+                if service != STALLED && (ends || !messages) {
                     c.fwd_cnt = c.received;
                 }
                 *self.seen.lock().unwrap().received.entry(service).or_default() += payload.len();
-                if overrun || after_shutdown || payload.is_empty() {
+                let says_nothing = payload.is_empty() && !ends;
+                if overrun || after_shutdown || says_nothing || !flags_known || !same_type {
                     self.fault(format!(
                         "{header:?}: overrun {overrun}, after shutdown {after_shutdown}"
                     ));

@@ -6,4 +6,5 @@ mod device;
 mod driver;
 mod host;
 mod iommu;
+mod seqpacket;
 mod sockets;

@@ -13,18 +13,24 @@ use crate::embedded_guest::{
 };
 use crate::vsock::header::{Header, Op};
 
-const SOON: Duration = Duration::from_secs(10);
+pub const SOON: Duration = Duration::from_secs(10);
 
-struct Setup {
-    sockets: Sockets,
-    device: TestDevice,
-    seen: Arc<Mutex<Seen>>,
+pub struct Setup {
+    pub sockets: Sockets,
+    pub device: TestDevice,
+    pub seen: Arc<Mutex<Seen>>,
 }
 
 fn setup(driver: DriverOptions, options: SocketOptions) -> Setup {
+    let offered = feature::EVENT_IDX | feature::INDIRECT_DESC;
+    setup_with(offered, Profile::qemu(), driver, options)
+}
+
+/// A guest under a VMM of this kind on a device that offers these features.
+pub fn setup_with(offered: u64, profile: Profile, driver: DriverOptions, options: SocketOptions) -> Setup {
     let (services, seen) = Services::new(100_000);
-    let device = TestDevice::start(feature::EVENT_IDX | feature::INDIRECT_DESC, services);
-    let guest = EmbeddedGuest::boot(&device.socket(), Profile::qemu(), driver).unwrap();
+    let device = TestDevice::start(offered, services);
+    let guest = EmbeddedGuest::boot(&device.socket(), profile, driver).unwrap();
     device.wait_until("the device knows its rings", |s| s.kicks[0] > 0);
     Setup {
         sockets: Sockets::start(guest, options).unwrap(),
@@ -39,7 +45,7 @@ fn default_setup() -> Setup {
 
 impl Setup {
     /// Both sides kept the rules, and nothing is left.
-    fn assert_clean(&self) {
+    pub fn assert_clean(&self) {
         wait_until("all connections have ended", || {
             self.sockets.open_connections() == 0
         });
@@ -51,7 +57,7 @@ impl Setup {
     }
 }
 
-fn wait_until(what: &str, condition: impl Fn() -> bool) {
+pub fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + SOON;
     while !condition() {
         assert!(Instant::now() < deadline, "timed out waiting until {what}");

@@ -229,6 +229,39 @@ fn a_range_keeps_its_offset_and_placeholders_are_filled_in() {
     }
 }
 
+/// Nothing is dialled here: what a socket of the family does is tested inside a VM (`tests/nested_vsock`).
+#[test]
+fn a_vsock_range_keeps_its_offset() {
+    let to = |port, first_port, guest_port| {
+        Destination::new(DialRequest {
+            target: &Target::Vsock { cid: 16, port },
+            socket_type: SocketType::Stream,
+            first_port,
+            guest_port,
+            cid: 7,
+            greeting: &[],
+            timeout: LONG,
+        })
+    };
+    let at = |port| Destination::Vsock { cid: 16, port };
+    assert_eq!(to(5000, 100, 100).unwrap(), at(5000));
+    assert_eq!(to(70_000, 100, 199).unwrap(), at(70_099));
+    assert_eq!(to(1, 1, 0xffff_fffe).unwrap(), at(0xffff_fffe));
+    for (port, first, guest) in [
+        (5000, 100, 99),
+        (2, 1, 0xffff_fffe),
+        (0xffff_fffe, 0, 0xffff_fffe),
+    ] {
+        let error = to(port, first, guest).unwrap_err().to_string();
+        assert!(
+            error.starts_with(&format!(
+                "cannot reach vsock://16:{port}: guest port {guest} has no"
+            )),
+            "{error}"
+        );
+    }
+}
+
 #[test]
 fn nobody_there_is_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -415,7 +448,7 @@ fn of_several_failures_the_most_telling_is_kept() {
         {
             DialError::Refused { .. } => "refused",
             DialError::TimedOut { .. } => "timed out",
-            DialError::Unreachable { .. } | DialError::WrongType { .. } => "unreachable",
+            DialError::Unreachable { .. } => "unreachable",
             other => panic!("{other:?}"),
         }
     };
@@ -435,8 +468,9 @@ fn errors_have_the_meaning_of_their_number() {
         DialError::Refused { .. } => "refused",
         DialError::TimedOut { .. } => "timed out",
         DialError::Resolve { .. } => "resolve",
-        DialError::Unreachable { .. } | DialError::WrongType { .. } => "unreachable",
+        DialError::Unreachable { .. } => "unreachable",
         DialError::Resources { .. } => "resources",
+        _ => "another",
     };
     for (errno, want) in [
         (Errno::CONNREFUSED, "refused"),

@@ -90,7 +90,7 @@ pub enum SessionError {
     PeerClosed,
     /// The VMM has truncated guest memory or the dirty log, or nothing backs them.
     MemoryLost,
-    /// A thread that served it has panicked, by a fault of ours.
+    /// A thread that served it has panicked, by a fault of ours or of the protocol handler's.
     Panic,
 }
 

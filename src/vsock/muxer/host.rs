@@ -104,6 +104,22 @@ impl Muxer {
     /// The host end takes no more bytes (EPIPE, ECONNRESET). What it has not taken is lost; it may still have some
     /// for the guest.
     pub fn host_write_failed(&mut self, now: Instant, id: ConnectionId) {
+        self.host_takes_no_more(now, id, CloseReason::PeerRst);
+    }
+
+    /// The host end reads no more and has said so, before a write to it failed. As [`Muxer::host_write_failed`], but for
+    /// the reason: a host end that has taken all there was and has said all it had is finished, not reset.
+    pub fn host_reads_no_more(&mut self, now: Instant, id: ConnectionId) {
+        let held = self.connection(id).map_or(0, |connection| connection.recv.held());
+        let reason = if held == 0 {
+            CloseReason::PeerFin
+        } else {
+            CloseReason::PeerRst
+        };
+        self.host_takes_no_more(now, id, reason);
+    }
+
+    fn host_takes_no_more(&mut self, now: Instant, id: ConnectionId, reason: CloseReason) {
         let Some(connection) = self.connection_mut(id) else {
             return;
         };
@@ -112,14 +128,14 @@ impl Muxer {
         connection.host_write_failed = true;
         match connection.state {
             State::Draining => {
-                connection.close_reason = CloseReason::PeerRst;
+                connection.close_reason = reason;
                 self.drained(id);
             }
             State::Requested => connection.host_shut = connection.host_shut.with(ShutdownFlags::RCV),
             State::Established if !connection.host_shut.contains(ShutdownFlags::RCV) => {
                 connection.host_shut = connection.host_shut.with(ShutdownFlags::RCV);
                 self.owe(id, Owed::SHUTDOWN);
-                self.finish_if_over(now, id, CloseReason::PeerRst);
+                self.finish_if_over(now, id, reason);
             }
             _ => {}
         }

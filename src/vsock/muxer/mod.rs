@@ -223,7 +223,8 @@ struct Entry {
 #[derive(Debug)]
 pub struct Muxer {
     config: MuxerConfig,
-    types: SocketTypes,
+    /// Nothing: the driver has not spoken.
+    types: Option<SocketTypes>,
     entries: Slab<Entry>,
     keys: HashMap<ConnectionKey, ConnectionId>,
     backlog: Backlog,
@@ -239,7 +240,7 @@ impl Muxer {
     pub fn new(config: MuxerConfig) -> Muxer {
         Muxer {
             config,
-            types: SocketTypes::IMPLIED,
+            types: None,
             entries: Slab::new(),
             keys: HashMap::new(),
             backlog: Backlog::default(),
@@ -272,7 +273,18 @@ impl Muxer {
 
     /// What was negotiated. Connections of a type that is no longer among them are left alone: the rings stop with a change.
     pub fn set_types(&mut self, types: SocketTypes) {
-        self.types = types;
+        self.types = Some(types);
+    }
+
+    /// The driver is gone; the next one may know other types. Until it speaks, clients are asked to wait for it rather than
+    /// refused for its predecessor's sake.
+    pub fn forget_types(&mut self) {
+        self.types = None;
+    }
+
+    /// Whether the driver that runs knows this type of connection.
+    pub(super) fn knows(&self, socket_type: SocketType) -> bool {
+        self.types.unwrap_or(SocketTypes::IMPLIED).contains(socket_type)
     }
 
     /// Asks the guest for a stream to `guest_port` for a client of the host side; see [`Muxer::request`].
@@ -284,9 +296,9 @@ impl Muxer {
     ///
     /// # Errors
     /// [`RefuseReason::Limit`] when there are too many connections, [`RefuseReason::UnsupportedType`] when the guest's driver
-    /// has not agreed on the type. Nothing follows then.
+    /// has not agreed on the type. Nothing follows then. While there is no driver, its type is judged when it could be asked.
     pub fn request(&mut self, now: Instant, caller: Caller) -> Result<ConnectionId, RefuseReason> {
-        if !self.types.contains(caller.socket_type) {
+        if self.types.is_some() && !self.knows(caller.socket_type) {
             return Err(RefuseReason::UnsupportedType);
         }
         if self.entries.len() >= self.config.max_connections {
@@ -652,20 +664,24 @@ impl Muxer {
     }
 }
 
-/// How long the lists are that invariant 6 bounds.
-#[cfg(test)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct ListLengths {
-    pub(super) strays: usize,
-    pub(super) replies: usize,
-    pub(super) data: usize,
-    pub(super) timers: usize,
-    pub(super) keys: usize,
+/// How long the lists are that invariant 6 bounds; for whoever holds the law to it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct ListLengths {
+    /// Resets for unknown flows.
+    pub strays: usize,
+    /// Connections to which a reply is owed, and some that are gone.
+    pub replies: usize,
+    /// Connections with bytes for the guest, and some that are gone.
+    pub data: usize,
+    /// Wake-ups.
+    pub timers: usize,
+    /// Flows of the guest.
+    pub keys: usize,
 }
 
-#[cfg(test)]
 impl Muxer {
-    pub(super) fn list_lengths(&self) -> ListLengths {
+    /// How long the lists are.
+    pub fn list_lengths(&self) -> ListLengths {
         let (strays, replies, data) = self.backlog.lengths();
         ListLengths {
             strays,
@@ -677,6 +693,7 @@ impl Muxer {
     }
 
     /// The host-side port to try next, as if so many had been used.
+    #[cfg(test)]
     pub(super) fn set_next_local_port(&mut self, port: u32) {
         self.next_local_port = port;
     }

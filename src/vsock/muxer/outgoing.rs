@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::{ConnectionId, Event, Muxer, Outgoing};
 use crate::vsock::connection::{Owed, State};
 use crate::vsock::header::{Boundary, Header, Op};
+use crate::vsock::reason::RefuseReason;
 
 impl Muxer {
     /// The next packet for the guest. The caller has a buffer for it.
@@ -18,6 +19,16 @@ impl Muxer {
                 continue;
             };
             connection.in_replies = false;
+            let asks = connection.owed.contains(Owed::REQUEST);
+            let socket_type = connection.socket_type;
+            if asks && !self.knows(socket_type) {
+                // It was asked for before there was this driver.
+                self.refused(id, RefuseReason::UnsupportedType);
+                continue;
+            }
+            let Some(connection) = self.connection_mut(id) else {
+                continue;
+            };
             let Some(header) = connection.next_reply(guest_cid) else {
                 continue;
             };

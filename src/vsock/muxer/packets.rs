@@ -63,7 +63,7 @@ impl Muxer {
         let fault = match (SocketType::from_wire(header.socket_type), op) {
             (None, _) => Some(Misbehavior::UnknownType),
             (_, None) => Some(Misbehavior::UnknownOp),
-            (Some(socket_type), Some(Op::Request)) if !self.types.contains(socket_type) => {
+            (Some(socket_type), Some(Op::Request)) if !self.knows(socket_type) => {
                 Some(Misbehavior::UnsupportedType)
             }
             _ => None,

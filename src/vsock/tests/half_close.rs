@@ -248,6 +248,30 @@ fn a_host_end_that_has_said_all_and_takes_no_more_is_over() {
 }
 
 #[test]
+fn a_host_end_that_says_all_and_then_that_it_reads_no_more_is_finished_and_not_reset() {
+    for (unread, reason) in [(0, CloseReason::PeerFin), (100, CloseReason::PeerRst)] {
+        let mut s = Scene::new();
+        let id = s.established(FLOW);
+        if unread > 0 {
+            s.guest_sends(id, FLOW, unread);
+        }
+        s.mux.host_eof(s.now, id);
+        s.mux.host_reads_no_more(s.now, id);
+        assert_eq!(
+            s.events(),
+            [Event::Closed {
+                id,
+                reason,
+                abort: false
+            }]
+        );
+        assert_eq!(s.sent(), [FLOW.gets_shutdown(BOTH, unread)]);
+        s.guest(FLOW.sends(Op::Rst));
+        s.assert_over();
+    }
+}
+
+#[test]
 fn a_discarding_connection_keeps_giving_credit() {
     let mut s = Scene::new();
     let id = s.established(FLOW);

@@ -12,6 +12,7 @@ mod hostile;
 mod linux;
 mod misbehavior;
 mod properties;
+mod properties_seqpacket;
 mod requested;
 mod seqpacket;
 mod session;

@@ -52,6 +52,7 @@ fn established(s: &mut Scene) -> ConnectionId {
 #[test]
 fn without_the_feature_a_request_is_reset() {
     let mut s = Scene::new();
+    s.mux.set_types(SocketTypes::IMPLIED);
     s.guest(seq(FLOW.sends(Op::Request)));
     assert_eq!(
         s.events(),
@@ -67,6 +68,44 @@ fn without_the_feature_a_request_is_reset() {
     };
     assert_eq!(s.mux.request(s.now, caller), Err(RefuseReason::UnsupportedType));
     s.assert_over();
+}
+
+/// A client that came before the VMM was refused for what nobody had said yet.
+#[test]
+fn a_client_with_messages_may_come_before_the_driver_that_knows_them() {
+    for seqpacket in [true, false] {
+        let mut s = Scene::new();
+        let caller = Caller {
+            socket_type: SocketType::Seqpacket,
+            ..Caller::host(Port(22))
+        };
+        let id = s.mux.request(s.now, caller).unwrap();
+        assert_eq!(s.events(), []);
+        s.mux.set_types(SocketTypes {
+            stream: true,
+            seqpacket,
+        });
+        if seqpacket {
+            let request = &s.sent()[..];
+            assert!(
+                matches!(
+                    request,
+                    [Header {
+                        op: 1,
+                        socket_type: 2,
+                        ..
+                    }]
+                ),
+                "{request:?}"
+            );
+            assert_eq!(s.events(), []);
+        } else {
+            assert_eq!(s.sent(), [], "this driver would not understand");
+            let reason = RefuseReason::UnsupportedType;
+            assert_eq!(s.events(), [Event::Refused { id, reason }]);
+            s.assert_over();
+        }
+    }
 }
 
 #[test]
@@ -296,4 +335,22 @@ fn another_guest_is_known_by_its_own_address_as_long_as_that_is_free() {
     };
     s.guest(seq(answer.sends(Op::Response)));
     assert!(matches!(s.events()[..], [Event::Accepted { id, .. }] if id == first));
+}
+
+/// Linux sends as much of a message as it has credit for. The host end had taken a short message, less than what is news in
+/// itself, and could not take the long one behind it, whose rest the guest had no credit for: both waited for ever.
+#[test]
+fn a_guest_that_ran_out_of_credit_within_a_message_hears_of_the_room_that_the_one_before_made() {
+    let mut s = scene();
+    let id = established(&mut s);
+    let short = OUR_BUF / 8;
+    s.guest(piece(short, Boundary::Message));
+    s.guest(piece(OUR_BUF - short, Boundary::None));
+    assert_eq!(s.sent(), []);
+    s.mux.host_wrote(s.now, id, short);
+    assert_eq!(s.sent(), [seq(FLOW.gets_with(Op::CreditUpdate, short))]);
+    assert!(matches!(
+        s.guest(piece(short, Boundary::Message)),
+        Disposition::Payload { .. }
+    ));
 }

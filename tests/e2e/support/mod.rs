@@ -2,6 +2,7 @@
 
 mod bytes;
 mod host;
+mod messages;
 pub mod pcapng;
 mod process;
 
@@ -13,6 +14,7 @@ pub use bytes::Bytes;
 pub use host::{
     Service, accept_tcp, accept_unix, echo, free_port, raise_descriptor_limit, read_to_end, serve,
 };
+pub use messages::{PacketListener, Packets, Sequence, echo_frames, echo_packets, frame, read_frame};
 pub use process::{Sidecar, field, run_to_end, samples};
 use vsock_sidecar::embedded_guest::{DriverOptions, EmbeddedGuest, Profile, SocketOptions, Sockets};
 

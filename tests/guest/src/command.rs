@@ -12,6 +12,9 @@
 //! | `hold NAME PORT`, `watch NAME MS`, `drop NAME` | an idle connection: opens it, waits for its end, closes it |
 //! | `bg NAME command...`, `join NAME` | runs a command in the background; its answer |
 //! | `open NAME` | opens a gate of `script` |
+//! | `address INTERFACE IPV4` | gives a network interface an address and switches it on |
+//! | `spawn NAME PROGRAM argument...`, `kill NAME` | starts a program of the initramfs; ends it |
+//! | `output NAME OFFSET` | whether it runs, and what it has written behind so many bytes |
 //! | `rebind`, `reload` | takes the vsock device from its driver and gives it back; the same with the module |
 //! | `log` | writes the kernel's log to the console |
 //! | `poweroff` | the end |
@@ -26,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use socket2::Socket;
 
+use crate::program::Program;
 use crate::script::{self, Failure, Fault, GATES, Outcome, Step};
 use crate::{sys, text};
 
@@ -35,6 +39,7 @@ pub struct Guest {
     held: Mutex<HashMap<String, Arc<Socket>>>,
     jobs: Mutex<HashMap<String, thread::JoinHandle<String>>>,
     served: Mutex<HashMap<u32, Arc<Mutex<Receiver<String>>>>>,
+    programs: Mutex<HashMap<String, Program>>,
 }
 
 /// A command that could not be carried out.
@@ -121,6 +126,30 @@ impl Guest {
             ["open", name] => {
                 GATES.open(name);
                 Ok(String::new())
+            }
+            ["address", interface, address] => {
+                let address = address.parse().map_err(|_| usage("no IPv4 address"))?;
+                Ok(sys::set_address(interface, address).map(|()| String::new())?)
+            }
+            ["spawn", name, program, arguments @ ..] => {
+                let program = Program::start(name, program, arguments)?;
+                self.programs.lock().unwrap().insert((*name).to_owned(), program);
+                Ok(String::new())
+            }
+            ["output", name, offset] => {
+                let mut programs = self.programs.lock().unwrap();
+                let program = programs.get_mut(*name).ok_or_else(|| usage("no such program"))?;
+                let (state, piece) = program.look(number(offset)?)?;
+                Ok(format!(
+                    "state={state} bytes={} text={}",
+                    piece.len(),
+                    text::encode(&piece)
+                ))
+            }
+            ["kill", name] => {
+                let mut programs = self.programs.lock().unwrap();
+                let program = programs.get_mut(*name).ok_or_else(|| usage("no such program"))?;
+                Ok(program.kill().map(|()| String::new())?)
             }
             ["rebind"] => Ok(sys::rebind_transport().map(|()| String::new())?),
             ["reload"] => Ok(sys::reload_transport().map(|()| String::new())?),

@@ -7,6 +7,7 @@
 mod command;
 #[path = "../../../src/demo/vm/pattern.rs"]
 mod pattern;
+mod program;
 mod script;
 mod sys;
 #[path = "../../../src/demo/vm/text.rs"]

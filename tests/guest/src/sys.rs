@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use rustix::mount::{MountFlags, mount};
@@ -101,6 +102,42 @@ pub fn local_cid() -> io::Result<u32> {
     // net/vmw_vsock/af_vsock.c), which is what `Getter` with `u32` provides room for.
     let cid = unsafe { rustix::ioctl::ioctl(&device, rustix::ioctl::Getter::<LOCAL_CID, u32>::new())? };
     Ok(cid)
+}
+
+/// `struct ifreq` of Linux's include/uapi/linux/if.h: a name and a union of 24 bytes.
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; 16],
+    value: [u8; 24],
+}
+
+/// Gives a network interface an IPv4 address, with the netmask of its class, and switches it on.
+pub fn set_address(interface: &str, address: Ipv4Addr) -> io::Result<()> {
+    const SET_FLAGS: rustix::ioctl::Opcode = 0x8914;
+    const SET_ADDRESS: rustix::ioctl::Opcode = 0x8916;
+    const AF_INET: u16 = 2;
+    /// `IFF_UP`.
+    const UP: u16 = 1;
+    let request = |words: &[&[u8]]| {
+        let (mut name, mut value) = ([0; 16], [0; 24]);
+        // The last byte stays zero, as the end of the name.
+        for (to, from) in name[..15].iter_mut().zip(interface.bytes()) {
+            *to = from;
+        }
+        for (to, from) in value.iter_mut().zip(words.concat()) {
+            *to = from;
+        }
+        InterfaceRequest { name, value }
+    };
+    let any = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    // `struct sockaddr_in`: family, port, address.
+    let place = request(&[&AF_INET.to_ne_bytes(), &[0; 2], &address.octets()]);
+    // SAFETY: the request reads a `struct ifreq` (`devinet_ioctl` in Linux's net/ipv4/devinet.c), which has this layout.
+    unsafe { rustix::ioctl::ioctl(&any, rustix::ioctl::Setter::<SET_ADDRESS, _>::new(place))? };
+    let up = request(&[&UP.to_ne_bytes()]);
+    // SAFETY: the request reads a `struct ifreq` (`dev_ioctl` in Linux's net/core/dev_ioctl.c), which has this layout.
+    unsafe { rustix::ioctl::ioctl(&any, rustix::ioctl::Setter::<SET_FLAGS, _>::new(up))? };
+    Ok(())
 }
 
 /// The release of the running kernel.

@@ -1,11 +1,14 @@
 //! The guest's protocol on paper: what came in, what must go out.
 
 use super::*;
+use crate::embedded_guest::stats::Violation;
+
+mod seqpacket;
 
 const KIB: u32 = 1024;
 
 fn guest() -> Protocol {
-    Protocol::new(3, 256 * KIB, false)
+    Protocol::new(3, feature::SEQPACKET, 256 * KIB, false)
 }
 
 /// A packet from the host's port 80 to the guest's `port`.
@@ -47,7 +50,7 @@ fn deliver_data(p: &mut Protocol, port: u32, payload: &[u8]) {
 
 /// A connection to the host's port 80; answers its id and guest port.
 fn established(p: &mut Protocol) -> (usize, u32) {
-    let id = p.connect(2, 80).unwrap();
+    let id = p.connect(2, 80, SocketType::Stream).unwrap();
     let request = p.poll_reply().unwrap();
     assert_eq!(
         (request.op, request.buf_alloc, request.fwd_cnt),
@@ -79,7 +82,7 @@ fn connecting_is_answered_refused_or_given_up() {
     let mut p = guest();
     established(&mut p);
 
-    let refused = p.connect(2, 81).unwrap();
+    let refused = p.connect(2, 81, SocketType::Stream).unwrap();
     let port = p.poll_reply().unwrap().src_port;
     p.handle(
         &Header {
@@ -93,7 +96,7 @@ fn connecting_is_answered_refused_or_given_up() {
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     assert_eq!(replies(&mut p), [], "no RST for RST");
 
-    let silent = p.connect(2, 80).unwrap();
+    let silent = p.connect(2, 80, SocketType::Stream).unwrap();
     let port = p.poll_reply().unwrap().src_port.0;
     p.give_up(silent);
     assert_eq!(
@@ -113,9 +116,11 @@ fn a_listener_accepts_up_to_its_backlog() {
         [(Op::Rst, 0)],
         "nobody listens"
     );
-    p.listen(22, 1, changed.clone()).unwrap();
+    p.listen(22, SocketType::Stream, 1, changed.clone()).unwrap();
     assert_eq!(
-        p.listen(22, 1, changed.clone()).unwrap_err().kind(),
+        p.listen(22, SocketType::Stream, 1, changed.clone())
+            .unwrap_err()
+            .kind(),
         io::ErrorKind::AddrInUse
     );
     assert_eq!(deliver(&mut p, Op::Request, 22, 0), [(Op::Response, 0)]);
@@ -156,7 +161,7 @@ fn credit_is_told_when_less_than_a_packet_would_fit() {
         [(Op::CreditUpdate, 0)]
     );
 
-    let mut p = Protocol::new(3, 256 * KIB, true);
+    let mut p = Protocol::new(3, 0, 256 * KIB, true);
     let (id, port) = established(&mut p);
     deliver_data(&mut p, port, b"abc");
     assert_eq!(read(&mut p, id, 2), Some(2));
@@ -186,7 +191,7 @@ fn we_send_within_the_device_s_credit_even_when_it_shrinks_or_wraps() {
     let mut p = guest();
     let (id, port) = established(&mut p);
     assert_eq!(room(&p, id), 256 * 1024);
-    let header = p.data(id, 256 * 1024);
+    let header = p.data(id, 256 * 1024, 0);
     assert_eq!((header.op, header.len), (Op::Rw as u16, 256 * KIB));
     assert_eq!(room(&p, id), 0);
     let update = |p: &mut Protocol, buf_alloc, fwd_cnt| {
@@ -208,7 +213,7 @@ fn we_send_within_the_device_s_credit_even_when_it_shrinks_or_wraps() {
     while sent < (1 << 32) + 5 {
         update(&mut p, 1 << 30, sent as u32);
         let len = (1 << 30).min((1 << 32) + 5 - sent as usize);
-        p.data(id, len);
+        p.data(id, len, 0);
         sent += len as u64;
     }
     update(&mut p, 256 * KIB, 2);
@@ -300,6 +305,31 @@ fn what_we_said_behind_our_shutdown_may_be_answered_with_rst() {
     deliver(&mut p, Op::Rst, port, 0);
     deliver(&mut p, Op::Rst, port, 0);
     assert_eq!(p.violations().count(Violation::UnexpectedRst), 1);
+}
+
+/// A guest that was stuck finds a REQUEST and the RST that withdrew it, accepts the one before it looks at the other, and
+/// its RESPONSE comes to nobody.
+#[test]
+fn the_response_to_a_request_that_was_withdrawn_may_be_answered_with_rst() {
+    let mut p = guest();
+    let changed = Arc::new(Condvar::new());
+    p.listen(22, SocketType::Stream, 5, changed.clone()).unwrap();
+    p.handle(&packet(Op::Request as u16, 22, 0), &[]);
+    assert_eq!(deliver(&mut p, Op::Rst, 22, 0), [(Op::Response, 0)]);
+    let id = p.accept(22, &changed).unwrap().unwrap();
+    assert_eq!(read(&mut p, id, 10), Some(0));
+    deliver(&mut p, Op::Rst, 22, 0);
+    assert!(p.violations().is_empty(), "{:?}", p.violations());
+    assert_eq!(p.crossed_resets(), 1);
+    deliver(&mut p, Op::Rst, 22, 0);
+    assert_eq!(p.violations().count(Violation::UnexpectedRst), 1, "once");
+
+    // What the device knew of has no such excuse.
+    p.handle(&packet(Op::Request as u16, 22, 0), &[]);
+    deliver(&mut p, Op::CreditRequest, 22, 0);
+    deliver(&mut p, Op::Rst, 22, 0);
+    deliver(&mut p, Op::Rst, 22, 0);
+    assert_eq!(p.violations().count(Violation::UnexpectedRst), 2);
 }
 
 #[test]
@@ -445,9 +475,9 @@ fn every_fault_of_the_device_has_its_answer_and_its_name() {
 fn losing_the_device_ends_everything() {
     let mut p = guest();
     let changed = Arc::new(Condvar::new());
-    p.listen(22, 5, changed.clone()).unwrap();
+    p.listen(22, SocketType::Stream, 5, changed.clone()).unwrap();
     let (id, port) = established(&mut p);
-    let connecting = p.connect(2, 90).unwrap();
+    let connecting = p.connect(2, 90, SocketType::Stream).unwrap();
     p.handle(&packet(Op::Request as u16, 22, 0), &[]);
     deliver_data(&mut p, port, b"abc");
     p.lose_everything(false);
@@ -461,5 +491,5 @@ fn losing_the_device_ends_everything() {
     assert!(p.connections.is_empty());
     established(&mut p);
     p.lose_everything(true);
-    assert!(p.connect(2, 80).is_err());
+    assert!(p.connect(2, 80, SocketType::Stream).is_err());
 }
