@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vsock_sidecar::embedded_guest::{DriverOptions, Profile, SocketOptions, Sockets};
+use vsock_sidecar::embedded_guest::{DriverOptions, Profile, SocketOptions, Sockets, Violation};
 
 use crate::support::*;
 
@@ -651,5 +651,12 @@ fn memory_that_is_used_up_ends_the_connection_that_needs_it() {
     drop((stuck, peers));
     sidecar.until_metric("vsock_buffer_memory_bytes", &[], 0.0);
     sidecar.until_metric("vsock_sidecar_buffer_memory_bytes", &[], 0.0);
-    assert_lawful(&guest);
+    // What the guest had in its ring behind the packet that was one too many is for no connection any more, and is answered
+    // as such: more resets, which are the only thing that its judge may find odd.
+    let violations = guest.stats().violations;
+    assert_eq!(
+        violations.total(),
+        violations.count(Violation::UnexpectedRst),
+        "{violations:?}"
+    );
 }

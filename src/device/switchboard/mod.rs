@@ -2,6 +2,7 @@
 //! the muxer. Knows nothing of rings.
 
 mod abandon;
+mod bounds;
 mod events;
 mod messages;
 mod siblings;
@@ -32,9 +33,9 @@ use crate::vsock::{
 
 use super::flow::{Flow, Flows, HostEnd, RuleRef};
 use super::handle::DeviceHandle;
-use super::limits::{self, Admission, MemoryFull};
+use super::limits::Admission;
 use super::linger::Lingering;
-use super::logbook::{Bound, Logbook};
+use super::logbook::Logbook;
 use super::messages::{Messages, Outbox, Wire};
 use super::router::Router;
 use super::sibling::Siblings;
@@ -474,44 +475,6 @@ impl Switchboard {
         self.wrote(now, id, rule, flush.written);
         if let Some(error) = flush.error {
             self.write_failed(now, id, &error);
-        }
-    }
-
-    /// There is no memory for more of the guest's bytes: ends the connection whose service did not read, and no other.
-    fn out_of_memory(&mut self, now: Instant, id: ConnectionId, full: MemoryFull) {
-        let rule = self
-            .flows
-            .get(id)
-            .map_or(RuleRef::outbound(None), |flow| flow.rule);
-        let name = rule.metrics(&self.metrics).name.as_str();
-        let remedy = full.remedy();
-        if self.logbook.bound(now, Bound::Memory, None) {
-            warn!(
-                guest = %self.name, rule = name, reason = CloseReason::Memory.label(), remedy,
-                "no memory for what a service does not read: its connection is ended (further ones are counted)"
-            );
-        } else {
-            debug!(guest = %self.name, rule = name, reason = CloseReason::Memory.label(), remedy, "connection ended");
-        }
-        self.muxer.host_failed(id, CloseReason::Memory);
-    }
-
-    /// Says that a bound is in the way of a connection, and which key of the configuration it is.
-    fn log_bound(&mut self, now: Instant, rule: RuleRef, port: u32, reason: RefuseReason) {
-        let whose = (reason == RefuseReason::RuleLimit).then_some(rule);
-        let news = self.logbook.bound(now, Bound::Connections(reason), whose);
-        let (rule, reason, remedy) = (
-            rule.metrics(&self.metrics).name.as_str(),
-            reason.label(),
-            limits::remedy(reason),
-        );
-        if news {
-            warn!(
-                guest = %self.name, rule, port, reason, remedy,
-                "refused: a limit is reached (further ones are counted, and told once a minute)"
-            );
-        } else {
-            debug!(guest = %self.name, rule, port, reason, "refused");
         }
     }
 
