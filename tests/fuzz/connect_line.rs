@@ -62,7 +62,7 @@ fn expected(bytes: &[u8]) -> Option<Result<(u32, &[u8]), Rejection>> {
         .filter(|word| !word.is_empty())
         .collect();
     Some(match words[..] {
-        [word, port] if word.to_ascii_uppercase() == "CONNECT" => number(port)
+        [word, port] if word.eq_ignore_ascii_case("CONNECT") => number(port)
             .map(|port| (port, &bytes[newline + 1..]))
             .ok_or(Rejection::BadPort),
         _ => Err(Rejection::NotConnect),

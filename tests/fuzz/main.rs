@@ -77,8 +77,10 @@ fn the_gate_keeps_its_promises_on_every_sequence_of_the_corpus_and_its_neighbour
     }
 }
 
-/// A target that takes bytes: what it is called, and its function.
-const TARGETS: &[(&str, fn(&[u8]), u64)] = &[
+/// A target that takes bytes: what it is called, its function, and how many cases of noise are tried.
+type Target = (&'static str, fn(&[u8]), u64);
+
+const TARGETS: &[Target] = &[
     ("capture", capture::run, 500),
     ("config", config::run, 1500),
     ("connect_line", connect_line::run, 5000),

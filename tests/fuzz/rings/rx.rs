@@ -59,6 +59,9 @@ impl Held {
 /// The model does not know what becomes of every chain that waits.
 struct Unsure;
 
+/// A chain that is taken: its head, its bytes, and of how many descriptors it consists.
+type Taken = (u16, Vec<Run>, usize);
+
 struct Judge<'a> {
     ram: &'a mut Ram,
     model: &'a mut Model,
@@ -75,7 +78,7 @@ impl Judge<'_> {
 
     /// Looks at the next chain and takes it, or rejects it: `Some(None)`. A chain that cannot be used stays where it is if
     /// something is held before it: `None`.
-    fn next(&mut self, payload: bool) -> Result<Option<Option<(u16, Vec<Run>, usize)>>, Unsure> {
+    fn next(&mut self, payload: bool) -> Result<Option<Option<Taken>>, Unsure> {
         let Some(head) = self.model.next_head(self.ram, self.areas) else {
             return Ok(None);
         };
