@@ -2,7 +2,7 @@
 //!
 //! Each device has half of the connection, as with any other host end: the two halves are the ends of a socket pair. So
 //! back-pressure, half-close and resets pass through the kernel as they do with a service, and nothing that one guest does to
-//! its half can be more to the other than what a service can do. One thing passes beside it ([`Ears`]).
+//! its half can be more to the other than what a service can do. One thing passes beside it (`Ears`).
 //!
 //! ```text
 //!   guest a: REQUEST b:5 ──▶ device a ── Command::Sibling { stream } ──▶ device b ── REQUEST from a's CID ──▶ guest b
@@ -33,7 +33,7 @@ pub struct Siblings {
 #[derive(Clone)]
 struct Sibling {
     handle: DeviceHandle,
-    /// Who may dial it, in the order of its [`super::DeviceConfig::siblings_from`].
+    /// Who may dial it. Their metrics stand behind those of its inbound rules, in this order.
     from: Arc<[String]>,
 }
 

@@ -77,10 +77,9 @@ fn the_gate_keeps_its_promises_on_every_sequence_of_the_corpus_and_its_neighbour
     }
 }
 
-/// What a target is called, its function, and how many changed copies of its seeds it is given.
+/// A target that takes bytes: what it is called, its function, and how many cases of noise are tried.
 type Target = (&'static str, fn(&[u8]), u64);
 
-/// The targets that take bytes.
 const TARGETS: &[Target] = &[
     ("capture", capture::run, 500),
     ("config", config::run, 1500),

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use vsock_sidecar::embedded_guest::profile::feature;
-use vsock_sidecar::embedded_guest::{DriverOptions, Profile, SocketOptions};
+use vsock_sidecar::embedded_guest::{DriverOptions, Profile, SocketOptions, Violation};
 
 use super::*;
 
@@ -315,8 +315,11 @@ fn a_drain_ends_what_guests_have_with_each_other_in_time() {
     assert_eq!((&client).read(&mut [0]).unwrap(), 0);
     assert_eq!((&server).read(&mut [0]).unwrap(), 0);
     for guest in [&web, &db] {
-        let stats = guest.stats();
-        assert!(stats.violations.is_empty(), "{:?}", stats.violations);
+        // The end of one half can reach the other device before its own drain is over: then a guest has answered it already
+        // when the reset comes, and knows of no connection any more.
+        let violations = guest.stats().violations;
+        let crossed = violations.count(Violation::UnexpectedRst);
+        assert_eq!(violations.total(), crossed, "{violations:?}");
     }
 }
 

@@ -59,6 +59,9 @@ impl Held {
 /// The model does not know what becomes of every chain that waits.
 struct Unsure;
 
+/// A chain that is taken: its head, its bytes, and of how many descriptors it consists.
+type Taken = (u16, Vec<Run>, usize);
+
 struct Judge<'a> {
     ram: &'a mut Ram,
     model: &'a mut Model,
@@ -66,9 +69,6 @@ struct Judge<'a> {
     held: Held,
     faults: u32,
 }
-
-/// A chain: its head, where its bytes lie, and how many there are.
-type Taken = (u16, Vec<Run>, usize);
 
 impl Judge<'_> {
     fn give_back(&mut self) {
