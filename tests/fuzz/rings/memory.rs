@@ -25,6 +25,17 @@ pub struct Page {
     pub permission: Permission,
 }
 
+impl Page {
+    /// Not asked of the code that is judged.
+    pub fn allows(self, access: Access) -> bool {
+        match self.permission {
+            Permission::ReadWrite => true,
+            Permission::Read => access == Access::Read,
+            Permission::Write => access == Access::Write,
+        }
+    }
+}
+
 /// Why an address has no memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Lack {
@@ -115,7 +126,7 @@ impl Ram {
                 Some(pages) => {
                     let end = last.min(at | (PAGE - 1));
                     let page = pages.get(&(at & !(PAGE - 1)));
-                    match page.filter(|page| page.permission.allows(access)) {
+                    match page.filter(|page| page.allows(access)) {
                         Some(page) => (page.gpa + at % PAGE, end),
                         // Not looked at any further: the rest of the range is not known either.
                         None => {
@@ -205,7 +216,7 @@ impl Ram {
             let copy = &mut self.copy[page..][..PAGE as usize];
             if real != copy {
                 let mut pages = self.pages.iter().flat_map(BTreeMap::values);
-                let writable = pages.any(|page| page.gpa == gpa && page.permission.allows(Access::Write));
+                let writable = pages.any(|page| page.gpa == gpa && page.allows(Access::Write));
                 assert!(
                     writable || self.pages.is_none(),
                     "guest page {gpa:#x} may not be written"

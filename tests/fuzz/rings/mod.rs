@@ -285,9 +285,7 @@ fn allowed(ram: &Ram, slice: &Slice<'_>, access: Access) -> memory::Run {
         let mut page = at & !(PAGE as usize - 1);
         while page < at + len {
             let gpa = REGIONS[page / REGION] + (page % REGION) as u64;
-            let translated = pages
-                .values()
-                .any(|page| page.gpa == gpa && page.permission.allows(access));
+            let translated = pages.values().any(|page| page.gpa == gpa && page.allows(access));
             assert!(
                 translated,
                 "invariant 3: guest page {gpa:#x} is not translated for {access:?}"
