@@ -132,7 +132,12 @@ impl Questions {
         let at = page(first);
         let mut known = false;
         let mut refused = false;
-        let due = self.oldest_due();
+        // Of use to refusals only, which are the records that are not open. A guest may have this asked for thousands of
+        // descriptors in a burst, so there is no walk over all records without need.
+        let due = match self.records.len() > self.open {
+            true => self.oldest_due(),
+            false => u64::MAX,
+        };
         for ((page, of), record) in self
             .records
             .range_mut((at, Access::Read)..=(page(last), Access::Write))
