@@ -28,6 +28,16 @@
 //! reserves several, and one `readv` scatters the socket's bytes over them. What is not filled is given back in
 //! place. Kicks of the RX ring are wanted only while packets wait for buffers.
 //!
+//! # Messages
+//!
+//! The bytes of a SEQPACKET connection are messages (`messages`, `switchboard/messages.rs`). One that is whole within a burst goes
+//! to a packet socket as it is; any other waits in the spill buffer for its end, since a frame begins with its length and a packet
+//! socket takes all or nothing. Towards the guest a message's last packet says that it ends.
+//!
+//! # Sibling guests
+//!
+//! A connection between two guests is one connection of each device, with an end of a socket pair as its host end ([`sibling`]).
+//!
 //! # Translation
 //!
 //! With VIRTIO_F_ACCESS_PLATFORM the addresses of a ring and of its buffers may be I/O virtual ones: such a ring is served

@@ -4,11 +4,12 @@
 mod abandon;
 mod bounds;
 mod events;
+mod gather;
 mod messages;
 mod siblings;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,13 +20,11 @@ use rustix::io::Errno;
 use tracing::{debug, warn};
 
 use crate::config::{self, Framing};
-use crate::guest::View;
 use crate::host::dial::{DialError, Dialer};
 use crate::host::listen::Incoming;
-use crate::host::{HostStream, SpillBuf, SpillFull};
+use crate::host::{HostStream, SpillBuf};
 use crate::metrics::{Direction, GuestMetrics};
-use crate::sys::iovec::IoVecs;
-use crate::sys::vectored::{Received, is_memory_fault, writev};
+use crate::sys::vectored::Received;
 use crate::vsock::{
     Caller, CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags,
     SocketType,
@@ -41,55 +40,8 @@ use super::router::Router;
 use super::sibling::Siblings;
 use super::snapshot::ConnectionSnapshot;
 use super::token;
-
-/// Guest packets' payload on its way to one host socket: slices of guest memory, gathered over packets.
-pub(super) struct Gather<'m> {
-    pub(super) id: Option<ConnectionId>,
-    pub(super) slices: IoVecs<'m>,
-    /// What they are slices of.
-    pub(super) memory: View<'m>,
-}
-
-/// Why bytes of the guest were not kept.
-enum Unspilled {
-    Full(SpillFull),
-    MemoryLost,
-}
-
-impl From<SpillFull> for Unspilled {
-    fn from(full: SpillFull) -> Unspilled {
-        Unspilled::Full(full)
-    }
-}
-
-impl Gather<'_> {
-    /// Writes once to a socket. Memory that is lost is no fault of the socket: it takes nothing then. Zeros that stand for such
-    /// memory are not what the guest has sent, and are not written.
-    fn write_to(&self, stream: &HostStream) -> io::Result<usize> {
-        if self.memory.is_lost() {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        writev(stream.as_fd(), &self.slices).map_err(|error| match is_memory_fault(&error) {
-            true => {
-                self.memory.mark_lost();
-                io::ErrorKind::WouldBlock.into()
-            }
-            false => error,
-        })
-    }
-
-    /// Copies `n` bytes behind the first `skip` to the end of a spill buffer, or nothing.
-    fn keep_in(&self, spill: &mut SpillBuf, skip: usize, n: usize) -> Result<(), Unspilled> {
-        let mut taken = skip;
-        spill.extend_with(n, |piece| {
-            taken += self.slices.copy_to(taken, piece);
-            match self.memory.is_lost() {
-                true => Err(Unspilled::MemoryLost),
-                false => Ok(()),
-            }
-        })
-    }
-}
+pub(super) use gather::Gather;
+use gather::Unspilled;
 
 /// What [`Switchboard::read`] got for the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
