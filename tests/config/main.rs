@@ -289,6 +289,19 @@ fn messages_hold_no_control_characters() {
     assert!(text.contains("guests[0].name"), "{text}");
 }
 
+/// It has no rule of its own and needs none: another guest's leads to it.
+#[test]
+fn a_guest_that_a_sibling_reaches_is_not_odd() {
+    let case = Case::with_dir(&format!(
+        "{GUEST}  outbound:\n  - {{port: 1, to: \"guest://db\"}}\n\
+         - {{name: db, cid: 4, vhostUser: {{socket: DIR/db.sock}}}}\n"
+    ));
+    let output = case.check();
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(!text.contains("warning: "), "{text}");
+}
+
 #[test]
 fn odd_but_usable_files_warn() {
     let case = Case::with_dir(&format!(

@@ -17,7 +17,8 @@ use super::document::{Document, NodeId};
 use super::files::Socket;
 use super::given::Given;
 use super::{
-    Config, Confinement, Guest, LandlockMode, ListenAddress, Log, LogFormat, SeccompMode, VhostUser, schema,
+    Config, Confinement, Guest, LandlockMode, ListenAddress, Log, LogFormat, SeccompMode, Target, VhostUser,
+    schema,
 };
 
 const MAX_DRAIN: Duration = Duration::from_secs(3600);
@@ -39,6 +40,7 @@ pub(super) fn resolve(file: &Given<schema::File>, document: &Document, report: &
         names: HashMap::new(),
         cids: HashMap::new(),
         siblings: file.value().map(siblings).unwrap_or_default(),
+        dialled: file.value().map(dialled).unwrap_or_default(),
     };
     let config = file.located().and_then(|(file, at)| resolver.file(file, at));
     let sockets = resolver.sockets;
@@ -63,6 +65,8 @@ struct Resolver<'a, 't> {
     cids: HashMap<u32, NodeId>,
     /// The CIDs of all guests by name, also of those that come later: `None` where that is missing or wrong.
     siblings: HashMap<String, Option<u32>>,
+    /// The names of guests that a rule of another one leads to.
+    dialled: HashSet<String>,
 }
 
 /// What the rules of a guest need to know of it; `None` is what is reported.
@@ -217,6 +221,10 @@ impl Resolver<'_, '_> {
         let has_no_rules = |rules: Option<usize>| rules == Some(0);
         if has_no_rules(guest.outbound.value().map(Vec::len))
             && has_no_rules(guest.inbound.value().map(Vec::len))
+            && !guest
+                .name
+                .value()
+                .is_some_and(|name| self.dialled.contains(&name.0))
         {
             let help = "add rules under `outbound` or `inbound`";
             self.report.warning(
@@ -416,6 +424,19 @@ fn siblings(file: &schema::File) -> HashMap<String, Option<u32>> {
         }
     }
     siblings
+}
+
+fn dialled(file: &schema::File) -> HashSet<String> {
+    let guests = file.guests.value().into_iter().flatten().filter_map(Given::value);
+    guests
+        .filter_map(|guest| guest.outbound.value())
+        .flatten()
+        .filter_map(Given::value)
+        .filter_map(|rule| match rule.to.value() {
+            Some(Target::Guest { name, .. }) => Some(name.clone()),
+            _ => None,
+        })
+        .collect()
 }
 
 /// Records `at` under `key`, unless the key is taken; then by what.
