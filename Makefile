@@ -3,6 +3,8 @@
 CARGO ?= cargo
 DENY_VERSION := 0.20.2
 FUZZ_VERSION := 0.13.2
+# What we are measured against.
+PEER_VERSION := 0.3.0
 # How long the soak takes.
 MINUTES ?= 60
 # A fuzz target, and for how many seconds it runs.
@@ -13,7 +15,11 @@ FUZZ_TARGETS := capture config connect_line gate header muxer proxy rx_placement
 CORPUS = $(if $(filter session,$(TARGET)),gate,$(TARGET))
 TOOLS := $(CURDIR)/target/tools
 
-.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories demo fuzz fuzz-all hostile-figures soak
+# Lines of the bench, by part of their name (make bench ONLY=trip), and more for it (ARGS="--rounds 11").
+ONLY ?=
+ARGS ?=
+
+.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories bench bench-quick bench-micro peer demo fuzz fuzz-all hostile-figures soak
 
 all: check
 
@@ -61,6 +67,25 @@ $(TOOLS)/bin/cargo-deny:
 ## demo: the whole program in one process
 demo:
 	$(CARGO) run --release -- demo
+
+## bench: how fast it is, as ratios against a plain client and vhost-device-vsock (docs/performance.md); half an hour
+bench: peer
+	$(CARGO) bench --locked --bench speed -- $(addprefix --only ,$(ONLY)) $(ARGS)
+
+## bench-quick: the most important lines of it, in less than three minutes
+bench-quick: peer
+	$(CARGO) bench --locked --bench speed -- --quick $(addprefix --only ,$(ONLY)) $(ARGS)
+
+## bench-micro: headers, the muxer, the ring, credit; each by itself
+bench-micro:
+	$(CARGO) bench --locked --bench micro
+
+## peer: install vhost-device-vsock, as a program to compare with
+peer: $(TOOLS)/peer/bin/vhost-device-vsock
+
+$(TOOLS)/peer/bin/vhost-device-vsock:
+	CARGO_TARGET_DIR=$(TOOLS)/build $(CARGO) install --locked --quiet --root $(TOOLS)/peer --version $(PEER_VERSION) vhost-device-vsock
+	rm -rf $(TOOLS)/build
 
 ## hostile-figures: what floods of one guest cost another, as ratios
 hostile-figures:

@@ -1,9 +1,14 @@
-//! One connection on the bare driver, as fast as the rings go: for benchmarks, in which the guest should cost little.
+//! Connections on the bare driver, as fast as the rings go: for benchmarks, in which the guest should cost little. [`Flow`]
+//! is one, [`Flows`] are as many as you like.
 //!
 //! No thread, no lock, no copying: payload that is sent lies in the transmit slots already, payload that is received
 //! stays where it is. Credit is kept all the same, as a device would otherwise have to reset us.
 
+mod many;
+
 use std::time::{Duration, Instant};
+
+pub use many::{Flows, Sending};
 
 use super::driver::Driver;
 use super::error::{Error, Result};
@@ -220,11 +225,16 @@ impl Flow {
         let Some(header) = driver.try_recv_header()? else {
             return Ok(None);
         };
-        let op = Op::from_wire(header.op);
         if header.dst_port != self.header.src_port || header.src_port != self.header.dst_port {
             return Ok(Some(None));
         }
-        self.learn(&header);
+        self.take(driver, &header).map(Some)
+    }
+
+    /// Takes in a packet of this connection; answers its operation.
+    fn take(&mut self, driver: &mut Driver, header: &Header) -> Result<Option<Op>> {
+        let op = Op::from_wire(header.op);
+        self.learn(header);
         match op {
             Some(Op::Rw) => {
                 self.surplus += u64::from(header.len);
@@ -245,7 +255,7 @@ impl Flow {
             }
             _ => {}
         }
-        Ok(Some(op))
+        Ok(op)
     }
 
     /// Waits a little: for a packet, or for room in the transmit ring.

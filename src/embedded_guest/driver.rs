@@ -3,6 +3,7 @@
 //! Knows packets, not connections: that is [`Sockets`](super::Sockets). Not synchronised; one owner.
 
 mod areas;
+mod waiting;
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};

@@ -1,0 +1,183 @@
+//! A device as a process, ours or the peer's, with guests on it and services behind it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use vsock_sidecar::embedded_guest::{DriverOptions, EmbeddedGuest, Profile};
+
+use crate::contender::Outcome;
+use crate::service::{Address, Place, Service, Work};
+use crate::support::Sidecar;
+
+/// The guest's CID, or that of the first guest.
+pub const CID: u32 = 3;
+/// The port at which guests find the first service; the others follow.
+pub const PORT: u32 = 1000;
+/// Which kind of socket the device connects to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Tcp,
+    Unix,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Tcp => "tcp",
+            Kind::Unix => "unix",
+        }
+    }
+
+    /// A place in a directory, named as the peer would look for it.
+    pub fn place(self, dir: &Path, port: u32) -> Place {
+        match self {
+            Kind::Tcp => Place::Tcp,
+            Kind::Unix => Place::Unix(dir.join(format!("service_{port}"))),
+        }
+    }
+}
+
+/// What stands between guests and services.
+pub enum Device {
+    Ours(Box<Sidecar>),
+    Peer(Peer),
+}
+
+impl Device {
+    pub fn pid(&self) -> u32 {
+        match self {
+            Device::Ours(sidecar) => sidecar.pid(),
+            Device::Peer(peer) => peer.child.id(),
+        }
+    }
+}
+
+/// How a device is set up.
+#[derive(Clone)]
+pub struct Wish<'w> {
+    pub kind: Kind,
+    /// One service each, at ports from [`PORT`] on.
+    pub works: &'w [Work],
+    pub guests: u32,
+    pub driver: DriverOptions,
+    /// More of the configuration; ours only.
+    pub more: &'w str,
+}
+
+/// A device that runs, with its guests. Field order: guests hang up before the device is killed.
+pub struct Through {
+    pub guests: Vec<EmbeddedGuest>,
+    pub services: Vec<Service>,
+    pub device: Device,
+    _dir: tempfile::TempDir,
+}
+
+impl Through {
+    pub fn ours(wish: &Wish<'_>) -> Outcome<Through> {
+        let dir = tempfile::tempdir()?;
+        let services = services(wish, dir.path())?;
+        let mut text = format!("{}log: {{format: json, level: info}}\nguests:\n", wish.more);
+        for guest in 0..wish.guests {
+            let cid = CID + guest;
+            text += &format!(
+                "- name: g{guest}\n  cid: {cid}\n  vhostUser: {{socket: \"{{dir}}/g{guest}.sock\"}}\n  \
+                 limits: {{connections: 200000}}\n  outbound:\n"
+            );
+            for (index, service) in services.iter().enumerate() {
+                let port = PORT + index as u32;
+                text += &format!(
+                    "  - {{name: s{index}, port: {port}, to: \"{}\"}}\n",
+                    service.address.url()
+                );
+            }
+        }
+        let sidecar = Sidecar::start(&text);
+        let sockets: Vec<_> = (0..wish.guests)
+            .map(|guest| sidecar.path(&format!("g{guest}.sock")))
+            .collect();
+        Ok(Through {
+            guests: boot(wish, &sockets)?,
+            services,
+            device: Device::Ours(Box::new(sidecar)),
+            _dir: dir,
+        })
+    }
+
+    /// The peer knows unix sockets only.
+    pub fn peer(wish: &Wish<'_>, program: &Path) -> Outcome<Through> {
+        if wish.kind != Kind::Unix {
+            return Err("unix sockets only".into());
+        }
+        if !program.exists() {
+            return Err("not installed (make peer)".into());
+        }
+        let dir = tempfile::tempdir()?;
+        // One service for all guests: each guest's base path is a directory of links to it.
+        let services = services(wish, dir.path())?;
+        let mut command = Command::new(program);
+        let mut sockets = Vec::new();
+        for guest in 0..wish.guests {
+            let socket = dir.path().join(format!("g{guest}.sock"));
+            let base = dir.path().join(format!("g{guest}"));
+            for (index, service) in services.iter().enumerate() {
+                let port = PORT + index as u32;
+                if let Address::Unix(path) = &service.address {
+                    std::os::unix::fs::symlink(path, dir.path().join(format!("g{guest}_{port}")))?;
+                }
+            }
+            command.arg("--vm").arg(format!(
+                "guest-cid={},socket={},uds-path={},queue-size=1024",
+                CID + guest,
+                socket.display(),
+                base.display()
+            ));
+            sockets.push(socket);
+        }
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let peer = Peer { child };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !sockets.iter().all(|socket| socket.exists()) {
+            if Instant::now() > deadline {
+                return Err("did not make its sockets within 10 s".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(Through {
+            guests: boot(wish, &sockets)?,
+            services,
+            device: Device::Peer(peer),
+            _dir: dir,
+        })
+    }
+}
+
+fn services(wish: &Wish<'_>, dir: &Path) -> Outcome<Vec<Service>> {
+    let start =
+        |(index, work): (usize, &Work)| Service::start(&wish.kind.place(dir, PORT + index as u32), *work);
+    wish.works.iter().enumerate().map(start).collect()
+}
+
+fn boot(wish: &Wish<'_>, sockets: &[PathBuf]) -> Outcome<Vec<EmbeddedGuest>> {
+    let mut guests = Vec::new();
+    for socket in sockets {
+        guests.push(EmbeddedGuest::boot(socket, Profile::qemu(), wish.driver.clone())?);
+    }
+    Ok(guests)
+}
+
+/// vhost-device-vsock as a process.
+pub struct Peer {
+    child: Child,
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
