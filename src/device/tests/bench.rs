@@ -189,6 +189,12 @@ impl Bench {
         self.file.set_len(pages * PAGE).unwrap();
     }
 
+    /// Another memory table with the same regions, as ADD_MEM_REG of another one leaves them.
+    pub fn share_again(&mut self) {
+        let ram = Some(GuestRam::new(Arc::clone(&self.memory)));
+        self.ask(|done| Command::SetMemory { ram, done });
+    }
+
     /// The device's thread panics, and it begins anew as that thread would have it.
     pub fn panic(&mut self) {
         let spare = Device::new(self.device.config.clone()).unwrap().0;
