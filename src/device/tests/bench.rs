@@ -122,6 +122,7 @@ impl Bench {
                 connect_timeout: second,
                 guest_timeout: second,
                 idle_timeout: Duration::ZERO,
+                busy_poll: Duration::ZERO,
                 ..Limits::default()
             },
             router: Router::new(vec![rule]),
