@@ -8,7 +8,8 @@
 //!
 //! A process that has used up its descriptors cannot answer a probe, take a VMM's memory, look up a name or log to a file. So
 //! connections get a budget below RLIMIT_NOFILE, which is found once at start ([`Descriptors::plan`]): the rest is for the admin
-//! server, the sessions, and dials that try several addresses at once.
+//! server, the sessions, and names that are looked up. A share lives as long as the socket that it is for, whoever closes that; each
+//! socket of a dial that tries several addresses at once has one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -146,7 +147,7 @@ impl Descriptors {
     /// What a guest's session and device may have open: nine eventfds of rings, the socket to the VMM and its relay, the
     /// backend channel, polls and wakers, and a memory table of the usual size.
     const OF_GUEST: u64 = 32;
-    /// Names that are being looked up, second addresses of dials, captures, configuration files: least and most.
+    /// Names that are being looked up, captures, configuration files: least and most.
     const SLACK: (u64, u64) = (64, 4096);
 
     /// Divides `limit`, of which `open` are taken, with `admin` connections of the admin server at most and `guests` guests.

@@ -30,6 +30,8 @@ struct Trap {
 }
 
 static TRAP: Mutex<Option<Trap>> = Mutex::new(None);
+/// What was logged at error.
+static ERRORS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 struct Traps;
 
@@ -45,6 +47,10 @@ impl<S: Subscriber> Layer<S> for Traps {
         }
         let mut message = Message(String::new());
         event.record(&mut message);
+        if *event.metadata().level() == tracing::Level::ERROR {
+            let mut errors = ERRORS.lock().unwrap_or_else(PoisonError::into_inner);
+            errors.push(message.0.clone());
+        }
         let thread = std::thread::current();
         let name = thread.name().unwrap_or_default();
         let springs = {
@@ -123,7 +129,9 @@ impl Rig {
         let guest = |name: &str, cid: u32| {
             format!(
                 "- {{name: {name}, cid: {cid}, vhostUser: {{socket: \"{}/{name}.sock\"}}, \
-                 outbound: [{{name: echo, port: 7, to: \"tcp://127.0.0.1:{port}\"}}]}}\n",
+                 outbound: [{{name: echo, port: 7, to: \"tcp://127.0.0.1:{port}\"}}], \
+                 inbound: [{{name: in, listen: \"unix://{}/{name}.in\", protocol: connect}}]}}\n",
+                dir.path().display(),
                 dir.path().display()
             )
         };
@@ -322,6 +330,27 @@ fn a_guest_that_brings_a_panic_about_every_time_is_held_back_and_served_in_the_e
     });
     assert_eq!(rig.device_panics("web"), 4.0);
     rig.assert_contained(4.0);
+}
+
+/// Nothing of the sidecar's own but the line says that a port is not served any more.
+#[test]
+fn a_panic_over_a_client_of_a_listener_is_told_as_the_end_of_that_listener() {
+    let _alone = alone();
+    let rig = Rig::new();
+    arm("control", "closed an inbound client", 1);
+    let mut client = std::os::unix::net::UnixStream::connect(rig.dir.path().join("web.in")).unwrap();
+    client.write_all(b"HELO\n").unwrap();
+    until("it is told", || {
+        let errors = ERRORS.lock().unwrap_or_else(PoisonError::into_inner);
+        errors
+            .iter()
+            .any(|error| error.starts_with("an inbound listener has failed"))
+    });
+    assert!(is_sprung());
+    // What else the same thread does goes on.
+    ping(&rig.boot().connect(7).unwrap());
+    assert_eq!(rig.live(), "200");
+    rig.others_are_well();
 }
 
 #[test]

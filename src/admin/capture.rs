@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use hyper::header::{CONTENT_DISPOSITION, HOST, HeaderMap, HeaderValue};
+use hyper::header::{CONTENT_DISPOSITION, HOST, HeaderMap, HeaderValue, ORIGIN};
 use hyper::{Method, Request, Response, StatusCode};
 
 use super::routes::{Reply, no_answer, response, text};
@@ -20,6 +20,9 @@ const USAGE: &str =
     "/capture?guest=NAME&seconds=1..300&snaplen=0..65536 (10 seconds and 256 bytes of payload by default)";
 /// No registry has a name for pcapng; this is the one that desktops open Wireshark for.
 const PCAPNG: &str = "application/x-pcapng";
+
+/// Where a browser says that the page which has it ask comes from (W3C, Fetch Metadata Request Headers).
+const SEC_FETCH_SITE: &str = "sec-fetch-site";
 
 /// Longest capture.
 const MAX_SECONDS: u32 = 300;
@@ -125,7 +128,8 @@ fn refusal(refused: CaptureRefused, patience: Duration) -> Response<String> {
 }
 
 /// Whether a request comes from this machine. A browser on it may have been sent here by a page of elsewhere whose name now
-/// means 127.0.0.1, and that page could read the answer: so over TCP the request must name an address, or `localhost`.
+/// means 127.0.0.1, and that page could read the answer: so over TCP the request must name an address, or `localhost`. Nor must a
+/// page of elsewhere have it ask under the right name, though it could read nothing then.
 fn is_local(peer: Peer, headers: &HeaderMap) -> Result<(), String> {
     const HOW: &str =
         "ask from inside of the pod (kubectl exec, kubectl port-forward) or over the unix socket";
@@ -141,6 +145,9 @@ fn is_local(peer: Peer, headers: &HeaderMap) -> Result<(), String> {
             "captures show payload and are for clients on loopback or the unix socket, and you are {ip}: {HOW}"
         ));
     }
+    if is_for_another_site(headers) {
+        return Err("captures are for no page of another site".to_owned());
+    }
     let Some(host) = headers.get(HOST) else {
         return Ok(());
     };
@@ -150,6 +157,18 @@ fn is_local(peer: Peer, headers: &HeaderMap) -> Result<(), String> {
             Err("captures are for requests to localhost or an IP address, not to a host name".to_owned())
         }
     }
+}
+
+/// Whether a browser asks because of a page that is not ours. What is no browser sends neither field.
+fn is_for_another_site(headers: &HeaderMap) -> bool {
+    let site = headers.get(SEC_FETCH_SITE);
+    // `none` is somebody who has typed the address.
+    let elsewhere = site.is_some_and(|site| site != "same-origin" && site != "none");
+    let ours = headers
+        .get(HOST)
+        .map(|host| [b"http://", host.as_bytes()].concat());
+    let origin = headers.get(ORIGIN).map(HeaderValue::as_bytes);
+    elsewhere || origin.is_some_and(|origin| ours.is_none_or(|ours| origin != ours))
 }
 
 /// Whether a `Host` field (RFC 9110, 7.2) has an address or `localhost`, with or without a port.
@@ -268,6 +287,31 @@ mod tests {
             "localhost.evil.example:80",
         ] {
             assert!(!to(bad), "{bad}");
+        }
+    }
+
+    /// It could not read the answer, but it could have all places for captures taken, and payload put into a folder of downloads.
+    #[test]
+    fn a_page_of_elsewhere_cannot_make_a_browser_here_begin_one() {
+        let to = |site: Option<&'static str>, origin: Option<&'static str>| {
+            let mut headers = host("127.0.0.1:9464");
+            site.map(|site| headers.insert("sec-fetch-site", HeaderValue::from_static(site)));
+            origin.map(|origin| headers.insert("origin", HeaderValue::from_static(origin)));
+            is_local(Peer::Tcp(Some(([127, 0, 0, 1], 5).into())), &headers).is_ok()
+        };
+        // Somebody types the address; a link or script of the status page; an older browser, or curl.
+        assert!(to(Some("none"), None) && to(Some("same-origin"), None) && to(None, None));
+        assert!(to(Some("same-origin"), Some("http://127.0.0.1:9464")));
+        for site in ["cross-site", "same-site", "", "anything"] {
+            assert!(!to(Some(site), None), "{site}");
+        }
+        for origin in [
+            "null",
+            "https://evil.example",
+            "http://127.0.0.1:8080",
+            "http://localhost:9464",
+        ] {
+            assert!(!to(None, Some(origin)), "{origin}");
         }
     }
 

@@ -11,7 +11,10 @@
 //! ends by itself or the grace period is over. Then devices end what is left with RST, and everything is dropped.
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::{Arc, mpsc};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -34,7 +37,7 @@ use crate::host::dial::Dialer;
 use crate::host::listen::{InboundSpec, Incoming, ListenError, Listener, Rejected, Rejection};
 use crate::metrics::{self, GuestMetrics, LabelSets, Registry, RuleNames, TotalsSample};
 use crate::quota::{Descriptors, Pool, Quota};
-use crate::sys::sigbus;
+use crate::sys::{sigbus, unwind};
 use crate::vhost_user::{self, Endpoint, NegotiationWatch, Session, SessionConfig, SessionHandle};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
 use source::{AdminSource, GuestView};
@@ -574,12 +577,20 @@ impl InboundSink {
 /// Serves one inbound listener until the drain begins.
 async fn serve_inbound(listener: Listener, spec: InboundSpec, sink: InboundSink, drain: drain::Watch) {
     let rule = spec.rule;
-    if let Err(error) = listener
-        .serve(spec, |client| sink.take(client), drain.draining())
-        .await
-    {
+    let mut serving = pin!(listener.serve(spec, |client| sink.take(client), drain.draining()));
+    // The runtime would contain a panic as well, and tell nobody whose listener it was.
+    let ended = poll_fn(|cx| match unwind::contain(|| serving.as_mut().poll(cx)) {
+        Ok(poll) => poll.map_err(|error| error.to_string()),
+        Err(panic) => Poll::Ready(Err(panic.to_string())),
+    });
+    if let Err(error) = ended.await {
         let name = sink.guest.inbound.get(rule).map_or("?", |rule| &rule.name);
-        error!(guest = sink.guest.name, rule = name, %error, "an inbound listener has failed");
+        error!(
+            guest = sink.guest.name,
+            rule = name,
+            error,
+            "an inbound listener has failed, and takes no clients until the sidecar is started again"
+        );
     }
 }
 

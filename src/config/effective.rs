@@ -83,6 +83,7 @@ impl From<&Guest> for schema::Guest {
                 connect_timeout: Given::new(Period(limits.connect_timeout)),
                 guest_timeout: Given::new(Period(limits.guest_timeout)),
                 idle_timeout: Given::new(Period(limits.idle_timeout)),
+                busy_poll: Given::new(Period(limits.busy_poll)),
             }),
         }
     }

@@ -372,6 +372,8 @@ pub struct Limits {
     pub guest_timeout: Duration,
     /// A connection on which nothing moves for so long is ended; zero means never.
     pub idle_timeout: Duration,
+    /// The longest that the device looks for the guest's next packet before it sleeps; zero means not at all.
+    pub busy_poll: Duration,
 }
 
 impl Default for Limits {
@@ -385,6 +387,7 @@ impl Default for Limits {
             connect_timeout: Duration::from_millis(1500),
             guest_timeout: Duration::from_secs(5),
             idle_timeout: Duration::ZERO,
+            busy_poll: Duration::ZERO,
         }
     }
 }

@@ -328,6 +328,11 @@ pub struct Limits {
     #[serde(default = "default_idle_timeout")]
     #[schemars(example = &"1h")]
     pub idle_timeout: Given<Period>,
+    /// The longest that the device thread looks for the guest's next packet before it sleeps, in which it uses its processor;
+    /// at most 1ms. Only after the guest was given something, and only while the guest has been as quick. `0s`: not at all.
+    #[serde(default = "default_busy_poll")]
+    #[schemars(example = &"50us")]
+    pub busy_poll: Given<Period>,
 }
 
 impl Default for Admin {
@@ -375,6 +380,7 @@ impl Default for Limits {
             connect_timeout: default_connect_timeout(),
             guest_timeout: default_guest_timeout(),
             idle_timeout: default_idle_timeout(),
+            busy_poll: default_busy_poll(),
         }
     }
 }
@@ -429,6 +435,10 @@ fn default_connect_timeout() -> Given<Period> {
 
 fn default_guest_timeout() -> Given<Period> {
     Given::new(Period::from_millis(5_000))
+}
+
+fn default_busy_poll() -> Given<Period> {
+    Given::new(Period::from_millis(0))
 }
 
 fn default_idle_timeout() -> Given<Period> {

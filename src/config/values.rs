@@ -387,7 +387,7 @@ impl Period {
 }
 
 impl Text for Period {
-    const EXPECTED: &'static str = "a whole number with the unit ms, s, m or h, such as 500ms or 5s";
+    const EXPECTED: &'static str = "a whole number with the unit us, ms, s, m or h, such as 500ms or 5s";
 
     fn parse(text: &str) -> Result<Period, Refusal> {
         let refusal = || {
@@ -404,16 +404,17 @@ impl Text for Period {
         })?;
         let (number, unit) = text.split_at(unit_at);
         let number = digits(number).ok_or_else(refusal)?;
-        let millis = match unit {
-            "ms" => 1,
-            "s" => 1_000,
-            "m" => 60_000,
-            "h" => 3_600_000,
+        let micros = match unit {
+            "us" => 1,
+            "ms" => 1_000,
+            "s" => 1_000_000,
+            "m" => 60_000_000,
+            "h" => 3_600_000_000,
             _ => return Err(refusal()),
         };
         number
-            .checked_mul(millis)
-            .map(Period::from_millis)
+            .checked_mul(micros)
+            .map(|micros| Period(Duration::from_micros(micros)))
             .ok_or_else(refusal)
     }
 
@@ -424,22 +425,27 @@ impl Text for Period {
 
 impl fmt::Display for Period {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let millis = self.0.as_millis();
-        let units = [(3_600_000, "h"), (60_000, "m"), (1_000, "s")];
+        let micros = self.0.as_micros();
+        let units = [
+            (3_600_000_000, "h"),
+            (60_000_000, "m"),
+            (1_000_000, "s"),
+            (1_000, "ms"),
+        ];
         match units
             .iter()
-            .find(|(unit, _)| millis > 0 && millis.is_multiple_of(*unit))
+            .find(|(unit, _)| micros > 0 && micros.is_multiple_of(*unit))
         {
-            Some((unit, name)) => write!(f, "{}{name}", millis / unit),
-            None if millis == 0 => f.write_str("0s"),
-            None => write!(f, "{millis}ms"),
+            Some((unit, name)) => write!(f, "{}{name}", micros / unit),
+            None if micros == 0 => f.write_str("0s"),
+            None => write!(f, "{micros}us"),
         }
     }
 }
 
 scalar_schema!(
     Period,
-    json_schema!({"type": "string", "pattern": "^(0|[1-9][0-9]{0,18})(ms|s|m|h)$"})
+    json_schema!({"type": "string", "pattern": "^(0|[1-9][0-9]{0,18})(us|ms|s|m|h)$"})
 );
 
 /// A number of bytes: a whole number, with or without a binary unit.

@@ -239,6 +239,8 @@ const IOCTLS: &[i64] = &[
     // Whether stderr is a terminal.
     libc::TCGETS as i64,
     libc::TIOCGWINSZ as i64,
+    // The resolver makes a number of the interface in `nameserver fe80::1%eth0`.
+    libc::SIOCGIFINDEX as i64,
     // IOCTL_VM_SOCKETS_GET_LOCAL_CID of include/uapi/linux/vm_sockets.h, on a socket.
     0x7b9,
 ];

@@ -47,7 +47,7 @@ impl Rights {
         sockets: true,
         directories: false,
     };
-    /// The private sockets of sessions, see `vhost_user::private_socket`.
+    /// The private socket of sessions where there is no /proc, see `vhost_user::private_socket`.
     const SESSIONS: Rights = Rights {
         read: false,
         list: true,

@@ -97,6 +97,7 @@ impl Device {
             captures,
             unsent,
             rx_starved_since,
+            busy_poll,
             ..
         } = self;
         let (Some(running), Some(ram)) = (&mut rings[RX], ram.as_ref()) else {
@@ -109,12 +110,16 @@ impl Device {
         }
         let accepted_input = switchboard.muxer.accepts_input();
         let view = translation.view(&running.ring, ram);
+        let before = running.ring.position().next_used;
         let result = give_burst(running, switchboard, captures, view, unsent, now);
         if ram.is_lost() {
             return false;
         }
         let given = after_burst(running, switchboard, reports, RX, now, result);
         switchboard.handle_events(now);
+        if running.ring.position().next_used != before {
+            busy_poll.given(now);
+        }
 
         // A guest that has posted buffers does not starve us, even if the VMM has not said yet where they are.
         let queue = &switchboard.metrics.queues[RX];

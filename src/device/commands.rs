@@ -72,6 +72,8 @@ impl Device {
     fn handle_command(&mut self, now: Instant, command: Command) {
         match command {
             Command::SetMemory { ram, done } => {
+                // Tables share regions: what was lost is lost in the new one too, which has seen no fault and would not know.
+                self.let_go_of_lost_memory(now);
                 self.ram = ram;
                 // Mappings lead to guest-physical addresses, which may mean something else now, or nothing.
                 self.flush_translations();

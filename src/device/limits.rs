@@ -133,7 +133,7 @@ pub(super) fn remedy(reason: RefuseReason) -> &'static str {
 /// What a connection holds while it lives.
 #[derive(Debug)]
 pub(super) struct Place {
-    /// For the socket to a target; it goes with that once there is one.
+    /// For the socket to a target; it goes with the dial, and with what comes of that.
     pub(super) descriptor: Option<Share>,
     _of_rule: Option<Share>,
     _of_sidecar: Share,

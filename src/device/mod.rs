@@ -95,6 +95,7 @@ use crate::vsock::{Cid, Header, Muxer, MuxerConfig};
 
 mod budget;
 mod bursts;
+mod busy_poll;
 mod captures;
 mod commands;
 mod containment;
@@ -118,6 +119,7 @@ pub use router::Router;
 pub use sibling::Siblings;
 pub use snapshot::DeviceSnapshot;
 
+use busy_poll::BusyPoll;
 use captures::Captures;
 use commands::Inbox;
 use limits::{Admission, Bounds};
@@ -283,6 +285,7 @@ struct Device {
     unsent: Option<Header>,
     /// Since when packets for the guest have waited for buffers.
     rx_starved_since: Option<Instant>,
+    busy_poll: BusyPoll,
     gauges: Arc<DeviceGauges>,
 }
 
@@ -350,6 +353,7 @@ impl Device {
     ) -> Device {
         Device {
             captures: Captures::new(Arc::clone(&config.metrics)),
+            busy_poll: BusyPoll::new(config.limits.busy_poll),
             config,
             poll,
             inbox,
@@ -368,8 +372,20 @@ impl Device {
     /// Turns the crank until the device is told to stop.
     fn run(&mut self) {
         let mut events = Events::with_capacity(budget::EVENTS);
+        let no_events = Events::with_capacity(1);
         let mut more = false;
+        // What is found by looking is served before the kernel is asked again, once.
+        let mut may_look = true;
         loop {
+            if !more && may_look && self.look_for_packets() {
+                match self.cycle(Instant::now(), &no_events) {
+                    ControlFlow::Continue(again) => more = again,
+                    ControlFlow::Break(()) => return,
+                }
+                may_look = false;
+                continue;
+            }
+            may_look = true;
             let timeout = if more {
                 Some(Duration::ZERO)
             } else {
@@ -395,7 +411,7 @@ impl Device {
         for event in events {
             match token::source(event.token()) {
                 Source::Wake => {}
-                Source::Kick(queue) => self.handle_kick(queue),
+                Source::Kick(queue) => self.handle_kick(now, queue),
                 Source::Flow(slot) => self.switchboard.handle_ready(now, slot, event),
                 Source::Lingering(index) => self.switchboard.handle_lingering_ready(index),
             }
@@ -451,7 +467,10 @@ impl Device {
         })
     }
 
-    fn handle_kick(&mut self, queue: usize) {
+    fn handle_kick(&mut self, now: Instant, queue: usize) {
+        if queue == TX {
+            self.busy_poll.kicked(now);
+        }
         if let Some(Some(running)) = self.rings.get_mut(queue) {
             running.kicked = true;
             running.due = true;

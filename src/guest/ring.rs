@@ -159,6 +159,18 @@ impl Ring {
         Ok(())
     }
 
+    /// Asks the driver not to kick us, until it is asked to again: for a moment in which entries are looked for.
+    pub fn hush<'m>(&mut self, ram: impl Into<View<'m>>) -> Result<(), RingError> {
+        let ram = ram.into();
+        if self.event_idx {
+            let mut areas = self.areas(ram)?;
+            // Just behind the driver's index: it is 65535 entries from passing it (vring_need_event, virtio 1.2, 2.7.10).
+            areas.set_avail_event(self.next_avail.wrapping_sub(1))?;
+            self.put_back(&mut areas);
+        }
+        self.disable_notifications(ram)
+    }
+
     /// Asks the driver to kick us for the next entry that it makes available. `true` means that there are
     /// entries now, for which no kick will come: serve them.
     pub fn enable_notifications<'m>(&mut self, ram: impl Into<View<'m>>) -> Result<bool, RingError> {

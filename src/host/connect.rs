@@ -14,6 +14,7 @@ use tokio::io::Interest;
 use super::HostStream;
 use super::stream::{Kind, Transport, set_packet_options, set_tcp_options};
 use crate::config::SocketType;
+use crate::quota::Share;
 use crate::sys::readiness::PolledFd;
 use crate::sys::unix_socket::MAX_PATH;
 
@@ -81,18 +82,26 @@ pub(super) fn is_datagram(path: &Path) -> bool {
 /// Connects to the first of several addresses that answers: `pending` if there is one, then `addresses` in their order.
 /// The next is tried when one has failed, or beside it after [`ATTEMPT_DELAY`]. Those that lose are closed.
 ///
+/// `descriptor` is made as much as there are sockets, before there is one more. What cannot be had of it is no failure: the
+/// next address is not tried beside the others then, only after one of them.
+///
 /// `None` when all have failed. `failed` is told of each failure as it happens, so that a caller which gives up
 /// early has heard them.
 pub(super) async fn race(
     pending: Option<(Socket, SocketAddr)>,
     addresses: &[SocketAddr],
+    descriptor: &mut Option<Share>,
     mut failed: impl FnMut(SocketAddr, io::Error),
 ) -> Option<HostStream> {
     let mut attempts: Vec<Attempt> = Vec::new();
     let mut addresses = addresses.iter().copied();
     let mut next = pending.map(|(socket, address)| (Ok(Started::Pending(socket)), address));
     loop {
-        if next.is_none() {
+        let mut account_for = |sockets: usize| match descriptor.as_mut() {
+            Some(descriptor) => descriptor.resize(sockets as u64),
+            None => true,
+        };
+        if next.is_none() && addresses.len() > 0 && account_for(attempts.len() + 1) {
             next = addresses.next().map(|address| (start_tcp(address), address));
         }
         match next.take() {

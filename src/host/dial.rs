@@ -27,6 +27,7 @@ use super::connect::{self, Started};
 use super::resolve::{Lookup, Names, SystemResolver};
 use super::stream::Transport;
 use crate::config::{SocketType, Target};
+use crate::quota::Share;
 use crate::sys::readiness::PolledFd;
 
 /// First and longest pause between attempts at a unix socket whose backlog is full.
@@ -139,9 +140,14 @@ impl Dialer {
     /// **`done` may be called before this returns**, on the calling thread, when there was nothing to wait for; else it
     /// is called on the runtime's thread and must not block. From any thread; does not block either. A runtime that has
     /// ended calls nobody.
+    ///
+    /// `descriptor` is one of the process's descriptors, for the dial's first socket; `None`: they are not counted. It stays with
+    /// whatever socket is open, also when nobody wants that any more and it is about to be closed on the runtime's thread,
+    /// and a stream that comes of the dial holds it. Sockets beside the first take their own from the same pool.
     pub fn dial(
         &self,
         request: DialRequest<'_>,
+        mut descriptor: Option<Share>,
         done: impl FnOnce(DialResult, Duration) + Send + 'static,
     ) -> DialTask {
         let begun = Instant::now();
@@ -153,7 +159,7 @@ impl Dialer {
         let waiting = match begun_with {
             Ok(waiting) => waiting,
             Err(outcome) => {
-                done(outcome, begun.elapsed());
+                done(holding(outcome, descriptor), begun.elapsed());
                 return DialTask { task: None };
             }
         };
@@ -161,16 +167,28 @@ impl Dialer {
         let timeout = request.timeout;
         let task = self.runtime.spawn(async move {
             let deadline = Instant::now() + timeout;
-            let outcome = match waiting.end(&names, deadline, timeout).await {
+            let outcome = match waiting.end(&names, &mut descriptor, deadline, timeout).await {
                 Ok(stream) => greeting.end(stream, deadline, timeout).await,
                 failed => failed,
             };
-            done(outcome, begun.elapsed());
+            done(holding(outcome, descriptor), begun.elapsed());
         });
         DialTask {
             task: Some(task.abort_handle()),
         }
     }
+}
+
+/// Gives the socket that a dial ended with its descriptor, and those of others back.
+fn holding(outcome: DialResult, descriptor: Option<Share>) -> DialResult {
+    outcome.map(|mut stream| {
+        if let Some(mut descriptor) = descriptor {
+            // Less always works.
+            let _ = descriptor.resize(1);
+            stream.hold(descriptor);
+        }
+        stream
+    })
 }
 
 impl fmt::Debug for Dialer {
@@ -240,14 +258,20 @@ impl Waiting {
         }
     }
 
-    async fn end(self, names: &Arc<Names>, deadline: Instant, timeout: Duration) -> DialResult {
+    async fn end(
+        self,
+        names: &Arc<Names>,
+        descriptor: &mut Option<Share>,
+        deadline: Instant,
+        timeout: Duration,
+    ) -> DialResult {
         match self {
             Waiting::Room { stream } => Ok(stream),
             Waiting::Vsock { cid, port } => af_vsock::connect(cid, port, deadline, timeout).await,
             Waiting::Backlog { path, socket_type } => retry_unix(&path, socket_type, deadline, timeout).await,
             Waiting::Answer { socket, address } => {
                 let label = |_| tcp_label(&address);
-                race(Some((socket, address)), &[], label, deadline, timeout).await
+                race(Some((socket, address)), &[], descriptor, label, deadline, timeout).await
             }
             Waiting::Name { host, port } => {
                 let found = match timeout_at(deadline, names.lookup(&host)).await {
@@ -267,7 +291,7 @@ impl Waiting {
                     Some(address) => format!("tcp://{host}:{port} ({address})"),
                     None => format!("tcp://{host}:{port}"),
                 };
-                race(None, &addresses, label, deadline, timeout).await
+                race(None, &addresses, descriptor, label, deadline, timeout).await
             }
         }
     }
@@ -343,6 +367,7 @@ impl Greeting {
 async fn race(
     pending: Option<(Socket, SocketAddr)>,
     addresses: &[SocketAddr],
+    descriptor: &mut Option<Share>,
     label: impl Fn(Option<SocketAddr>) -> String,
     deadline: Instant,
     timeout: Duration,
@@ -357,7 +382,7 @@ async fn race(
             told = Some(failure);
         }
     };
-    let outcome = timeout_at(deadline, connect::race(pending, addresses, tell)).await;
+    let outcome = timeout_at(deadline, connect::race(pending, addresses, descriptor, tell)).await;
     let late = || DialError::TimedOut {
         target: label(None),
         after: timeout,

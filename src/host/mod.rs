@@ -53,7 +53,7 @@
 //! | what | who grows it | bound |
 //! |---|---|---|
 //! | dials under way | guest | `limits.connections`: the device counts a dial as a connection |
-//! | sockets of a dial | resolver's answers | one every 250 ms until `connectTimeout`: 6 with 1.5 s |
+//! | sockets of a dial | resolver's answers | one every 250 ms until `connectTimeout`: 6 with 1.5 s; each from the pool of descriptors |
 //! | look-ups, their threads | guest, slow resolver | invariant 4; dials that wait for one hold a receiver each |
 //! | names kept | configuration | one entry a name; those older than [`resolve::KEEP`] go with the next look-up |
 //! | clients in the kernel's queue | clients | backlog of 1024, or net.core.somaxconn |

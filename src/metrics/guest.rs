@@ -106,6 +106,8 @@ pub(super) struct GuestFamilies {
     kicks_suppressed: IntCounterVec,
     interrupts: IntCounterVec,
     interrupts_suppressed: IntCounterVec,
+    busy_polls: IntCounterVec,
+    busy_poll_seconds: CounterVec,
     capture_dropped_packets: IntCounterVec,
     device_panics: IntCounterVec,
     rules: IntGaugeVec,
@@ -271,6 +273,16 @@ impl GuestFamilies {
                 "Bursts after which the guest wanted no interrupt.",
                 &["guest", "queue"],
             )?,
+            busy_polls: counters(
+                "vsock_busy_polls_total",
+                "Times the device looked for the guest's next packet before it slept (limits.busyPoll).",
+                &["guest", "result"],
+            )?,
+            busy_poll_seconds: seconds(
+                "vsock_busy_poll_seconds_total",
+                "Processor time spent looking for the guest's next packet.",
+                &["guest"],
+            )?,
             capture_dropped_packets: counters(
                 "vsock_capture_dropped_packets_total",
                 "Packets that are missing in captures because their reader was too slow.",
@@ -308,6 +320,17 @@ pub struct QueueMetrics {
     pub full_seconds: Counter,
     /// Malformed chains, indexed by the ring's error enum.
     pub errors: Vec<IntCounter>,
+}
+
+/// What looking for the guest's next packet has come to.
+#[derive(Debug)]
+pub struct BusyPollMetrics {
+    /// Times there was one.
+    pub hits: IntCounter,
+    /// Times there was none, and the device went to sleep.
+    pub misses: IntCounter,
+    /// Seconds spent.
+    pub seconds: Counter,
 }
 
 /// Counters of one rule of the configuration.
@@ -364,6 +387,8 @@ pub struct GuestMetrics {
     connections_limit: IntGauge,
     /// Per virtqueue: rx, tx, event.
     pub queues: [QueueMetrics; 3],
+    /// Looking for the guest's next packet.
+    pub busy_poll: BusyPollMetrics,
     /// Packets that are missing in captures.
     pub capture_dropped_packets: IntCounter,
     /// Panics of the device thread that were contained.
@@ -482,6 +507,11 @@ impl GuestMetrics {
             buffer_memory_limit: f.buffer_memory_limit.with_label_values(&[guest]),
             connections_limit: f.connections_limit.with_label_values(&[guest]),
             queues: QUEUE_LABELS.map(queue),
+            busy_poll: BusyPollMetrics {
+                hits: f.busy_polls.with_label_values(&[guest, "hit"]),
+                misses: f.busy_polls.with_label_values(&[guest, "miss"]),
+                seconds: f.busy_poll_seconds.with_label_values(&[guest]),
+            },
             capture_dropped_packets: f.capture_dropped_packets.with_label_values(&[guest]),
             device_panics: f.device_panics.with_label_values(&[guest]),
             iotlb: f.iotlb.resolve(guest),

@@ -26,8 +26,8 @@ mod tests;
 mod totals;
 
 pub use guest::{
-    Direction, GuestMetrics, LabelSets, MAX_RULES, OP_LABELS, OVERFLOW_RULE, QUEUE_LABELS, QueueMetrics,
-    RuleMetrics, RuleNames, SOCKET_TYPE_LABELS,
+    BusyPollMetrics, Direction, GuestMetrics, LabelSets, MAX_RULES, OP_LABELS, OVERFLOW_RULE, QUEUE_LABELS,
+    QueueMetrics, RuleMetrics, RuleNames, SOCKET_TYPE_LABELS,
 };
 pub use iotlb::{ACCESS_LABELS, IotlbMetrics};
 pub use process::open_descriptors;

@@ -85,8 +85,7 @@ impl Guarded<MmapLogReg> {
 impl<T> Guarded<T> {
     /// Whether a part of this memory could not be had when it was touched. From then on zeros are there instead.
     pub fn was_hit(&self) -> bool {
-        // The handler may have run on this very thread, at the access before this.
-        compiler_fence(Ordering::SeqCst);
+        after_the_access();
         self.ranges
             .iter()
             .any(|listed| listed.0.hit.load(Ordering::Relaxed))
@@ -108,8 +107,15 @@ impl<T> Deref for Guarded<T> {
 
 /// How many faults have been contained in this process; as long as it stays the same nobody's memory was hit.
 pub fn contained() -> u64 {
-    compiler_fence(Ordering::SeqCst);
+    after_the_access();
     CONTAINED.load(Ordering::Relaxed)
+}
+
+/// What is asked next is asked after guest memory was read. The handler may have run on this very thread at that access, or on
+/// another one, whose zeros were read: it has told of them before it put them there.
+fn after_the_access() {
+    compiler_fence(Ordering::SeqCst);
+    fence(Ordering::Acquire);
 }
 
 /// Counts a loss that showed by EFAULT, so that readers of [`contained`] look.
@@ -275,13 +281,11 @@ fn contain(address: usize) -> bool {
     let Some(range) = entries().find_map(Entry::range) else {
         return false;
     };
-    if !replace(address, &range) {
-        return false;
-    }
-    // A region may be guarded more than once: tables share it. Each must know.
+    // Before there are zeros to be read, since other threads have no fault there any more. If none can be put there the process
+    // ends, whatever was told. A region may be guarded more than once: tables share it. Each must know.
     entries().for_each(|entry| entry.hit.store(true, Ordering::Relaxed));
-    CONTAINED.fetch_add(1, Ordering::Relaxed);
-    true
+    CONTAINED.fetch_add(1, Ordering::Release);
+    replace(address, &range)
 }
 
 /// Maps zeros from the page at `address` on to the end of the range, or as far as that can be had.

@@ -1,7 +1,7 @@
 //! The vhost-user socket itself: bound once at start, so that what is wrong with it is one clear error then.
 
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::sys::unix_socket::{self, SocketGuard, bind_unix};
 
 use super::AccessPlatform;
-use super::private_socket::{self, PrivateSocketError};
+use super::private_socket::{self, PrivateSocket, PrivateSocketError};
 
 /// Permissions of the socket file. Whoever may connect gives us a guest's memory to serve, and learns which services
 /// it reaches: user and group of the pod, nobody else.
@@ -62,6 +62,8 @@ pub struct Endpoint {
     pub(super) config: SessionConfig,
     /// The listener, and its file, which goes when this is dropped; none in client mode.
     pub(super) listener: Option<(UnixListener, SocketGuard)>,
+    /// The way to the protocol handler, for every session.
+    private: PrivateSocket,
 }
 
 impl Endpoint {
@@ -89,19 +91,30 @@ impl Endpoint {
                 None
             }
         };
-        // Each session needs such a pair; better to know now.
-        private_socket::pair(directory_of(path)).map_err(|source| BindError::Private {
+        let private = PrivateSocket::make(directory_of(path)).map_err(|source| BindError::Private {
             path: path.clone(),
             source,
         })?;
         Ok(Endpoint {
             config: config.clone(),
             listener,
+            private,
+        })
+    }
+
+    /// A listener for the protocol handler, and the connection that it will accept first.
+    ///
+    /// # Errors
+    /// What was tried, in words.
+    pub(super) fn private_pair(&self) -> Result<(UnixListener, UnixStream), String> {
+        self.private.pair().or_else(|error| {
+            private_socket::pair_by_name(directory_of(&self.config.socket))
+                .map_err(|by_name| format!("{error}; {by_name}"))
         })
     }
 
     /// The next connection that waits to be accepted; `WouldBlock` when there is none, or in client mode.
-    pub(super) fn accept(&self) -> io::Result<std::os::unix::net::UnixStream> {
+    pub(super) fn accept(&self) -> io::Result<UnixStream> {
         match &self.listener {
             Some((listener, _)) => listener.accept().map(|(stream, _)| stream),
             None => Err(io::ErrorKind::WouldBlock.into()),
@@ -121,7 +134,6 @@ pub(super) fn directory_of(path: &Path) -> &Path {
 mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::vhost_user::testing::config;

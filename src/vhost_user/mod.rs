@@ -4,8 +4,8 @@
 //!
 //! `vhost-user-backend` (the *crate*, below) parses the protocol. In front of it stands our [`gate`], always: the crate
 //! tells nobody what was negotiated, ends a session over whatever it does not like without a word about the reason, and
-//! cannot translate addresses. The crate takes its connection only from a listener, so each session makes
-//! a private one ([`private_socket`]), connects to it and removes it before a byte has passed.
+//! cannot translate addresses. The crate takes its connection only from a listener, so there is
+//! a private one that has no name ([`private_socket`]), to which each session connects.
 //!
 //! ```text
 //!      VMM            session thread                crate's thread                 device thread

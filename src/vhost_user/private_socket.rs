@@ -1,15 +1,22 @@
 //! The private way to the crate: `VhostUserDaemon` takes a listener, never a stream.
 //!
-//! A directory that only we may enter, a socket in it, our connection to it, and both are gone again before the
-//! connection is used. An abstract address would be open to everybody in the pod's network namespace.
+//! A directory that only we may enter, a socket in it, and both are gone again before a connection is used. An abstract address
+//! would be open to everybody in the pod's network namespace.
+//!
+//! The socket outlives its name: each session connects to the file that is held open, by way of /proc. So a session can begin
+//! on a volume that has filled up, or has become read-only, since the start.
 
 use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, open};
 
 /// What private directories are called, before process id and number.
 const PREFIX: &str = ".vsock-sidecar-";
@@ -23,26 +30,67 @@ pub struct PrivateSocketError {
     tried: String,
 }
 
-/// A listener and a connection to it, which is the first it will accept. `near` is the directory to try first.
-pub fn pair(near: &Path) -> Result<(UnixListener, UnixStream), PrivateSocketError> {
+/// A socket that only this process can reach.
+#[derive(Debug)]
+pub struct PrivateSocket {
+    listener: UnixListener,
+    /// Its file, which has no name any more.
+    file: OwnedFd,
+}
+
+impl PrivateSocket {
+    /// Makes one. `near` is the directory to try first.
+    pub fn make(near: &Path) -> Result<PrivateSocket, PrivateSocketError> {
+        in_some_directory(near, |path| {
+            let listener = UnixListener::bind(path)?;
+            let file = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            Ok(PrivateSocket { listener, file })
+        })
+    }
+
+    /// A listener and a connection to it, which is the first it will accept.
+    ///
+    /// # Errors
+    /// Without /proc there is no way to a file that has no name; and what else connect(2) says.
+    pub fn pair(&self) -> io::Result<(UnixListener, UnixStream)> {
+        // Of a session that failed before it accepted its own.
+        while self.has_caller()? {
+            drop(self.listener.accept()?);
+        }
+        let stream = UnixStream::connect(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
+        Ok((self.listener.try_clone()?, stream))
+    }
+
+    fn has_caller(&self) -> io::Result<bool> {
+        let mut waiting = [PollFd::new(&self.listener, PollFlags::IN)];
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        Ok(poll(&mut waiting, Some(&at_once))? > 0)
+    }
+}
+
+/// A listener and a connection to it, made while it has a name. For where there is no /proc.
+pub fn pair_by_name(near: &Path) -> Result<(UnixListener, UnixStream), PrivateSocketError> {
+    in_some_directory(near, |path| {
+        let listener = UnixListener::bind(path)?;
+        Ok((listener, UnixStream::connect(path)?))
+    })
+}
+
+/// Does something with a path in a private directory, which is made in the first directory that will do.
+fn in_some_directory<T>(near: &Path, with: impl Fn(&Path) -> io::Result<T>) -> Result<T, PrivateSocketError> {
     let mut tried: Vec<String> = Vec::new();
-    for directory in [near, &std::env::temp_dir(), Path::new("/dev/shm")] {
-        match pair_in(directory) {
-            Ok(pair) => return Ok(pair),
-            Err(error) => tried.push(format!("{}: {error}", directory.display())),
+    for parent in [near, &std::env::temp_dir(), Path::new("/dev/shm")] {
+        match PrivateDirectory::make_in(parent).and_then(|directory| with(&directory.0.join("s"))) {
+            Ok(made) => return Ok(made),
+            Err(error) => tried.push(format!("{}: {error}", parent.display())),
         }
     }
     Err(PrivateSocketError {
         tried: tried.join("; "),
     })
-}
-
-fn pair_in(directory: &Path) -> io::Result<(UnixListener, UnixStream)> {
-    let directory = PrivateDirectory::make_in(directory)?;
-    let path = directory.0.join("s");
-    let listener = UnixListener::bind(&path)?;
-    let stream = UnixStream::connect(&path)?;
-    Ok((listener, stream))
 }
 
 /// Removed with what is in it when dropped.
@@ -107,25 +155,48 @@ mod tests {
         fs::read_dir(directory).unwrap().count()
     }
 
-    #[test]
-    fn the_pair_is_connected_and_leaves_nothing_behind() {
-        let directory = tempfile::tempdir().unwrap();
-        let (listener, mut ours) = pair(directory.path()).unwrap();
-        assert_eq!(entries(directory.path()), 0);
+    fn passes_a_byte((listener, mut ours): (UnixListener, UnixStream)) -> bool {
         let (mut theirs, _) = listener.accept().unwrap();
         ours.write_all(b"x").unwrap();
         let mut byte = [0];
         theirs.read_exact(&mut byte).unwrap();
-        assert_eq!(byte, *b"x");
+        byte == *b"x"
+    }
+
+    #[test]
+    fn each_pair_is_connected_and_nothing_is_left_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = PrivateSocket::make(directory.path()).unwrap();
+        assert_eq!(entries(directory.path()), 0);
+        assert!(passes_a_byte(socket.pair().unwrap()));
+        assert!(passes_a_byte(socket.pair().unwrap()));
+    }
+
+    /// Found by a soak on a disk that was full: every VMM that came afterwards was sent away.
+    #[test]
+    fn a_pair_needs_no_directory_any_more() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = PrivateSocket::make(directory.path()).unwrap();
+        directory.close().unwrap();
+        assert!(passes_a_byte(socket.pair().unwrap()));
+    }
+
+    #[test]
+    fn a_connection_that_was_never_accepted_is_not_taken_for_the_next() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = PrivateSocket::make(directory.path()).unwrap();
+        let (_, unwanted) = socket.pair().unwrap();
+        assert!(passes_a_byte(socket.pair().unwrap()));
+        drop(unwanted);
     }
 
     #[test]
     fn a_directory_that_is_not_there_or_too_deep_is_passed_over() {
         let directory = tempfile::tempdir().unwrap();
-        assert!(pair(&directory.path().join("missing")).is_ok());
+        assert!(PrivateSocket::make(&directory.path().join("missing")).is_ok());
         let deep = directory.path().join("d".repeat(100));
         fs::create_dir(&deep).unwrap();
-        assert!(pair(&deep).is_ok());
+        assert!(PrivateSocket::make(&deep).is_ok());
         assert_eq!(entries(&deep), 0, "the attempt that failed was not cleaned up");
     }
 

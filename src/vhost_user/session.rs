@@ -25,11 +25,10 @@ use crate::sys::unwind::{self, Panic};
 use super::backend::Backend;
 use super::channel::Channel;
 use super::end::{End, PumpEnd};
-use super::endpoint::{Endpoint, directory_of};
+use super::endpoint::Endpoint;
 use super::gate::{Gate, IotlbOperation};
 use super::link::{DeviceLink, Pending, WakeFd};
 use super::negotiation::{NegotiationWatch, Peer, SessionEnd, SessionError};
-use super::private_socket;
 use super::relay::{Relay, RelayEnd};
 use super::vring::Vring;
 use super::{Mode, SessionConfig};
@@ -379,8 +378,7 @@ impl Server {
         &self,
         link: &Arc<DeviceLink>,
     ) -> Result<(VhostUserDaemon<Arc<Backend>>, UnixStream), String> {
-        let (listener, private) =
-            private_socket::pair(directory_of(&self.config().socket)).map_err(|error| error.to_string())?;
+        let (listener, private) = self.endpoint.private_pair()?;
         let backend = Arc::new(Backend::new(
             self.config().cid,
             self.config().mode,

@@ -413,7 +413,7 @@ fn check_prints_the_effective_configuration() {
          noNewPrivileges: true\n  seccomp: enforce\n  landlock: enforce\nguests:\n- name: web\n  cid: 3\n  vhostUser:\n    socket: {}/web.sock\n    mode: server\n    accessPlatform: auto\n  outbound:\n  - name: port-5432\n    \
          cid: 2\n    port: 5432\n    to: tcp://db:5432\n  inbound: []\n  limits:\n    connections: 4096\n    connectionsPerSecond: 0\n    \
          buffer: 256KiB\n    memory: 256MiB\n    \
-         connectTimeout: 1500ms\n    guestTimeout: 5s\n    idleTimeout: 0s\n",
+         connectTimeout: 1500ms\n    guestTimeout: 5s\n    idleTimeout: 0s\n    busyPoll: 0s\n",
         case.path().display()
     );
     assert_eq!(stdout(&output), expected);

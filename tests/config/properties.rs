@@ -170,7 +170,10 @@ fn configurations() -> impl Strategy<Value = config::Config> {
         (4096..=(16u32 << 20), (16u64 << 20)..=(1 << 40)),
         millis(1..=1999),
         millis(1..=3_600_000),
-        millis(0..=2_592_000_000),
+        (
+            millis(0..=2_592_000_000),
+            (0..=1000u64).prop_map(Duration::from_micros),
+        ),
     );
     let guest = (outbound, inbound, limits, any::<bool>());
     let guests = prop::collection::vec(guest, 1..4);
@@ -219,7 +222,7 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                         (buffer, memory),
                         connect_timeout,
                         guest_timeout,
-                        idle_timeout,
+                        (idle_timeout, busy_poll),
                     ) = limits;
                     Guest {
                         name: format!("guest-{n}"),
@@ -314,6 +317,7 @@ fn configurations() -> impl Strategy<Value = config::Config> {
                             connect_timeout,
                             guest_timeout,
                             idle_timeout,
+                            busy_poll,
                         },
                     }
                 });

@@ -590,6 +590,38 @@ fn each_limit_refuses_by_its_own_name() {
     assert_lawful(&other);
 }
 
+/// Clients who find the guest full are refused for that, and do not use up the rate of those who come when it is not.
+#[test]
+fn clients_whom_the_guest_has_no_room_for_do_not_use_up_its_rate() {
+    let port = serve(echo);
+    let inbound = free_port();
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  \
+         outbound: [{{name: echo, port: 7, to: \"tcp://127.0.0.1:{port}\"}}]\n  \
+         inbound: [{{name: in, listen: \"tcp://127.0.0.1:{inbound}\", port: 22}}]\n  \
+         limits: {{connections: 1, connectionsPerSecond: 1}}\n"
+    ));
+    let guest = linux(&sidecar.path("web.sock"));
+    let listener = guest.listen(22).unwrap();
+    let only = guest.connect(7).unwrap();
+    for _ in 0..5 {
+        let client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
+        client.set_read_timeout(Some(LONG)).unwrap();
+        read_to_end(&client);
+    }
+    let refused = |reason| {
+        let labels = [("rule", "in"), ("reason", reason)];
+        sidecar.metric("vsock_connections_refused_total", &labels)
+    };
+    assert_eq!((refused("limit"), refused("rate_limit")), (5.0, 0.0));
+    drop(only);
+    sidecar.until_metric("vsock_connections_active", &[], 0.0);
+    until("there is room", || sidecar.metric("vsock_sidecar_connections", &[]) == 0.0);
+    let _client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
+    let _server = listener.accept_timeout(LONG).unwrap();
+    assert_lawful(&guest);
+}
+
 /// Services that do not read: their guest's bytes get as much memory as the guest may have. The connection that needs more ends;
 /// all others go on, and new ones are made.
 #[test]

@@ -182,6 +182,7 @@ const KEYS: &[&str] = &[
     "connectTimeout",
     "guestTimeout",
     "idleTimeout",
+    "busyPoll",
     "maxMessage",
     "confinement",
     "noNewPrivileges",

@@ -58,6 +58,8 @@ impl Stage {
 fn configuration(echo: u16, dead: u16, packets: &str, framed: u16, inbound: [u16; 2]) -> String {
     format!(
         r#"
+# At debug an hour's log is 20 GB.
+log: {{format: json, level: info}}
 guests:
 - name: web
   cid: 3

@@ -14,6 +14,8 @@ const MIN_TIMEOUT: Duration = Duration::from_millis(1);
 const GUEST_GIVES_UP: Duration = Duration::from_secs(2);
 const MAX_GUEST_TIMEOUT: Duration = Duration::from_secs(3600);
 const MAX_IDLE_TIMEOUT: Duration = Duration::from_secs(720 * 3600);
+/// Longer than a guest takes that answers at once, and short enough to be no delay for others.
+const MAX_BUSY_POLL: Duration = Duration::from_millis(1);
 const BUFFER: RangeInclusive<u64> = 4 * 1024..=16 * 1024 * 1024;
 const MEMORY: RangeInclusive<u64> = 1 << 20..=1 << 40;
 
@@ -52,6 +54,11 @@ impl Resolver<'_, '_> {
             Duration::ZERO..=MAX_IDLE_TIMEOUT,
             "the idle time",
         );
+        let busy_poll = self.bounded(
+            &limits.busy_poll,
+            Duration::ZERO..=MAX_BUSY_POLL,
+            "the time to look for packets",
+        );
         Some(Limits {
             connections: usize::try_from(connections?).ok()?,
             connections_per_second: per_second?,
@@ -60,6 +67,7 @@ impl Resolver<'_, '_> {
             connect_timeout: connect_timeout?,
             guest_timeout: guest_timeout?,
             idle_timeout: idle_timeout?,
+            busy_poll: busy_poll?,
         })
     }
 

@@ -69,7 +69,12 @@ impl Switchboard {
             }
         };
         let mut flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
-        flow.place = Some(place);
+        let place = flow.place.insert(place);
+        // With the dial's socket, which may be open for longer than the connection that it is for.
+        let descriptor = match &outbound.target {
+            Target::Guest { .. } => None,
+            _ => place.descriptor.take(),
+        };
         if socket_type == SocketType::Seqpacket {
             flow.messages = Some(Box::new(Messages::new(wire(outbound.framing))));
         }
@@ -110,7 +115,7 @@ impl Switchboard {
             greeting: &greeting,
             timeout: self.dial_timeout,
         };
-        let task = self.dialer.dial(request, move |result, took| {
+        let task = self.dialer.dial(request, descriptor, move |result, took| {
             // A device that is gone needs no answer.
             let _ = handle.send(Command::Dialed { token, result, took });
         });

@@ -32,7 +32,7 @@ use crate::vsock::{
 
 use super::flow::{Flow, Flows, HostEnd, RuleRef};
 use super::handle::DeviceHandle;
-use super::limits::Admission;
+use super::limits::{self, Admission, Place};
 use super::linger::Lingering;
 use super::logbook::Logbook;
 use super::messages::{Messages, Outbox, Wire};
@@ -180,17 +180,8 @@ impl Switchboard {
             self.refuse_incoming(rule, incoming, RefuseReason::Draining);
             return;
         }
-        let place = match self.admission.admit(now, rule) {
-            Ok(place) => place,
-            Err(reason) => {
-                self.log_bound(now, rule, incoming.port, reason);
-                self.refuse_incoming(rule, incoming, reason);
-                return;
-            }
-        };
-        let port = Port(incoming.port);
         let caller = Caller {
-            guest_port: port,
+            guest_port: Port(incoming.port),
             socket_type: match incoming.socket_type {
                 config::SocketType::Stream => SocketType::Stream,
                 config::SocketType::Seqpacket => SocketType::Seqpacket,
@@ -198,10 +189,10 @@ impl Switchboard {
             address: None,
             waits: incoming.wait_for_guest,
         };
-        let id = match self.muxer.request(now, caller) {
-            Ok(id) => id,
+        let (id, place) = match self.let_in(now, rule, caller) {
+            Ok(let_in) => let_in,
             Err(reason) => {
-                if reason == RefuseReason::Limit {
+                if limits::is_bound(reason) {
                     self.log_bound(now, rule, incoming.port, reason);
                 }
                 self.refuse_incoming(rule, incoming, reason);
@@ -231,6 +222,20 @@ impl Switchboard {
             }
         }
         self.handle_events(now);
+    }
+
+    /// Asks the guest for a connection that is not its own idea, if no bound is in the way. What the muxer would refuse is asked
+    /// before the bounds, as it is for the guest's own: it must not use up the rate.
+    fn let_in(
+        &mut self,
+        now: Instant,
+        rule: RuleRef,
+        caller: Caller,
+    ) -> Result<(ConnectionId, Place), RefuseReason> {
+        self.muxer.admits(caller.socket_type)?;
+        let place = self.admission.admit(now, rule)?;
+        let id = self.muxer.request(now, caller)?;
+        Ok((id, place))
     }
 
     /// A dial ended.

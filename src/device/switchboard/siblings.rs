@@ -108,10 +108,7 @@ impl Switchboard {
         };
         let asked = match self.draining {
             true => Err(RefuseReason::Draining),
-            false => self.admission.admit(now, rule).and_then(|place| {
-                let id = self.muxer.request(now, caller)?;
-                Ok((id, place))
-            }),
+            false => self.let_in(now, rule, caller),
         };
         let (id, place) = match asked {
             Ok(asked) => asked,

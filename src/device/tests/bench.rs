@@ -122,6 +122,7 @@ impl Bench {
                 connect_timeout: second,
                 guest_timeout: second,
                 idle_timeout: Duration::ZERO,
+                busy_poll: Duration::ZERO,
                 ..Limits::default()
             },
             router: Router::new(vec![rule]),
@@ -187,6 +188,12 @@ impl Bench {
     /// The VMM shortens the file of guest memory to so many pages.
     pub fn truncate(&self, pages: u64) {
         self.file.set_len(pages * PAGE).unwrap();
+    }
+
+    /// Another memory table with the same regions, as ADD_MEM_REG of another one leaves them.
+    pub fn share_again(&mut self) {
+        let ram = Some(GuestRam::new(Arc::clone(&self.memory)));
+        self.ask(|done| Command::SetMemory { ram, done });
     }
 
     /// The device's thread panics, and it begins anew as that thread would have it.

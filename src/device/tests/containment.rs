@@ -235,6 +235,21 @@ fn rings_in_memory_that_is_gone_do_not_start_a_session() {
     assert!(bench.snapshot().rings.is_empty());
 }
 
+/// The last that a turn does is to look at the rings for the gauges. What is lost then is asked for in the next turn, which may begin
+/// with another table of the same regions: the zeros are still there, and the table has seen no fault.
+#[test]
+fn a_loss_is_not_forgotten_over_another_memory_table() {
+    let (mut bench, service) = connected();
+    bench.truncate(0);
+    bench.device.show();
+    // Its length is what it was: nothing is to be seen of it any more.
+    bench.truncate(PAGES);
+    bench.share_again();
+    assert_lost(&mut bench, MemoryLoss::Unbacked);
+    assert!(rest(service).is_empty());
+    assert_serves_again(&mut bench);
+}
+
 /// What the device reports and does when it has let go: once.
 #[test]
 fn the_loss_is_told_once() {

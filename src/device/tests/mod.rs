@@ -33,6 +33,7 @@ fn device_counting(control: &tokio::runtime::Runtime, metrics: Arc<GuestMetrics>
             connect_timeout: second,
             guest_timeout: second,
             idle_timeout: Duration::ZERO,
+            busy_poll: Duration::ZERO,
             ..Limits::default()
         },
         router: Router::new(Vec::new()),

@@ -6,6 +6,7 @@ use std::sync::mpsc;
 use super::*;
 use crate::host::resolve::LookupFuture;
 
+mod descriptors;
 mod packets;
 
 /// Longer than anything here takes, so that a test which hits it has failed.
@@ -55,7 +56,7 @@ impl Dials {
             greeting: &[],
             timeout,
         };
-        let task = self.dialer.dial(request, move |result, took| {
+        let task = self.dialer.dial(request, None, move |result, took| {
             let _ = tell.send((result, took));
         });
         (task, told)
@@ -584,7 +585,7 @@ fn a_greeting_comes_first() {
         };
         let _task = dials
             .dialer
-            .dial(request, move |result, _| drop(tell.send(result)));
+            .dial(request, None, move |result, _| drop(tell.send(result)));
         let stream = told.recv_timeout(LONG).unwrap().unwrap();
         stream.write(&[io::IoSlice::new(b"payload")]).unwrap();
         drop(stream);

@@ -115,6 +115,32 @@ fn threads_that_fault_at_once_all_go_on() {
     }
 }
 
+/// Who reads a zero that another thread's fault has put there has had no fault to tell it so. By the time that it can see the zero
+/// it must be able to ask.
+#[test]
+fn zeros_are_never_seen_before_they_are_told() {
+    const PAGES: usize = 2;
+    for _ in 0..1500 {
+        let file = file(PAGES, 7);
+        let memory = Guarded::regions(mapped(&file, PAGES));
+        let before = contained();
+        let start = Barrier::new(2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                start.wait();
+                ftruncate(file.as_fd(), 0).unwrap();
+                assert_eq!(byte(&memory, 0), 0);
+            });
+            start.wait();
+            // Until the other thread's fault has replaced it, or this one's own.
+            while byte(&memory, 1) == 7 {
+                std::hint::spin_loop();
+            }
+            assert!(contained() > before && memory.was_hit(), "zeros of nobody's");
+        });
+    }
+}
+
 /// The list grows, and what others put in and take out of it meanwhile is no hindrance.
 #[test]
 fn a_fault_is_found_among_many_ranges_that_come_and_go() {

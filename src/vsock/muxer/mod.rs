@@ -292,18 +292,27 @@ impl Muxer {
         self.request(now, Caller::host(guest_port))
     }
 
-    /// Asks the guest for a connection. [`Event::Accepted`] or [`Event::Refused`] follows.
+    /// Whether the guest could be asked for a connection of this type now, for who wants to know before anything is spent on it.
     ///
     /// # Errors
     /// [`RefuseReason::Limit`] when there are too many connections, [`RefuseReason::UnsupportedType`] when the guest's driver
-    /// has not agreed on the type. Nothing follows then. While there is no driver, its type is judged when it could be asked.
-    pub fn request(&mut self, now: Instant, caller: Caller) -> Result<ConnectionId, RefuseReason> {
-        if self.types.is_some() && !self.knows(caller.socket_type) {
+    /// has not agreed on the type. While there is no driver, its type is judged when it could be asked.
+    pub fn admits(&self, socket_type: SocketType) -> Result<(), RefuseReason> {
+        if self.types.is_some() && !self.knows(socket_type) {
             return Err(RefuseReason::UnsupportedType);
         }
         if self.entries.len() >= self.config.max_connections {
             return Err(RefuseReason::Limit);
         }
+        Ok(())
+    }
+
+    /// Asks the guest for a connection. [`Event::Accepted`] or [`Event::Refused`] follows.
+    ///
+    /// # Errors
+    /// Those of [`Muxer::admits`]. Nothing follows then.
+    pub fn request(&mut self, now: Instant, caller: Caller) -> Result<ConnectionId, RefuseReason> {
+        self.admits(caller.socket_type)?;
         let key = self.free_key(caller);
         let give_up = now + self.config.guest_timeout;
         let id = self.insert(

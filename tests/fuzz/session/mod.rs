@@ -89,6 +89,7 @@ impl Live {
                 connect_timeout: second,
                 guest_timeout: second,
                 idle_timeout: Duration::ZERO,
+                busy_poll: Duration::ZERO,
                 ..Limits::default()
             },
             router: Router::new(Vec::new()),

@@ -26,7 +26,7 @@ fn dial_unix(dials: &Dials, path: &Path, socket_type: SocketType, greeting: &[u8
     };
     let _task = dials
         .dialer
-        .dial(request, move |result, _| drop(tell.send(result)));
+        .dial(request, None, move |result, _| drop(tell.send(result)));
     told.recv_timeout(LONG).unwrap()
 }
 
