@@ -76,7 +76,7 @@ impl Switchboard {
         if !carried {
             let target = outbound.target.to_string();
             self.flows.insert(flow);
-            self.log_no_boundaries(rule, port, &target);
+            self.log_no_boundaries(now, rule, port, &target);
             self.muxer.refused(id, RefuseReason::UnsupportedType);
             return;
         }
@@ -166,9 +166,9 @@ impl Switchboard {
         }
     }
 
-    fn log_no_boundaries(&mut self, rule: RuleRef, port: u32, target: &str) {
+    fn log_no_boundaries(&mut self, now: Instant, rule: RuleRef, port: u32, target: &str) {
         let reason = RefuseReason::UnsupportedType.label();
-        let news = self.logbook.target_failed(rule.index);
+        let news = self.logbook.target_failed(now, rule.index);
         let rule = rule.metrics(&self.metrics).name.as_str();
         if news {
             warn!(

@@ -282,7 +282,7 @@ impl Switchboard {
                     failures.inc();
                 }
                 let (guest, rule) = (&*self.name, rule_metrics.name.as_str());
-                if self.logbook.target_failed(self.rule_index(id)) {
+                if self.logbook.target_failed(now, self.rule_index(id)) {
                     warn!(
                         guest,
                         rule,

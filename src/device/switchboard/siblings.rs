@@ -71,11 +71,13 @@ impl Switchboard {
                 return;
             }
             (None, _) => {
-                warn!(guest = %self.name, target, "a rule leads to a guest that does not run");
+                if self.logbook.target_failed(now, rule.index) {
+                    warn!(guest = %self.name, target, "a rule leads to a guest that does not run");
+                }
                 RefuseReason::Unreachable
             }
             (_, Err(error)) => {
-                if self.logbook.target_failed(rule.index) {
+                if self.logbook.target_failed(now, rule.index) {
                     warn!(guest = %self.name, target, %error, "no socket pair for a connection to another guest");
                 }
                 RefuseReason::Limit
