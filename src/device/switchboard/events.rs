@@ -18,7 +18,7 @@ use crate::host::listen::Incoming;
 use crate::host::proxy_protocol;
 use crate::metrics::Direction;
 use crate::vsock::{
-    CloseReason, ConnectionId, ConnectionKey, Misbehavior, RefuseReason, ShutdownFlags, SocketType,
+    CloseReason, ConnectionId, ConnectionKey, Misbehavior, RefuseReason, ShutdownFlags, SocketType, State,
 };
 
 impl Switchboard {
@@ -237,6 +237,8 @@ impl Switchboard {
             messages.outbox.shutdown_due = true;
             return;
         }
+        let draining =
+            (self.muxer.connection(id)).is_some_and(|connection| connection.state() == State::Draining);
         let Some(stream) = flow.stream() else { return };
         // ENOTCONN: the peer was faster; its reset is read in the usual way.
         let result = if flags.contains(ShutdownFlags::SEND) {
@@ -245,6 +247,9 @@ impl Switchboard {
             ears.close();
             // What the other device has filled to the brim would never be writable again, and so wake nobody.
             stream.shutdown_read().map(|()| discard(stream))
+        } else if draining {
+            // EPIPE would keep a service from the rest of what the guest has sent, and the guest is gone anyway.
+            Ok(())
         } else {
             stream.shutdown_read()
         };

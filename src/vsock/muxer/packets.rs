@@ -262,6 +262,13 @@ impl Muxer {
                     self.drained(id);
                 } else {
                     self.set_deadline(id, now + DRAIN_TIMEOUT);
+                    // A host end that waits for room before it takes any more would wait for ever.
+                    if !before.contains(ShutdownFlags::RCV) {
+                        self.events.push_back(Event::ShutdownHost {
+                            id,
+                            flags: ShutdownFlags::RCV,
+                        });
+                    }
                 }
             }
             State::Established => {
