@@ -293,6 +293,7 @@ impl Switchboard {
             self.deregister(&stream);
             stream.abort();
         } else if flow.eof || !stream.is_tcp() {
+            stream.forget_packets();
             self.deregister(&stream);
         } else {
             self.lingering.add(now, stream, &self.registry);
