@@ -22,6 +22,8 @@ use crate::vsock::RefuseReason;
 /// What a guest may have, from its configuration.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Bounds {
+    /// Connections of the guest, which the muxer holds it to.
+    pub(super) connections: usize,
     /// Connections of each outbound rule.
     pub(super) outbound: Vec<Option<usize>>,
     /// Connections of each inbound rule.
@@ -43,6 +45,8 @@ pub(super) struct Admission {
     /// Of each guest that dials this one, which is neither: by its number among those who may. They come when they first ask.
     sibling_rates: Vec<Rate>,
     per_second: u32,
+    /// Requests that wait with the devices of other guests.
+    asked: Arc<Pool>,
     memory: Arc<Pool>,
 }
 
@@ -58,6 +62,7 @@ impl Admission {
             rates: [Rate::new(bounds.per_second), Rate::new(bounds.per_second)],
             sibling_rates: Vec::new(),
             per_second: bounds.per_second,
+            asked: Pool::new(Some(bounds.connections as u64)),
             memory: Pool::new(Some(bounds.memory)),
         }
     }
@@ -105,6 +110,12 @@ impl Admission {
                 .resize_with(sibling + 1, || Rate::new(per_second));
         }
         &mut self.sibling_rates[sibling]
+    }
+
+    /// One more request to another guest's device, until that has got to it. A guest that gives up and asks again has no more
+    /// connections than it may, and more requests: the other device may be busy, and each of them is a descriptor.
+    pub(super) fn ask(&self) -> Result<Share, RefuseReason> {
+        Share::take(&self.asked, 1).ok_or(RefuseReason::Limit)
     }
 
     /// One more descriptor.

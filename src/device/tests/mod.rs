@@ -2,6 +2,7 @@ mod bench;
 mod capture;
 mod containment;
 mod invalidate;
+mod siblings;
 mod translation;
 
 use super::*;
