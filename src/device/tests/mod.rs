@@ -2,6 +2,7 @@ mod bench;
 mod capture;
 mod containment;
 mod invalidate;
+mod messages;
 mod siblings;
 mod translation;
 
