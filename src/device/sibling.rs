@@ -139,8 +139,11 @@ pub struct SiblingRequest {
 /// The half of the guest that asks is not here: that it is closed tells the other device that nobody waits any more.
 pub(super) struct SiblingAnswer {
     target: String,
-    tell: Option<Box<dyn FnOnce(Result<(), DialError>) + Send>>,
+    tell: Option<Box<Tell>>,
 }
+
+/// Takes an outcome to the device of the guest that asks.
+type Tell = dyn FnOnce(Result<(), DialError>) + Send;
 
 impl SiblingAnswer {
     /// `target` is the guest that is asked; `tell` must not block.
