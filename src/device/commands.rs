@@ -147,6 +147,9 @@ impl Device {
             Command::Dialed { token, result, took } => {
                 self.switchboard.handle_dialed(now, token, result, took)
             }
+            Command::SiblingAnswered { token, result, took } => {
+                self.switchboard.handle_sibling_answered(now, token, result, took);
+            }
             Command::Capture { tap, done } => {
                 self.captures.add(tap);
                 let _ = done.send(());
@@ -306,6 +309,7 @@ fn is_of_session(command: &Command) -> bool {
         Command::Incoming(_)
         | Command::Sibling(_)
         | Command::Dialed { .. }
+        | Command::SiblingAnswered { .. }
         | Command::Capture { .. }
         | Command::Snapshot(_)
         | Command::Ping(_)

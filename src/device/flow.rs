@@ -54,6 +54,9 @@ pub(super) enum HostEnd {
         /// Held for its drop.
         _task: Option<DialTask>,
     },
+    /// Our half of a socket pair, until the guest at the other half has answered. It waits here, and not with the question:
+    /// when this flow ends first, its end is what the other device hears of it.
+    Asking(HostStream),
     /// A connected socket, registered with the poll under the flow's token.
     Connected(HostStream),
 }
@@ -111,7 +114,18 @@ impl Flow {
     pub(super) fn stream(&self) -> Option<&HostStream> {
         match &self.end {
             HostEnd::Connected(stream) => Some(stream),
-            HostEnd::Dialing { .. } => None,
+            HostEnd::Dialing { .. } | HostEnd::Asking(_) => None,
+        }
+    }
+
+    /// Our half of a socket pair, when the guest at the other half has answered.
+    pub(super) fn take_half(&mut self) -> Option<HostStream> {
+        match std::mem::replace(&mut self.end, HostEnd::Dialing { _task: None }) {
+            HostEnd::Asking(half) => Some(half),
+            other => {
+                self.end = other;
+                None
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 use crate::capture::Tap;
 use crate::guest::{GuestRam, Mapping, MemoryLoss, Miss, RingError, RingParts, RingPosition};
-use crate::host::dial::DialResult;
+use crate::host::dial::{DialError, DialResult};
 use crate::host::listen::Incoming;
 
 use super::sibling::SiblingRequest;
@@ -113,6 +113,15 @@ pub enum Command {
         token: u64,
         /// The outcome.
         result: DialResult,
+        /// How long it took.
+        took: Duration,
+    },
+    /// Another guest has answered; our half of the connection waits with it.
+    SiblingAnswered {
+        /// What the device called it.
+        token: u64,
+        /// The outcome.
+        result: Result<(), DialError>,
         /// How long it took.
         took: Duration,
     },

@@ -33,17 +33,26 @@ impl Lengths {
     }
 
     pub(super) fn front(&self) -> Option<Message> {
-        let (number, _) = self.first()?;
-        Some(Message {
-            // 33 bits were pushed.
-            len: (number >> 1) as u32,
-            ends_record: number & 1 != 0,
+        self.iter().next()
+    }
+
+    /// All of them, first come first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = Message> + '_ {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let (number, digits) = self.number(at)?;
+            at += digits;
+            Some(Message {
+                // 33 bits were pushed.
+                len: (number >> 1) as u32,
+                ends_record: number & 1 != 0,
+            })
         })
     }
 
     pub(super) fn pop_front(&mut self) -> Option<Message> {
         let message = self.front()?;
-        let (_, digits) = self.first()?;
+        let (_, digits) = self.number(0)?;
         self.digits.drain(..digits);
         if self.digits.is_empty() {
             self.digits.shrink_to(KEPT);
@@ -51,10 +60,10 @@ impl Lengths {
         Some(message)
     }
 
-    /// The first number and how many digits it has.
-    fn first(&self) -> Option<(u64, usize)> {
+    /// The number whose first digit is at `begin`, and how many digits it has.
+    fn number(&self, begin: usize) -> Option<(u64, usize)> {
         let mut number = 0;
-        for (at, digit) in self.digits.iter().enumerate() {
+        for (at, digit) in self.digits.range(begin.min(self.digits.len())..).enumerate() {
             number |= u64::from(digit & 0x7f) << (7 * at);
             if digit & 0x80 == 0 {
                 return Some((number, at + 1));
@@ -77,6 +86,7 @@ mod tests {
             .collect();
         for round in 0..3 {
             all.iter().for_each(|message| lengths.push_back(*message));
+            assert!(lengths.iter().eq(all.iter().copied()), "round {round}");
             for message in &all {
                 assert_eq!(lengths.front(), Some(*message), "round {round}");
                 assert_eq!(lengths.pop_front(), Some(*message));

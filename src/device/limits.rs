@@ -22,6 +22,8 @@ use crate::vsock::RefuseReason;
 /// What a guest may have, from its configuration.
 #[derive(Clone, Default, Debug)]
 pub(super) struct Bounds {
+    /// Connections of the guest, which the muxer holds it to.
+    pub(super) connections: usize,
     /// Connections of each outbound rule.
     pub(super) outbound: Vec<Option<usize>>,
     /// Connections of each inbound rule.
@@ -40,6 +42,11 @@ pub(super) struct Admission {
     rules: [Vec<Option<Arc<Pool>>>; 2],
     /// Indexed by [`Direction`]: a guest in a loop does not keep clients out, nor they the guest.
     rates: [Rate; 2],
+    /// Of each guest that dials this one, which is neither: by its number among those who may. They come when they first ask.
+    sibling_rates: Vec<Rate>,
+    per_second: u32,
+    /// Requests that wait with the devices of other guests.
+    asked: Arc<Pool>,
     memory: Arc<Pool>,
 }
 
@@ -53,6 +60,9 @@ impl Admission {
             quota,
             rules: [pools(&bounds.outbound), pools(&bounds.inbound)],
             rates: [Rate::new(bounds.per_second), Rate::new(bounds.per_second)],
+            sibling_rates: Vec::new(),
+            per_second: bounds.per_second,
+            asked: Pool::new(Some(bounds.connections as u64)),
             memory: Pool::new(Some(bounds.memory)),
         }
     }
@@ -74,7 +84,7 @@ impl Admission {
             Direction::GuestToHost => Some(self.descriptor()?),
             Direction::HostToGuest => None,
         };
-        if !self.rates[rule.opened_by as usize].take(now) {
+        if !self.rate(rule).take(now) {
             return Err(RefuseReason::RateLimit);
         }
         Ok(Place {
@@ -82,6 +92,30 @@ impl Admission {
             _of_rule: of_rule,
             _of_sidecar: of_sidecar,
         })
+    }
+
+    fn rate(&mut self, rule: RuleRef) -> &mut Rate {
+        let direction = rule.opened_by as usize;
+        // Other guests' connections are behind the inbound rules.
+        let sibling = match (rule.opened_by, rule.index) {
+            (Direction::HostToGuest, Some(index)) => index.checked_sub(self.rules[direction].len()),
+            _ => None,
+        };
+        let Some(sibling) = sibling else {
+            return &mut self.rates[direction];
+        };
+        if sibling >= self.sibling_rates.len() {
+            let per_second = self.per_second;
+            self.sibling_rates
+                .resize_with(sibling + 1, || Rate::new(per_second));
+        }
+        &mut self.sibling_rates[sibling]
+    }
+
+    /// One more request to another guest's device, until that has got to it. A guest that gives up and asks again has no more
+    /// connections than it may, and more requests: the other device may be busy, and each of them is a descriptor.
+    pub(super) fn ask(&self) -> Result<Share, RefuseReason> {
+        Share::take(&self.asked, 1).ok_or(RefuseReason::Limit)
     }
 
     /// One more descriptor.
@@ -334,6 +368,23 @@ mod tests {
         let later = Duration::from_secs(3600);
         let got = (0..100).filter(|_| let_in(later, OUT(0)).is_ok()).count();
         assert_eq!(got, 10);
+    }
+
+    /// A guest of the same sidecar that connects in a loop used up the rate of the clients, and kept the operator's ssh out.
+    #[test]
+    fn a_guest_that_is_dialled_in_a_loop_by_another_keeps_its_clients_and_the_others() {
+        let bounds = Bounds {
+            inbound: vec![None],
+            per_second: 10,
+            ..Bounds::default()
+        };
+        let mut admission = admission(bounds, &Quota::default());
+        let now = Instant::now();
+        let (client, first, second) = (RuleRef::inbound(0), RuleRef::inbound(1), RuleRef::inbound(2));
+        let mut let_in = |rule| admission.admit(now, rule).is_ok();
+        assert_eq!((0..100).filter(|_| let_in(first)).count(), 10);
+        assert_eq!((0..100).filter(|_| let_in(second)).count(), 10);
+        assert_eq!((0..100).filter(|_| let_in(client)).count(), 10);
     }
 
     #[test]

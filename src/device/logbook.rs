@@ -11,17 +11,27 @@ use crate::vsock::{Misbehavior, RefuseReason};
 /// Ports remembered for [`Logbook::no_rule`]; more different ones are a scan, and one line says as much as a thousand.
 const MAX_PORTS: usize = 64;
 
-/// A bound that is in the way again after so long is news again: somebody may have changed something meanwhile.
-const BOUND_SILENCE: Duration = Duration::from_secs(60);
+/// A bound that is in the way again after so long is news again: somebody may have changed something meanwhile. So is a target
+/// that fails again after it was reached: of a range of ports a guest may ask for one that listens and one that does not in turn.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// Which causes have been logged.
 #[derive(Default, Debug)]
 pub(super) struct Logbook {
     ports: HashSet<u32>,
     kinds: HashSet<Misbehavior>,
-    failing_rules: HashSet<usize>,
+    failing_rules: HashMap<usize, Failing>,
     /// When a bound was last said to be in the way, by rule where it is the rule's: no more than there are rules and reasons.
     bounds: HashMap<(Bound, Option<RuleRef>), Instant>,
+}
+
+/// A rule whose target could not be reached.
+#[derive(Debug)]
+struct Failing {
+    /// When that was last said.
+    told_at: Instant,
+    /// It has not been reached since.
+    told: bool,
 }
 
 /// What can be in the way of a guest.
@@ -44,22 +54,36 @@ impl Logbook {
         self.kinds.insert(kind)
     }
 
-    /// Whether the failure of a rule's target is news: it is after every success.
-    pub(super) fn target_failed(&mut self, rule: Option<usize>) -> bool {
-        rule.is_some_and(|rule| self.failing_rules.insert(rule))
+    /// Whether the failure of a rule's target is news: the first one after a success is, but for [`SILENCE`] after the last.
+    pub(super) fn target_failed(&mut self, now: Instant, rule: Option<usize>) -> bool {
+        let Some(rule) = rule else { return false };
+        let news = self
+            .failing_rules
+            .get(&rule)
+            .is_none_or(|failing| !failing.told && now.saturating_duration_since(failing.told_at) >= SILENCE);
+        if news {
+            self.failing_rules.insert(
+                rule,
+                Failing {
+                    told_at: now,
+                    told: true,
+                },
+            );
+        }
+        news
     }
 
     /// A rule's target was reached.
     pub(super) fn target_reached(&mut self, rule: Option<usize>) {
-        if let Some(rule) = rule {
-            self.failing_rules.remove(&rule);
+        if let Some(failing) = rule.and_then(|rule| self.failing_rules.get_mut(&rule)) {
+            failing.told = false;
         }
     }
 
     /// Whether it is news that a bound is in the way; `rule` says whose bound it is, if it is a rule's.
     pub(super) fn bound(&mut self, now: Instant, bound: Bound, rule: Option<RuleRef>) -> bool {
         let last = self.bounds.get(&(bound, rule));
-        let news = last.is_none_or(|last| now.saturating_duration_since(*last) >= BOUND_SILENCE);
+        let news = last.is_none_or(|last| now.saturating_duration_since(*last) >= SILENCE);
         if news {
             self.bounds.insert((bound, rule), now);
         }
@@ -93,9 +117,30 @@ mod tests {
         for n in 0..60_000 {
             assert!(!logbook.bound(begin + Duration::from_millis(n), full, one));
         }
-        assert!(logbook.bound(begin + BOUND_SILENCE, full, one));
-        assert!(!logbook.bound(begin + BOUND_SILENCE + Duration::from_secs(1), full, one));
+        assert!(logbook.bound(begin + SILENCE, full, one));
+        assert!(!logbook.bound(begin + SILENCE + Duration::from_secs(1), full, one));
         logbook.forget();
-        assert!(logbook.bound(begin + BOUND_SILENCE, full, one));
+        assert!(logbook.bound(begin + SILENCE, full, one));
+    }
+
+    /// One port of a range that listens and one that does not: a guest that asks for both in turn made a line a round.
+    #[test]
+    fn a_target_that_fails_and_is_reached_in_turn_is_told_once_a_minute() {
+        let mut logbook = Logbook::default();
+        let begin = Instant::now();
+        assert!(logbook.target_failed(begin, Some(0)));
+        assert!(
+            logbook.target_failed(begin, Some(1)),
+            "another rule is another cause"
+        );
+        for n in 0..60_000 {
+            logbook.target_reached(Some(0));
+            assert!(!logbook.target_failed(begin + Duration::from_millis(n), Some(0)));
+        }
+        // It has failed ever since it was reached, and nobody was told: now they are.
+        assert!(logbook.target_failed(begin + SILENCE, Some(0)));
+        // Without a success between, it is no news however long it lasts.
+        assert!(!logbook.target_failed(begin + 10 * SILENCE, Some(0)));
+        assert!(!logbook.target_failed(begin, None));
     }
 }

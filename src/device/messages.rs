@@ -147,25 +147,34 @@ impl Outbox {
         self.whole.front()
     }
 
-    /// What is left of the first frame: of its header, and how many bytes of its message.
-    pub(super) fn first_frame(&self, wire: Wire) -> Option<([u8; FRAME_HEADER], usize, usize)> {
-        let message = self.first()?;
-        let header_sent = self.sent.min(FRAME_HEADER);
-        let body_sent = self.sent - header_sent;
-        let left = (message.len as usize).saturating_sub(body_sent);
-        Some((wire.frame_header(message), header_sent, left))
+    /// The frames of the whole messages, and what is left of each: of its header, and how many bytes of its message.
+    pub(super) fn frames(&self, wire: Wire) -> impl Iterator<Item = ([u8; FRAME_HEADER], usize, usize)> + '_ {
+        let mut sent = self.sent;
+        self.whole.iter().map(move |message| {
+            // Of the others nothing was sent.
+            let sent = std::mem::take(&mut sent);
+            let header_sent = sent.min(FRAME_HEADER);
+            let left = (message.len as usize).saturating_sub(sent - header_sent);
+            (wire.frame_header(message), header_sent, left)
+        })
     }
 
-    /// The socket has taken `n` bytes of the first frame; how many of them belong to the message.
-    pub(super) fn frame_sent(&mut self, n: usize) -> usize {
-        let header = n.min(FRAME_HEADER.saturating_sub(self.sent));
-        self.sent += n;
-        if let Some(message) = self.first()
-            && self.sent >= FRAME_HEADER + message.len as usize
+    /// The socket has taken `n` bytes of the first frames; how many of them belong to messages.
+    pub(super) fn frames_sent(&mut self, n: usize) -> usize {
+        let (mut left, mut of_messages) = (n, 0);
+        while left > 0
+            && let Some(message) = self.first()
         {
-            self.pop();
+            let frame = FRAME_HEADER.saturating_add(message.len as usize);
+            let here = left.min(frame.saturating_sub(self.sent));
+            of_messages += here - here.min(FRAME_HEADER.saturating_sub(self.sent));
+            self.sent += here;
+            left -= here;
+            if self.sent >= frame {
+                self.pop();
+            }
         }
-        n - header
+        of_messages
     }
 
     /// The socket has taken the whole first message.
@@ -291,13 +300,34 @@ mod tests {
         outbox.extend(2);
         assert!(!outbox.has_whole(), "it has not ended");
         outbox.end(Boundary::Record).unwrap();
-        assert_eq!(outbox.first_frame(PLAIN), Some(([0, 0, 0, 5], 0, 5)));
-        assert_eq!(outbox.frame_sent(2), 0);
-        assert_eq!(outbox.first_frame(PLAIN), Some(([0, 0, 0, 5], 2, 5)));
-        assert_eq!(outbox.frame_sent(3), 1);
-        assert_eq!(outbox.first_frame(PLAIN), Some(([0, 0, 0, 5], 4, 4)));
-        assert_eq!(outbox.frame_sent(4), 4);
+        assert_eq!(outbox.frames(PLAIN).next(), Some(([0, 0, 0, 5], 0, 5)));
+        assert_eq!(outbox.frames_sent(2), 0);
+        assert_eq!(outbox.frames(PLAIN).next(), Some(([0, 0, 0, 5], 2, 5)));
+        assert_eq!(outbox.frames_sent(3), 1);
+        assert_eq!(outbox.frames(PLAIN).next(), Some(([0, 0, 0, 5], 4, 4)));
+        assert_eq!(outbox.frames_sent(4), 4);
         assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn frames_are_taken_together_and_cut_anywhere() {
+        let lengths = [2, 0, 1];
+        let total: usize = lengths.iter().map(|len| FRAME_HEADER + len).sum();
+        for cut in 1..total {
+            let mut outbox = Outbox::default();
+            for len in lengths {
+                outbox.extend(len);
+                outbox.end(Boundary::Message).unwrap();
+            }
+            let before = outbox.frames_sent(cut);
+            let left: Vec<_> = outbox.frames(PLAIN).collect();
+            let of_messages: usize = left.iter().map(|(_, _, left)| left).sum();
+            let of_headers: usize = left.iter().map(|(_, sent, _)| FRAME_HEADER - sent).sum();
+            assert_eq!(of_messages + of_headers, total - cut);
+            assert_eq!(before + of_messages, 3, "cut at {cut}");
+            assert_eq!(outbox.frames_sent(total - cut), of_messages);
+            assert!(outbox.is_empty());
+        }
     }
 
     #[test]
@@ -305,7 +335,7 @@ mod tests {
         let mut outbox = Outbox::default();
         outbox.extend(1);
         outbox.end(Boundary::Record).unwrap();
-        let header = |wire| outbox.first_frame(wire).unwrap().0;
+        let header = |wire| outbox.frames(wire).next().unwrap().0;
         assert_eq!(header(PLAIN), [0, 0, 0, 1]);
         assert_eq!(header(Wire::SIBLING), [0x80, 0, 0, 1]);
         for (wire, len, ends_record) in [(PLAIN, 0x8000_0001, false), (Wire::SIBLING, 1, true)] {
@@ -340,7 +370,7 @@ mod tests {
             outbox.end(Boundary::Message).unwrap();
         }
         assert_eq!(outbox.end(Boundary::Message), Err(TooManyEmpty));
-        assert_eq!(outbox.frame_sent(FRAME_HEADER), 0);
+        assert_eq!(outbox.frames_sent(FRAME_HEADER), 0);
         outbox.end(Boundary::Message).unwrap();
         assert!(!outbox.is_empty());
     }

@@ -315,6 +315,7 @@ impl Device {
         });
         let admission = Admission::new(
             &Bounds {
+                connections: config.limits.connections,
                 outbound: config.router.limits(),
                 inbound: config.inbound_limits,
                 per_second: config.limits.connections_per_second,

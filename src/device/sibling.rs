@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!   guest a: REQUEST b:5 ──▶ device a ── Command::Sibling { stream } ──▶ device b ── REQUEST from a's CID ──▶ guest b
-//!   guest a: RESPONSE   ◀── device a ◀── Command::Dialed (Ok) ────────── device b ◀── RESPONSE ──────────── guest b
+//!   guest a: RESPONSE   ◀── device a ◀── Command::SiblingAnswered ────── device b ◀── RESPONSE ──────────── guest b
 //!                            stream ◀═══════ socket pair ═══════▶ stream
 //! ```
 
@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::host::HostStream;
-use crate::host::dial::{DialError, DialResult};
+use crate::host::dial::DialError;
+use crate::quota::Share;
 use crate::vsock::RefuseReason;
 
 use super::handle::DeviceHandle;
@@ -129,33 +130,37 @@ pub struct SiblingRequest {
     pub(super) ears: Ears,
     /// Who waits for the outcome.
     pub(super) answer: SiblingAnswer,
+    /// Its part of what may wait like this; given back when the other device has got to it.
+    pub(super) _waits: Share,
 }
 
 /// The outcome of a request, which is told once: when it is dropped untold, the guest that was asked is gone.
+///
+/// The half of the guest that asks is not here: that it is closed tells the other device that nobody waits any more.
 pub(super) struct SiblingAnswer {
     target: String,
-    stream: Option<HostStream>,
-    tell: Option<Box<dyn FnOnce(DialResult) + Send>>,
+    tell: Option<Box<Tell>>,
 }
 
+/// Takes an outcome to the device of the guest that asks.
+type Tell = dyn FnOnce(Result<(), DialError>) + Send;
+
 impl SiblingAnswer {
-    /// `stream` is the half of the guest that asks, `target` the guest that is asked; `tell` must not block.
+    /// `target` is the guest that is asked; `tell` must not block.
     pub(super) fn new(
         target: String,
-        stream: HostStream,
-        tell: impl FnOnce(DialResult) + Send + 'static,
+        tell: impl FnOnce(Result<(), DialError>) + Send + 'static,
     ) -> SiblingAnswer {
         SiblingAnswer {
             target,
-            stream: Some(stream),
             tell: Some(Box::new(tell)),
         }
     }
 
     /// The guest has accepted.
     pub(super) fn accepted(mut self) {
-        if let (Some(tell), Some(stream)) = (self.tell.take(), self.stream.take()) {
-            tell(Ok(stream));
+        if let Some(tell) = self.tell.take() {
+            tell(Ok(()));
         }
     }
 

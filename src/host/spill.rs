@@ -134,7 +134,14 @@ impl SpillBuf {
 
     /// The oldest `n` bytes held, or all of them, in the (up to) two pieces in which they lie in the ring.
     pub fn front(&self, n: usize) -> [&[u8]; 2] {
+        self.behind(0, n)
+    }
+
+    /// As [`SpillBuf::front`], of the bytes behind the oldest `skip`.
+    pub fn behind(&self, skip: usize, n: usize) -> [&[u8]; 2] {
         let [first, second] = self.filled();
+        let first = first.get(skip..).unwrap_or_default();
+        let second = &second[skip.saturating_sub(self.filled()[0].len()).min(second.len())..];
         let here = n.min(first.len());
         let there = (n - here).min(second.len());
         [&first[..here], &second[..there]]
@@ -386,6 +393,8 @@ mod tests {
                 }
                 prop_assert_eq!(content(&spill), &model[..]);
                 prop_assert_eq!(spill.front(model.len() / 2).concat(), &model[..model.len() / 2]);
+                let (skip, n) = (model.len() / 3, model.len() / 2);
+                prop_assert_eq!(spill.behind(skip, n).concat(), &model[skip..skip + n]);
                 prop_assert_eq!(spill.room(), limit - model.len());
                 prop_assert!(spill.capacity() <= limit);
                 prop_assert_eq!(spill.capacity() == 0, model.is_empty());

@@ -230,6 +230,21 @@ impl HostStream {
         }
     }
 
+    /// Takes nothing more from the peer of a packet socket, and throws away what it has sent: before an orderly close. A close
+    /// with messages unread is a reset to the peer, which its kernel tells it ahead of the messages that we have sent and not
+    /// behind them, as with a stream (see [`HostStream::receive_packet`]). Other sockets are left alone.
+    pub fn forget_packets(&self) {
+        if !self.kind.packets || self.shutdown_read().is_err() {
+            return;
+        }
+        let mut none = Vec::new();
+        // No more can come, so this ends.
+        while matches!(
+            self.receive_packet(&mut none, 0),
+            Ok(Packet::Message | Packet::TooLong { .. })
+        ) {}
+    }
+
     /// Ends our half of the stream: the peer reads the end after all that was written.
     ///
     /// # Errors

@@ -307,7 +307,7 @@ const BAD: &[Bad] = bad![
     "no unit": "drain: {timeout: 25}\nGUEST"
         => "1:18" "drain.timeout" "`25` lacks a unit" "write 25s for seconds" "25";
     "an unknown unit": "drain: {timeout: 25sec}\nGUEST"
-        => "1:18" "drain.timeout" "`25sec` is no duration" "unit ms, s, m or h" "25sec";
+        => "1:18" "drain.timeout" "`25sec` is no duration" "unit us, ms, s, m or h" "25sec";
     "a drain that never ends": "drain: {timeout: 2h}\nGUEST"
         => "1:18" "drain.timeout" "2h is out of range" "from 0s to 1h" "2h";
     "a duration that overflows": "drain: {timeout: 9999999999999999999h}\nGUEST"

@@ -4,6 +4,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::thread;
+use std::time::Duration;
 
 use vsock_sidecar::embedded_guest::{GuestStream, Sockets};
 
@@ -126,4 +127,45 @@ fn a_guest_that_waits_for_room_hears_that_there_will_be_none() {
     });
     assert_eq!(pair.sidecar.metric("vsock_buffered_bytes", &[]), 0.0);
     pair.assert_lawful();
+}
+
+/// Both write and neither reads; then one closes. Its bytes were not all taken before the other stops writing, which it did not:
+/// it was told nothing, and after half a minute the bytes were thrown away.
+#[test]
+fn a_guest_that_closes_while_both_wait_for_room_holds_up_nobody_and_loses_nothing() {
+    let mut pair = Siblings::connect();
+    let full = |guest: &str| {
+        let labels = [("guest", guest), ("direction", "guest_to_host")];
+        pair.sidecar.metric("vsock_buffered_bytes", &labels) > 0.0
+    };
+    let fill = |stream: &GuestStream| {
+        stream.set_write_timeout(Some(Duration::from_millis(200)));
+        let mut sent = 0;
+        loop {
+            match { stream }.write(&[7; 65536]) {
+                Ok(n) => sent += n,
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                    break sent;
+                }
+            }
+        }
+    };
+    let (sent, _) = (fill(&pair.a), fill(&pair.b));
+    assert!(full("a") && full("b"));
+    pair.b.set_write_timeout(Some(LONG / 2));
+    drop(pair.a);
+    let error = pair.b.write(&[7; 65536]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    let mut received = Vec::new();
+    pair.b.read_to_end(&mut received).unwrap();
+    assert_eq!(received.len(), sent);
+    drop(pair.b);
+    pair.sidecar.until_metric("vsock_connections_active", &[], 0.0);
+    let labels = [("guest", "a"), ("reason", "guest_shutdown")];
+    assert_eq!(
+        pair.sidecar.metric("vsock_connections_closed_total", &labels),
+        1.0
+    );
+    pair.guests.iter().for_each(assert_lawful);
 }

@@ -18,7 +18,7 @@ use crate::host::listen::Incoming;
 use crate::host::proxy_protocol;
 use crate::metrics::Direction;
 use crate::vsock::{
-    CloseReason, ConnectionId, ConnectionKey, Misbehavior, RefuseReason, ShutdownFlags, SocketType,
+    CloseReason, ConnectionId, ConnectionKey, Misbehavior, RefuseReason, ShutdownFlags, SocketType, State,
 };
 
 impl Switchboard {
@@ -81,7 +81,7 @@ impl Switchboard {
         if !carried {
             let target = outbound.target.to_string();
             self.flows.insert(flow);
-            self.log_no_boundaries(rule, port, &target);
+            self.log_no_boundaries(now, rule, port, &target);
             self.muxer.refused(id, RefuseReason::UnsupportedType);
             return;
         }
@@ -171,9 +171,9 @@ impl Switchboard {
         }
     }
 
-    fn log_no_boundaries(&mut self, rule: RuleRef, port: u32, target: &str) {
+    fn log_no_boundaries(&mut self, now: Instant, rule: RuleRef, port: u32, target: &str) {
         let reason = RefuseReason::UnsupportedType.label();
-        let news = self.logbook.target_failed(rule.index);
+        let news = self.logbook.target_failed(now, rule.index);
         let rule = rule.metrics(&self.metrics).name.as_str();
         if news {
             warn!(
@@ -242,6 +242,8 @@ impl Switchboard {
             messages.outbox.shutdown_due = true;
             return;
         }
+        let draining =
+            (self.muxer.connection(id)).is_some_and(|connection| connection.state() == State::Draining);
         let Some(stream) = flow.stream() else { return };
         // ENOTCONN: the peer was faster; its reset is read in the usual way.
         let result = if flags.contains(ShutdownFlags::SEND) {
@@ -250,6 +252,9 @@ impl Switchboard {
             ears.close();
             // What the other device has filled to the brim would never be writable again, and so wake nobody.
             stream.shutdown_read().map(|()| discard(stream))
+        } else if draining {
+            // EPIPE would keep a service from the rest of what the guest has sent, and the guest is gone anyway.
+            Ok(())
         } else {
             stream.shutdown_read()
         };
@@ -293,6 +298,7 @@ impl Switchboard {
             self.deregister(&stream);
             stream.abort();
         } else if flow.eof || !stream.is_tcp() {
+            stream.forget_packets();
             self.deregister(&stream);
         } else {
             self.lingering.add(now, stream, &self.registry);

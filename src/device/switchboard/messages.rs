@@ -16,6 +16,10 @@ use crate::vsock::{Boundary, CloseReason, ConnectionId, Misbehavior};
 /// The longest message that is taken from a packet socket, in bytes: what room is made for, whatever a guest claims to have.
 const LONGEST_PACKET: u32 = 16 << 20;
 
+/// Frames that leave with one system call, three pieces each at most, of which a call takes 1024 (UIO_MAXIOV): a guest may have
+/// as many messages waiting as bytes, and a turn sends all that the socket takes.
+const FRAMES_PER_WRITE: usize = 256;
+
 impl Switchboard {
     /// Whether this connection's bytes are messages.
     pub(in crate::device) fn has_messages(&self, id: ConnectionId) -> bool {
@@ -50,11 +54,13 @@ impl Switchboard {
         let Some(messages) = &mut flow.messages else {
             return;
         };
+        // They were refused: the socket says when it has room, and is not asked for each message.
+        let others_wait = messages.outbox.has_whole();
         if messages.outbox.unfinished() > messages.wire.max_message() {
             self.message_too_long(id, "the guest's message is longer than the rule's maxMessage");
         } else if messages.outbox.end(boundary).is_err() {
             self.muxer.misbehaves(id, Misbehavior::EmptyMessages);
-        } else {
+        } else if !others_wait {
             self.flush_messages(now, id);
         }
     }
@@ -311,7 +317,8 @@ fn waits(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::WouldBlock || Errno::from_io_error(error) == Some(Errno::MSGSIZE)
 }
 
-/// Sends the first message that is whole, or goes on with it; how many of its bytes the socket took. `None` if there is none.
+/// Sends the first message that is whole, or goes on with it, and in frames those behind it; how many of their bytes the socket
+/// took. `None` if there is none.
 fn send_first(flow: &mut Flow) -> io::Result<Option<usize>> {
     let (Some(messages), HostEnd::Connected(stream)) = (&mut flow.messages, &flow.end) else {
         return Ok(None);
@@ -328,16 +335,28 @@ fn send_first(flow: &mut Flow) -> io::Result<Option<usize>> {
             message.len as usize
         }
         Wire::Frames { .. } => {
-            let Some((header, header_sent, left)) = outbox.first_frame(messages.wire) else {
+            let frames: Vec<_> = outbox.frames(messages.wire).take(FRAMES_PER_WRITE).collect();
+            if frames.is_empty() {
                 return Ok(None);
-            };
-            let [first, second] = flow.spill.front(left);
-            let header = header.get(header_sent..).unwrap_or_default();
-            let n = stream.write(&[IoSlice::new(header), IoSlice::new(first), IoSlice::new(second)])?;
+            }
+            let mut slices = Vec::with_capacity(3 * frames.len());
+            let mut at = 0;
+            for (header, header_sent, left) in &frames {
+                let [first, second] = flow.spill.behind(at, *left);
+                let header = header.get(*header_sent..).unwrap_or_default();
+                slices.extend(
+                    [header, first, second]
+                        .into_iter()
+                        .filter(|piece| !piece.is_empty())
+                        .map(IoSlice::new),
+                );
+                at += left;
+            }
+            let n = stream.write(&slices)?;
             if n == 0 {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            outbox.frame_sent(n)
+            outbox.frames_sent(n)
         }
     };
     flow.spill.consume(taken);

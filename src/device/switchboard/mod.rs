@@ -247,13 +247,7 @@ impl Switchboard {
         took: Duration,
     ) {
         // The connection may have ended while its target was being reached; then the socket closes here.
-        let Some(id) = self
-            .flows
-            .at(token as u32 as usize)
-            .filter(|id| id.token() == token)
-        else {
-            return;
-        };
+        let Some(id) = self.dialing(token) else { return };
         let Some(flow) = self.flows.get(id) else { return };
         let rule = flow.rule;
         let port = flow.host_port;
@@ -287,7 +281,7 @@ impl Switchboard {
                     failures.inc();
                 }
                 let (guest, rule) = (&*self.name, rule_metrics.name.as_str());
-                if self.logbook.target_failed(self.rule_index(id)) {
+                if self.logbook.target_failed(now, self.rule_index(id)) {
                     warn!(
                         guest,
                         rule,
@@ -638,6 +632,13 @@ impl Switchboard {
             host_port,
             peer,
         }
+    }
+
+    /// The connection that a dial was begun for under this name, if it is still there.
+    fn dialing(&self, token: u64) -> Option<ConnectionId> {
+        self.flows
+            .at(token as u32 as usize)
+            .filter(|id| id.token() == token)
     }
 
     fn rule_index(&self, id: ConnectionId) -> Option<usize> {

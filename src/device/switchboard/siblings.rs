@@ -2,7 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
@@ -13,6 +13,7 @@ use crate::device::limits;
 use crate::device::messages::{Messages, Wire};
 use crate::device::sibling::{Ears, SiblingAnswer, SiblingRequest};
 use crate::host::HostStream;
+use crate::host::dial::DialError;
 use crate::vsock::{Caller, Cid, Port, RefuseReason, SocketType};
 
 impl Switchboard {
@@ -32,9 +33,10 @@ impl Switchboard {
         self.flows.insert(flow);
 
         let found = self.siblings.find(name, &self.name);
+        let waits = self.admission.ask();
         // The flow has one for its own half.
-        let descriptor = match self.admission.descriptor() {
-            Ok(descriptor) => descriptor,
+        let (waits, descriptor) = match waits.and_then(|waits| Ok((waits, self.admission.descriptor()?))) {
+            Ok(shares) => shares,
             Err(reason) => {
                 self.log_bound(now, rule, to, reason);
                 self.muxer.refused(id, reason);
@@ -51,11 +53,14 @@ impl Switchboard {
             (Some((sibling, from)), Ok((ours, theirs))) => {
                 let handle = self.handle.clone();
                 let token = id.token();
-                let answer = SiblingAnswer::new(target.clone(), ours, move |result| {
+                let answer = SiblingAnswer::new(target.clone(), move |result| {
                     let took = now.elapsed();
                     // A device that is gone needs no answer.
-                    let _ = handle.send(Command::Dialed { token, result, took });
+                    let _ = handle.send(Command::SiblingAnswered { token, result, took });
                 });
+                if let Some(flow) = self.flows.get_mut(id) {
+                    flow.end = HostEnd::Asking(ours);
+                }
                 let request = SiblingRequest {
                     from,
                     peer: Arc::clone(&self.name),
@@ -65,23 +70,44 @@ impl Switchboard {
                     stream: theirs,
                     ears,
                     answer,
+                    _waits: waits,
                 };
                 // What a device that is gone does not take is dropped, which is an answer too.
                 let _ = sibling.send(Command::Sibling(Box::new(request)));
                 return;
             }
             (None, _) => {
-                warn!(guest = %self.name, target, "a rule leads to a guest that does not run");
+                if self.logbook.target_failed(now, rule.index) {
+                    warn!(guest = %self.name, target, "a rule leads to a guest that does not run");
+                }
                 RefuseReason::Unreachable
             }
             (_, Err(error)) => {
-                if self.logbook.target_failed(rule.index) {
+                if self.logbook.target_failed(now, rule.index) {
                     warn!(guest = %self.name, target, %error, "no socket pair for a connection to another guest");
                 }
                 RefuseReason::Limit
             }
         };
         self.muxer.refused(id, reason);
+    }
+
+    /// The guest that was asked has accepted, or not.
+    pub(in crate::device) fn handle_sibling_answered(
+        &mut self,
+        now: Instant,
+        token: u64,
+        result: Result<(), DialError>,
+        took: Duration,
+    ) {
+        // The connection may have ended meanwhile, and our half with it.
+        let half = self
+            .dialing(token)
+            .and_then(|id| self.flows.get_mut(id))
+            .and_then(Flow::take_half);
+        if let Some(half) = half {
+            self.handle_dialed(now, token, result.map(|()| half), took);
+        }
     }
 
     /// Another guest wants a port of this one.
@@ -95,6 +121,7 @@ impl Switchboard {
             stream,
             ears,
             answer,
+            _waits,
         } = request;
         let rule = RuleRef::inbound(self.inbound_rules.saturating_add(from));
         let caller = Caller {

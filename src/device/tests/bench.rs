@@ -90,6 +90,15 @@ impl Bench {
 
     /// The same; with framing the guest's connection is of type SEQPACKET.
     pub fn with_framing(addresses: Addresses, framing: Option<Framing>) -> Bench {
+        Bench::assemble(addresses, framing, None)
+    }
+
+    /// The same, but that the guest's service is a port of the guest `db` among these siblings.
+    pub fn with_sibling(addresses: Addresses, siblings: Siblings) -> Bench {
+        Bench::assemble(addresses, None, Some(siblings))
+    }
+
+    fn assemble(addresses: Addresses, framing: Option<Framing>, siblings: Option<Siblings>) -> Bench {
         let control = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -101,8 +110,14 @@ impl Bench {
             name: "service".into(),
             cid: 2,
             ports: PORT..=PORT,
-            target: Target::Unix {
-                path: path.to_str().unwrap().into(),
+            target: match siblings {
+                Some(_) => Target::Guest {
+                    name: "db".into(),
+                    port: None,
+                },
+                None => Target::Unix {
+                    path: path.to_str().unwrap().into(),
+                },
             },
             proxy_protocol: None,
             framing,
@@ -126,7 +141,7 @@ impl Bench {
                 ..Limits::default()
             },
             router: Router::new(vec![rule]),
-            siblings: Default::default(),
+            siblings: siblings.unwrap_or_default(),
             inbound_rules: 0,
             inbound_limits: Vec::new(),
             quota: Default::default(),
@@ -166,6 +181,17 @@ impl Bench {
     /// Both rings run and are mapped, 8 pages of rx buffers are posted and mapped, and a connection to the service is
     /// established; this is the service's end.
     pub fn connected(&mut self) -> UnixStream {
+        self.boot();
+        self.send(Op::Request, &[]);
+        let (stream, _) = self.service.accept().unwrap();
+        self.until(|bench| bench.received().contains(&(Op::Response as u16, 0)));
+        assert_eq!(self.sent(), 1);
+        assert_eq!(self.events_told(), []);
+        stream
+    }
+
+    /// Both rings run and are mapped, and 8 pages of rx buffers are posted and mapped.
+    pub fn boot(&mut self) {
         for page in 0..8 {
             self.map(page);
         }
@@ -177,12 +203,6 @@ impl Bench {
         self.start(TX);
         // The header of every packet is here.
         self.map(BUFFERS + 100);
-        self.send(Op::Request, &[]);
-        let (stream, _) = self.service.accept().unwrap();
-        self.until(|bench| bench.received().contains(&(Op::Response as u16, 0)));
-        assert_eq!(self.sent(), 1);
-        assert_eq!(self.events_told(), []);
-        stream
     }
 
     /// The VMM shortens the file of guest memory to so many pages.

@@ -2,6 +2,8 @@ mod bench;
 mod capture;
 mod containment;
 mod invalidate;
+mod messages;
+mod siblings;
 mod translation;
 
 use super::*;

@@ -244,7 +244,8 @@ impl Muxer {
             State::Dialing | State::Requested => return Err(Misbehavior::NotEstablished),
             _ => {}
         }
-        if flags.contains(ShutdownFlags::SEND) && connection.message > 0 {
+        // What a host end that is gone would not have taken, nobody misses: the guest may have been told so in the midst of it.
+        if flags.contains(ShutdownFlags::SEND) && connection.message > 0 && !connection.host_write_failed {
             return Err(Misbehavior::MessageCut);
         }
         let before = connection.guest_shut;
@@ -261,6 +262,13 @@ impl Muxer {
                     self.drained(id);
                 } else {
                     self.set_deadline(id, now + DRAIN_TIMEOUT);
+                    // A host end that waits for room before it takes any more would wait for ever.
+                    if !before.contains(ShutdownFlags::RCV) {
+                        self.events.push_back(Event::ShutdownHost {
+                            id,
+                            flags: ShutdownFlags::RCV,
+                        });
+                    }
                 }
             }
             State::Established => {

@@ -5,6 +5,7 @@ use crate::vsock::CloseReason;
 
 const BOTH: ShutdownFlags = ShutdownFlags::BOTH;
 const SEND: ShutdownFlags = ShutdownFlags::SEND;
+const RCV: ShutdownFlags = ShutdownFlags::RCV;
 
 fn closed(id: ConnectionId, reason: CloseReason, abort: bool) -> Event {
     Event::Closed { id, reason, abort }
@@ -16,6 +17,7 @@ fn draining(s: &mut Scene) -> ConnectionId {
     s.guest_sends(id, FLOW, 1000);
     s.guest(FLOW.sends_shutdown(BOTH));
     assert_eq!(s.state(id), Some(State::Draining));
+    assert_eq!(s.events(), [Event::ShutdownHost { id, flags: RCV }]);
     id
 }
 
@@ -38,6 +40,23 @@ fn a_guest_that_closes_gets_its_rst() {
     assert_eq!(s.events(), [closed(id, CloseReason::GuestShutdown, false)]);
     assert_eq!(s.state(id), Some(State::Dead));
     assert_eq!(s.sent(), [FLOW.gets(Op::Rst)]);
+    s.assert_over();
+}
+
+/// Another guest that waits for room in `send()` while this one does not read, and is not read from before it has sent: the
+/// close was told to it when the last byte was taken, and so never.
+#[test]
+fn the_host_end_hears_at_once_that_a_guest_that_closes_reads_no_more() {
+    let mut s = Scene::new();
+    let id = s.established(FLOW);
+    s.guest_sends(id, FLOW, 1000);
+    s.guest(FLOW.sends_shutdown(BOTH));
+    assert_eq!(s.events(), [Event::ShutdownHost { id, flags: RCV }]);
+    s.guest(FLOW.sends_shutdown(BOTH));
+    assert_eq!(s.events(), [], "told once");
+    s.mux.host_wrote(s.now, id, 1000);
+    assert_eq!(s.events(), [closed(id, CloseReason::GuestShutdown, false)]);
+    assert_eq!(s.sent(), [FLOW.gets_with(Op::Rst, 1000)]);
     s.assert_over();
 }
 

@@ -288,6 +288,25 @@ fn a_shutdown_within_a_message_is_a_fault_and_behind_one_is_not() {
     }
 }
 
+/// Linux's `send()` fails half-way when the peer says that it reads no more, and the application closes: no fault of its own.
+#[test]
+fn a_message_that_nobody_would_have_read_may_be_cut() {
+    let mut s = scene();
+    let id = established(&mut s);
+    s.guest(piece(7, Boundary::None));
+    s.mux.host_write_failed(s.now, id);
+    assert_eq!(s.sent(), [seq(FLOW.gets_shutdown(ShutdownFlags::RCV, 7))]);
+    s.guest(seq(FLOW.sends_shutdown(ShutdownFlags::BOTH)));
+    assert_eq!(
+        s.events(),
+        [Event::Closed {
+            id,
+            reason: CloseReason::GuestShutdown,
+            abort: false
+        }]
+    );
+}
+
 /// They use up no credit, and each is memory of the guest's kernel until an application takes it.
 #[test]
 fn a_guest_that_takes_no_empty_messages_gets_only_so_many() {

@@ -17,6 +17,7 @@ fn one_of_each(s: &mut Scene) -> Vec<(ConnectionId, State)> {
     let draining = s.established(flow(2));
     s.guest_sends(draining, flow(2), 10);
     s.guest(flow(2).sends_shutdown(ShutdownFlags::BOTH));
+    s.events();
     let closing = s.established(flow(3));
     s.guest(flow(3).sends_shutdown(ShutdownFlags::SEND));
     s.mux.host_eof(s.now, closing);

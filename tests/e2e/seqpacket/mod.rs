@@ -618,3 +618,44 @@ fn connections_of_both_types_share_a_guest() {
     until("the connections are over", || guest.open_connections() == 0);
     assert_lawful(&guest);
 }
+
+/// The kernel tells a peer that closes without having read all ahead of the messages that it had sent before: a service that
+/// takes ECONNRESET for the end would not have got the guest's last words.
+#[test]
+fn a_guest_that_closes_and_has_not_read_all_is_heard_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("service.sock");
+    let service = PacketListener::bind(&path);
+    let sidecar = outbound(&format!(
+        "{{name: service, port: 5, to: \"unix://{}\"}}",
+        path.display()
+    ));
+    let guest = guest(
+        &sidecar.path("web.sock"),
+        Profile::qemu(),
+        DriverOptions::default(),
+        SocketOptions {
+            buf_alloc: 1000,
+            ..Default::default()
+        },
+    );
+    let socket = patient(guest.connect_seqpacket(5).unwrap());
+    let packets = service.accept();
+    // The guest has no room for the second one, nor for those behind it.
+    packets.send(&[1; 800]);
+    packets.send(&[2; 800]);
+    packets.send(b"");
+    packets.send(&[3; 1]);
+    until("the guest has what it has room for", || {
+        sidecar.metric("vsock_credit_stalls_total", &[]) >= 1.0
+    });
+    socket.send(b"last words").unwrap();
+    drop(socket);
+    sidecar.until_metric(
+        "vsock_connections_closed_total",
+        &[("reason", "guest_shutdown")],
+        1.0,
+    );
+    assert_eq!(packets.recv().as_deref(), Some(&b"last words"[..]));
+    assert_eq!(packets.recv(), None);
+}

@@ -255,6 +255,30 @@ fn a_sibling_takes_no_more_connections_than_its_limit() {
     until_closed([&web, &db]);
 }
 
+/// Each of them had a place there until `guestTimeout`, however short the patience of who had asked: a few that gave up, and the
+/// guest's own clients found no room.
+#[test]
+fn dials_that_were_given_up_leave_the_sibling_its_room() {
+    let sidecar = Sidecar::start(&format!(
+        "guests:\n- name: web\n  cid: 3\n  vhostUser: {{socket: \"{{dir}}/web.sock\"}}\n  outbound: [{TO_DB}]\n  \
+         limits: {{connectTimeout: 100ms}}\n\
+         - name: db\n  cid: 5\n  vhostUser: {{socket: \"{{dir}}/db.sock\"}}\n  \
+         limits: {{connections: 2, guestTimeout: 30s}}\n"
+    ));
+    // It has not booted.
+    let web = linux(&sidecar.path("web.sock"));
+    for _ in 0..5 {
+        let error = web.connect_to(5, 7).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    let refused = |guest: &str, reason: &str| {
+        let labels = [("guest", guest), ("reason", reason)];
+        sidecar.until_metric("vsock_connections_refused_total", &labels, 5.0);
+    };
+    refused("web", "dial_timeout");
+    refused("db", "client_gone");
+}
+
 /// `limits.buffer` is what each guest is promised, and so the longest message that it may send.
 #[test]
 fn a_message_is_no_longer_than_the_buffer_of_either_guest() {

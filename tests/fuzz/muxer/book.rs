@@ -739,7 +739,7 @@ fn fault(
             let gives_up = entry.origin == Origin::Guest && header.flags & BOTH == BOTH;
             return (!gives_up).then_some(Misbehavior::NotEstablished);
         }
-        Op::Shutdown if header.flags & SEND != 0 && entry.message > 0 => {
+        Op::Shutdown if header.flags & SEND != 0 && entry.message > 0 && !entry.write_failed => {
             return Some(Misbehavior::MessageCut);
         }
         Op::Rw if !entry.established => return Some(Misbehavior::NotEstablished),
