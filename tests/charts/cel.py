@@ -15,7 +15,7 @@ import sys
 import celpy
 from celpy import celtypes
 
-TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*|\s+|.', re.S)
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*|&&|\|\||[<>=!]=|[0-9.]+|\s+|.', re.S)
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 
 
@@ -92,6 +92,21 @@ def selected(policy, pod):
     return all(labels.get(key) == value for key, value in wanted.items())
 
 
+def plain(value):
+    """What json knows: CEL's truth values are numbers in disguise."""
+    if isinstance(value, celtypes.BoolType):
+        return bool(value)
+    if isinstance(value, celtypes.IntType):
+        return int(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): plain(element) for key, element in value.items()}
+    if isinstance(value, list):
+        return [plain(element) for element in value]
+    raise ValueError(f"{value!r} is no value of a manifest")
+
+
 def add(document, path, value):
     *way, last = [part.replace("~1", "/").replace("~0", "~") for part in path.split("/")[1:]]
     for part in way:
@@ -114,7 +129,7 @@ def mutate(policy, pod):
     patched = copy.deepcopy(pod)
     for mutation in policy.spec["mutations"]:
         operations = policy.evaluate(mutation["jsonPatch"]["expression"], policy.with_variables(pod))
-        for operation in json.loads(json.dumps(operations, cls=celpy.CELJSONEncoder)):
+        for operation in plain(operations):
             assert operation["op"] == "add", operation
             add(patched, operation["path"], operation["value"])
     return True, patched

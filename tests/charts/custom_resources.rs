@@ -12,7 +12,12 @@ fn judge(object: &Value, schema: &str) {
     let schema: Value = serde_json::from_str(&text).expect("JSON");
     let validator = jsonschema::draft202012::new(&schema).expect("a schema");
     if let Err(error) = validator.validate(object) {
-        panic!("{} {}: {}: {error}", object["kind"], object["metadata"]["name"], error.instance_path());
+        panic!(
+            "{} {}: {}: {error}",
+            object["kind"],
+            object["metadata"]["name"],
+            error.instance_path()
+        );
     }
 }
 
@@ -21,7 +26,10 @@ fn pod_monitors_select_injected_pods_and_the_webhooks_own() {
     let objects = objects("everything");
     let sidecars = object(&objects, "PodMonitor", "web-vsock");
     judge(sidecars, "podmonitor.json");
-    assert_eq!(sidecars["spec"]["selector"]["matchLabels"], json!({"vsock-sidecar.io/injected": "true"}));
+    assert_eq!(
+        sidecars["spec"]["selector"]["matchLabels"],
+        json!({"vsock-sidecar.io/injected": "true"})
+    );
     let webhook = object(&objects, "PodMonitor", "-webhook");
     judge(webhook, "podmonitor.json");
     let deployment = object(&objects, "Deployment", "-webhook");
@@ -38,18 +46,38 @@ fn rules_are_those_of_all_files_with_their_templates_untouched() {
     for entry in fs::read_dir(chart_with_files().join("rules")).expect("rules/") {
         let text = fs::read_to_string(entry.expect("an entry").path()).expect("a file of rules");
         let file: Value = serde_saphyr::from_str(&text).expect("YAML");
-        expected.extend(file["groups"].as_array().expect("groups").iter().map(|group| group["name"].clone()));
+        expected.extend(
+            file["groups"]
+                .as_array()
+                .expect("groups")
+                .iter()
+                .map(|group| group["name"].clone()),
+        );
     }
     let mut names: Vec<Value> = groups.iter().map(|group| group["name"].clone()).collect();
     names.sort_by_key(Value::to_string);
     expected.sort_by_key(Value::to_string);
     assert_eq!(names, expected);
 
-    let of_test = groups.iter().find(|group| group["name"] == "test-rules").expect("the file of the test");
+    let of_test = groups
+        .iter()
+        .find(|group| group["name"] == "test-rules")
+        .expect("the file of the test");
     let alert = &of_test["rules"][0];
-    assert_eq!(alert["annotations"]["summary"], "{{ $labels.guest }} of pod {{ $labels.pod }}");
-    assert_eq!(alert["labels"], json!({"severity": "warning", "team": "virtualisation"}), "labels are added, not replaced");
-    assert_eq!(of_test["rules"][1]["labels"], Value::Null, "a recorded series gets no label of alerts");
+    assert_eq!(
+        alert["annotations"]["summary"],
+        "{{ $labels.guest }} of pod {{ $labels.pod }}"
+    );
+    assert_eq!(
+        alert["labels"],
+        json!({"severity": "warning", "team": "virtualisation"}),
+        "labels are added, not replaced"
+    );
+    assert_eq!(
+        of_test["rules"][1]["labels"],
+        Value::Null,
+        "a recorded series gets no label of alerts"
+    );
 }
 
 #[test]
@@ -62,7 +90,9 @@ fn each_dashboard_is_a_config_map_with_the_file_as_it_is() {
         let text = fs::read_to_string(&path).expect("a dashboard");
         let found = objects.iter().any(|object| {
             let matches = object["metadata"]["labels"]["grafana_dashboard"] == "1"
-                && object["data"].as_object().is_some_and(|data| data.values().any(|data| data == text.trim()));
+                && object["data"]
+                    .as_object()
+                    .is_some_and(|data| data.values().any(|data| data == text.trim()));
             assert!(!matches || object["metadata"]["annotations"]["grafana_folder"] == "Virtual machines");
             matches
         });
@@ -77,8 +107,13 @@ fn the_kubevirt_plugin_shares_memory_and_appends_to_qemus_arguments() {
     let objects = objects("kubevirt");
     let plugin = object(&objects, "Plugin", "vsock-sidecar");
     judge(plugin, "plugin.json");
-    assert_eq!(plugin["metadata"]["name"], "vsock-sidecar", "the directory of its sockets has this name");
-    let expression = plugin["spec"]["domainHooks"][0]["cel"]["expression"].as_str().expect("an expression");
+    assert_eq!(
+        plugin["metadata"]["name"], "vsock-sidecar",
+        "the directory of its sockets has this name"
+    );
+    let expression = plugin["spec"]["domainHooks"][0]["cel"]["expression"]
+        .as_str()
+        .expect("an expression");
     let device = [
         r#"Type: "memfd""#,
         r#"Mode: "shared""#,
@@ -101,11 +136,27 @@ fn cert_manager_is_asked_for_the_names_that_the_api_server_calls() {
     let certificate = object(&objects, "Certificate", "-webhook");
     let webhook = object(&objects, "MutatingWebhookConfiguration", "-injector");
     let service = &webhook["webhooks"][0]["clientConfig"]["service"];
-    let host = format!("{}.{}.svc", service["name"].as_str().expect("a name"), service["namespace"].as_str().expect("a namespace"));
+    let host = format!(
+        "{}.{}.svc",
+        service["name"].as_str().expect("a name"),
+        service["namespace"].as_str().expect("a namespace")
+    );
     assert_eq!(certificate["spec"]["dnsNames"][0], host);
     let from = &webhook["metadata"]["annotations"]["cert-manager.io/inject-ca-from"];
-    assert_eq!(from, &json!(format!("vms/{}", certificate["metadata"]["name"].as_str().expect("a name"))));
+    assert_eq!(
+        from,
+        &json!(format!(
+            "vms/{}",
+            certificate["metadata"]["name"].as_str().expect("a name")
+        ))
+    );
     let deployment = object(&objects, "Deployment", "-webhook");
-    let volumes = deployment["spec"]["template"]["spec"]["volumes"].as_array().expect("volumes");
-    assert!(volumes.iter().any(|volume| volume["secret"]["secretName"] == certificate["spec"]["secretName"]));
+    let volumes = deployment["spec"]["template"]["spec"]["volumes"]
+        .as_array()
+        .expect("volumes");
+    assert!(
+        volumes
+            .iter()
+            .any(|volume| volume["secret"]["secretName"] == certificate["spec"]["secretName"])
+    );
 }

@@ -16,7 +16,9 @@ const END: &str = "<!-- end -->\n";
 fn the_readme_has_every_value_with_its_comment_and_default() {
     let path = chart().join("README.md");
     let text = fs::read_to_string(&path).expect("README.md");
-    let (before, rest) = text.split_once(BEGIN).expect("the mark where the reference begins");
+    let (before, rest) = text
+        .split_once(BEGIN)
+        .expect("the mark where the reference begins");
     let (_, after) = rest.split_once(END).expect("the mark where it ends");
     hold(&path, &format!("{before}{BEGIN}{}{END}{after}", reference()));
 }
@@ -31,7 +33,9 @@ fn reference() -> String {
         row(&mut text, key, &schema["properties"][key], value, &comments);
     }
     for (key, value) in top.iter().filter(|(key, _)| is_section(key)) {
-        let comment = comments.get(key.as_str()).unwrap_or_else(|| panic!("values.yaml: {key} has no comment"));
+        let comment = comments
+            .get(key.as_str())
+            .unwrap_or_else(|| panic!("values.yaml: {key} has no comment"));
         let _ = write!(text, "\n### `{key}`\n\n{comment}\n\n");
         if key == "config" {
             let _ = write!(text, "```yaml\n{}```\n", config_text());
@@ -58,19 +62,30 @@ fn rows(text: &mut String, path: &str, schema: &Value, value: &Value, comments: 
 }
 
 fn row(text: &mut String, path: &str, schema: &Value, value: &Value, comments: &BTreeMap<String, String>) {
-    let comment = comments.get(path).unwrap_or_else(|| panic!("values.yaml: {path} has no comment that begins with `# --`"));
-    let section = schema["properties"].is_object() && value.as_object().is_some_and(|value| !value.is_empty());
+    let comment = comments
+        .get(path)
+        .unwrap_or_else(|| panic!("values.yaml: {path} has no comment that begins with `# --`"));
+    let section =
+        schema["properties"].is_object() && value.as_object().is_some_and(|value| !value.is_empty());
     let (kind, default) = match section {
         true => (String::new(), String::new()),
         false => (kind(schema, value), format!("`{value}`")),
     };
     let comment = comment.replace('|', "\\|");
-    let _ = writeln!(text, "| `{path}` | {kind} | {} | {comment} |", default.replace('|', "\\|"));
+    let _ = writeln!(
+        text,
+        "| `{path}` | {kind} | {} | {comment} |",
+        default.replace('|', "\\|")
+    );
 }
 
 fn kind(schema: &Value, value: &Value) -> String {
     if let Some(choices) = schema["enum"].as_array() {
-        let choices: Vec<String> = choices.iter().filter(|choice| *choice != "").map(|choice| format!("`{choice}`")).collect();
+        let choices: Vec<String> = choices
+            .iter()
+            .filter(|choice| *choice != "")
+            .map(|choice| format!("`{choice}`"))
+            .collect();
         return choices.join(" or ");
     }
     match value {
@@ -115,7 +130,10 @@ fn comments() -> BTreeMap<String, String> {
                 comment.push(' ');
                 comment.push_str(more);
             }
-        } else if let Some((key, _)) = content.split_once(':').filter(|(key, _)| !key.contains([' ', '"'])) {
+        } else if let Some((key, _)) = content
+            .split_once(':')
+            .filter(|(key, _)| !key.contains([' ', '"']))
+        {
             path.truncate(depth);
             path.push(key);
             if !comment.is_empty() {

@@ -121,7 +121,10 @@ pub fn chart_with_files() -> PathBuf {
         let dir = tempfile::tempdir().expect("a temporary directory");
         copy_tree(&root().join("charts"), &dir.path().join("charts"));
         let chart = dir.path().join("charts/vsock-sidecar");
-        for (kind, file) in [("rules", "test-rules.yaml"), ("dashboards", "test_dashboard.json")] {
+        for (kind, file) in [
+            ("rules", "test-rules.yaml"),
+            ("dashboards", "test_dashboard.json"),
+        ] {
             fs::create_dir_all(chart.join(kind)).expect("a directory");
             fs::copy(here().join("files").join(file), chart.join(kind).join(file)).expect("a file");
         }
@@ -185,14 +188,20 @@ pub fn objects(values: &str) -> Vec<Value> {
 /// The documents of a YAML stream that are not empty.
 pub fn documents(text: &str) -> Vec<Value> {
     let documents: Vec<Value> = serde_saphyr::from_multiple(text).expect("YAML");
-    documents.into_iter().filter(|document| !document.is_null()).collect()
+    documents
+        .into_iter()
+        .filter(|document| !document.is_null())
+        .collect()
 }
 
 /// The only object of a kind and, if given, a name that ends so.
 pub fn object<'a>(objects: &'a [Value], kind: &str, ending: &str) -> &'a Value {
-    let mut found = objects
-        .iter()
-        .filter(|object| object["kind"] == kind && object["metadata"]["name"].as_str().is_some_and(|name| name.ends_with(ending)));
+    let mut found = objects.iter().filter(|object| {
+        object["kind"] == kind
+            && object["metadata"]["name"]
+                .as_str()
+                .is_some_and(|name| name.ends_with(ending))
+    });
     let first = found.next().unwrap_or_else(|| panic!("a {kind} …{ending}"));
     assert!(found.next().is_none(), "two {kind} …{ending}");
     first

@@ -10,37 +10,104 @@ const TABLE: &[(&str, &[&str])] = &[
     ("{imagee: {}}", &["imagee"]),
     ("{image: {repository: ''}}", &["image/repository"]),
     ("{image: {digest: 'sha256:12'}}", &["image/digest", "sha256"]),
-    ("{image: {pullPolicy: Sometimes}}", &["image/pullPolicy", "IfNotPresent"]),
-    ("{injection: {mode: mutating}}", &["injection/mode", "policy", "webhook"]),
-    ("{injection: {webhook: {replicas: 0}}}", &["injection/webhook/replicas"]),
-    ("{injection: {webhook: {certificate: {source: letsencrypt}}}}", &["certificate/source", "cert-manager"]),
-    ("{injection: {namespaceSelector: {vms: 'true'}}}", &["injection/namespaceSelector", "vms"]),
-    ("{sidecar: {resources: {memory: 1Gi}}}", &["sidecar/resources", "memory"]),
-    ("{metrics: {podMonitor: {interval: 30}}}", &["metrics/podMonitor/interval"]),
+    (
+        "{image: {pullPolicy: Sometimes}}",
+        &["image/pullPolicy", "IfNotPresent"],
+    ),
+    (
+        "{injection: {mode: mutating}}",
+        &["injection/mode", "policy", "webhook"],
+    ),
+    (
+        "{injection: {webhook: {replicas: 0}}}",
+        &["injection/webhook/replicas"],
+    ),
+    (
+        "{injection: {webhook: {certificate: {source: letsencrypt}}}}",
+        &["certificate/source", "cert-manager"],
+    ),
+    (
+        "{injection: {namespaceSelector: {vms: 'true'}}}",
+        &["injection/namespaceSelector", "vms"],
+    ),
+    (
+        "{sidecar: {resources: {memory: 1Gi}}}",
+        &["sidecar/resources", "memory"],
+    ),
+    (
+        "{metrics: {podMonitor: {interval: 30}}}",
+        &["metrics/podMonitor/interval"],
+    ),
     ("{commonLabels: {team: 'a b'}}", &["commonLabels/team"]),
     ("{sampleVM: {memory: 1Gi}}", &["sampleVM/memory"]),
-    ("{grafana: {dashboard: {enabled: true}}}", &["grafana", "dashboard"]),
+    (
+        "{grafana: {dashboard: {enabled: true}}}",
+        &["grafana", "dashboard"],
+    ),
     // What the sidecar's own schema in it says.
     ("{config: {guest: []}}", &["config", "guest"]),
     ("{config: {guests: []}}", &["config/guests"]),
-    ("{config: {guests: [{name: Web, cid: 3, vhostUser: {socket: /run/vsock-sidecar/a.sock}}]}}", &["config/guests/0/name"]),
-    ("{config: {guests: [{name: web, cid: 2, vhostUser: {socket: /run/vsock-sidecar/a.sock}}]}}", &["config/guests/0/cid"]),
+    (
+        "{config: {guests: [{name: Web, cid: 3, vhostUser: {socket: /run/vsock-sidecar/a.sock}}]}}",
+        &["config/guests/0/name"],
+    ),
+    (
+        "{config: {guests: [{name: web, cid: 2, vhostUser: {socket: /run/vsock-sidecar/a.sock}}]}}",
+        &["config/guests/0/cid"],
+    ),
     ("{config: {drain: {timeout: 25}}}", &["config/drain/timeout"]),
-    ("{config: {guests: [{name: web, cid: 3, vhostUser: {socket: /run/vsock-sidecar/a.sock}, outbound: [{port: 1, to: 'http://x'}]}]}}", &["outbound/0/to"]),
+    (
+        "{config: {guests: [{name: web, cid: 3, vhostUser: {socket: /run/vsock-sidecar/a.sock}, outbound: [{port: 1, to: 'http://x'}]}]}}",
+        &["outbound/0/to"],
+    ),
     // What contradicts itself.
-    ("{config: {admin: {listen: ['tcp://0.0.0.0:9464']}}}", &["config.admin.listen", "unix:///run/vsock-sidecar-admin/admin.sock", "add it"]),
+    (
+        "{config: {admin: {listen: ['tcp://0.0.0.0:9464']}}}",
+        &[
+            "config.admin.listen",
+            "unix:///run/vsock-sidecar-admin/admin.sock",
+            "add it",
+        ],
+    ),
     (
         "{config: {admin: {listen: ['unix:///run/vsock-sidecar-admin/admin.sock']}}, metrics: {podMonitor: {enabled: true}}}",
         &["metrics.podMonitor.enabled", "add tcp://0.0.0.0:9464"],
     ),
-    ("{config: {guests: [{name: web, cid: 3, vhostUser: {socket: /tmp/web.sock}}]}}", &["/tmp/web.sock", "put it into /run/vsock-sidecar/"]),
-    ("{kubevirt: {plugin: {enabled: true}}, injection: {mode: webhook}}", &["kubevirt.plugin.enabled", "/var/run/kubevirt-plugin/vsock-sidecar/vsock.sock"]),
-    ("{kubevirt: {plugin: {enabled: true}}, configMap: {create: false}}", &["set injection.mode to policy or webhook"]),
+    (
+        "{config: {guests: [{name: web, cid: 3, vhostUser: {socket: /tmp/web.sock}}]}}",
+        &["/tmp/web.sock", "put it into /run/vsock-sidecar/"],
+    ),
+    (
+        "{kubevirt: {plugin: {enabled: true}}, injection: {mode: webhook}}",
+        &[
+            "kubevirt.plugin.enabled",
+            "/var/run/kubevirt-plugin/vsock-sidecar/vsock.sock",
+        ],
+    ),
+    (
+        "{kubevirt: {plugin: {enabled: true}}, configMap: {create: false}}",
+        &["set injection.mode to policy or webhook"],
+    ),
     ("{sampleVM: {enabled: true}}", &["set sampleVM.image"]),
-    ("{sampleVM: {enabled: true, image: q}, configMap: {create: false}}", &["sampleVM.enabled", "configMap.create"]),
-    ("{metrics: {webhookPodMonitor: {enabled: true}}}", &["metrics.webhookPodMonitor.enabled", "injection.mode to webhook"]),
-    ("{injection: {mode: webhook, webhook: {certificate: {source: secret}}}}", &["set secretName", "caBundle"]),
-    ("{injection: {mode: webhook, webhook: {replicas: 1}}}", &["injection.webhook.replicas", "podDisruptionBudget.enabled to false"]),
+    (
+        "{sampleVM: {enabled: true, image: q}, configMap: {create: false}}",
+        &["sampleVM.enabled", "configMap.create"],
+    ),
+    (
+        "{metrics: {webhookPodMonitor: {enabled: true}}}",
+        &["metrics.webhookPodMonitor.enabled", "injection.mode to webhook"],
+    ),
+    (
+        "{injection: {mode: webhook, webhook: {certificate: {source: secret}}}}",
+        &["set secretName", "caBundle"],
+    ),
+    (
+        "{injection: {mode: webhook, webhook: {replicas: 1}}}",
+        &[
+            "injection.webhook.replicas",
+            "podDisruptionBudget.enabled to false",
+        ],
+    ),
     ("{extraObjects: [{kind: '{{ nothing }}'}]}", &["nothing"]),
 ];
 
