@@ -131,6 +131,16 @@ fn the_kubevirt_plugin_shares_memory_and_appends_to_qemus_arguments() {
 }
 
 #[test]
+fn the_kubevirt_plugin_names_the_policy_that_adds_its_container() {
+    let objects = objects("kubevirt-policy");
+    let plugin = object(&objects, "Plugin", "vsock-sidecar");
+    judge(plugin, "plugin.json");
+    let policy = object(&objects, "MutatingAdmissionPolicy", "-injector");
+    let names = json!([{"name": policy["metadata"]["name"]}]);
+    assert_eq!(plugin["spec"]["mutatingAdmissionPolicies"], names);
+}
+
+#[test]
 fn cert_manager_is_asked_for_the_names_that_the_api_server_calls() {
     let objects = objects("cert-manager");
     let certificate = object(&objects, "Certificate", "-webhook");

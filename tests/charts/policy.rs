@@ -9,7 +9,9 @@ use serde_json::{Map, Value, json};
 
 use super::library::include;
 use super::pods::assert_restricted;
-use super::tools::{chart, chart_with_files, documents, here, object, python, root, success, template};
+use super::tools::{
+    chart, chart_with_files, documents, here, object, python, root, success, template, vsock_sidecar,
+};
 
 /// Both policies of a release that injects by policy.
 fn policies() -> (Value, Value) {
@@ -89,58 +91,161 @@ fn annotation(name: &str) -> String {
     format!("/metadata/annotations/vsock-sidecar.io~1{name}")
 }
 
-/// All pods of these tests, admitted at once: one start of Python.
+/// The pods of these tests.
+fn pods() -> Map<String, Value> {
+    let second = json!([{"name": "log", "image": "log:1", "resources": {}}, {"name": "vmm", "image": "vmm:1", "resources": {}}]);
+    let exact = json!({"limits": {"cpu": "2", "memory": "4Gi"}, "requests": {"cpu": "2", "memory": "4Gi"}});
+    let sidecar = json!([{"name": "vsock-sidecar", "image": "mine:1", "resources": {}}]);
+    let foreign_mount = json!([{"name": "scratch", "mountPath": "/run/vsock-sidecar/"}]);
+    let pods = [
+        ("qemu", qemu_pod()),
+        ("kubevirt", kubevirt_pod()),
+        (
+            "not asked for",
+            with(qemu_pod(), &[("/metadata/labels", json!({"app": "web"}))]),
+        ),
+        (
+            "named vmm",
+            with(
+                qemu_pod(),
+                &[
+                    (&annotation("vmm-container"), json!("vmm")),
+                    ("/spec/containers", second.clone()),
+                ],
+            ),
+        ),
+        (
+            "guaranteed",
+            with(qemu_pod(), &[("/spec/containers/0/resources", exact.clone())]),
+        ),
+        (
+            "guaranteed but for an init container",
+            with(
+                qemu_pod(),
+                &[
+                    ("/spec/containers/0/resources", exact),
+                    (
+                        "/spec/initContainers",
+                        json!([{"name": "prepare", "image": "prepare:1", "resources": {}}]),
+                    ),
+                ],
+            ),
+        ),
+        (
+            "user of the vmm",
+            with(
+                qemu_pod(),
+                &[("/spec/containers/0/securityContext", json!({"runAsUser": 1000}))],
+            ),
+        ),
+        (
+            "user of the pod",
+            with(
+                qemu_pod(),
+                &[("/spec/securityContext", json!({"runAsUser": 1000}))],
+            ),
+        ),
+        (
+            "root",
+            with(qemu_pod(), &[("/spec/securityContext", json!({"runAsUser": 0}))]),
+        ),
+        (
+            "volume is there",
+            with(
+                qemu_pod(),
+                &[(
+                    "/spec/volumes",
+                    json!([{"name": "vsock-sidecar-socket", "emptyDir": {"medium": "Memory"}}]),
+                )],
+            ),
+        ),
+        (
+            "no annotations",
+            with(qemu_pod(), &[("/metadata/annotations", Value::Null)]),
+        ),
+        (
+            "no config",
+            with(qemu_pod(), &[("/metadata/annotations", json!({"a": "b"}))]),
+        ),
+        (
+            "bad config",
+            with(qemu_pod(), &[(&annotation("config"), json!("shop/vm"))]),
+        ),
+        (
+            "no such vmm",
+            with(qemu_pod(), &[(&annotation("vmm-container"), json!("qemu2"))]),
+        ),
+        (
+            "name taken",
+            with(qemu_pod(), &[("/spec/containers", sidecar.clone())]),
+        ),
+        (
+            "init name taken",
+            with(qemu_pod(), &[("/spec/initContainers", sidecar.clone())]),
+        ),
+        (
+            "half",
+            with(
+                qemu_pod(),
+                &[
+                    ("/spec/initContainers", sidecar),
+                    ("/metadata/labels/vsock-sidecar.io~1injected", json!("true")),
+                ],
+            ),
+        ),
+        (
+            "volume taken",
+            with(
+                qemu_pod(),
+                &[(
+                    "/spec/volumes",
+                    json!([{"name": "vsock-sidecar-admin", "hostPath": {"path": "/"}}]),
+                )],
+            ),
+        ),
+        (
+            "mount taken",
+            with(
+                qemu_pod(),
+                &[
+                    ("/spec/volumes", json!([{"name": "scratch", "emptyDir": {}}])),
+                    ("/spec/containers/0/volumeMounts", foreign_mount),
+                ],
+            ),
+        ),
+        (
+            "windows",
+            with(qemu_pod(), &[("/spec/os", json!({"name": "windows"}))]),
+        ),
+        (
+            "windows by node",
+            with(
+                qemu_pod(),
+                &[("/spec/nodeSelector", json!({"kubernetes.io/os": "windows"}))],
+            ),
+        ),
+        (
+            "kubevirt without plugins",
+            with(kubevirt_pod(), &[("/spec/volumes", json!([]))]),
+        ),
+        (
+            "kubevirt elsewhere",
+            with(
+                kubevirt_pod(),
+                &[("/spec/containers/0/volumeMounts", Value::Null)],
+            ),
+        ),
+    ];
+    pods.into_iter()
+        .map(|(name, pod)| (name.to_owned(), pod))
+        .collect()
+}
+
+/// All of them, admitted at once: one start of Python.
 fn all() -> &'static Value {
     static ALL: OnceLock<Value> = OnceLock::new();
     ALL.get_or_init(|| {
-        let second = json!([{"name": "log", "image": "log:1", "resources": {}}, {"name": "vmm", "image": "vmm:1", "resources": {}}]);
-        let exact = json!({"limits": {"cpu": "2", "memory": "4Gi"}, "requests": {"cpu": "2", "memory": "4Gi"}});
-        let sidecar = json!([{"name": "vsock-sidecar", "image": "mine:1", "resources": {}}]);
-        let foreign_mount = json!([{"name": "scratch", "mountPath": "/run/vsock-sidecar/"}]);
-        let pods = [
-            ("qemu", qemu_pod()),
-            ("kubevirt", kubevirt_pod()),
-            ("not asked for", with(qemu_pod(), &[("/metadata/labels", json!({"app": "web"}))])),
-            (
-                "named vmm",
-                with(qemu_pod(), &[(&annotation("vmm-container"), json!("vmm")), ("/spec/containers", second.clone())]),
-            ),
-            ("guaranteed", with(qemu_pod(), &[("/spec/containers/0/resources", exact.clone())])),
-            (
-                "guaranteed but for an init container",
-                with(qemu_pod(), &[
-                    ("/spec/containers/0/resources", exact),
-                    ("/spec/initContainers", json!([{"name": "prepare", "image": "prepare:1", "resources": {}}])),
-                ]),
-            ),
-            ("user of the vmm", with(qemu_pod(), &[("/spec/containers/0/securityContext", json!({"runAsUser": 1000}))])),
-            ("user of the pod", with(qemu_pod(), &[("/spec/securityContext", json!({"runAsUser": 1000}))])),
-            ("root", with(qemu_pod(), &[("/spec/securityContext", json!({"runAsUser": 0}))])),
-            ("volume is there", with(qemu_pod(), &[("/spec/volumes", json!([{"name": "vsock-sidecar-socket", "emptyDir": {"medium": "Memory"}}]))])),
-            ("no annotations", with(qemu_pod(), &[("/metadata/annotations", Value::Null)])),
-            ("no config", with(qemu_pod(), &[("/metadata/annotations", json!({"a": "b"}))])),
-            ("bad config", with(qemu_pod(), &[(&annotation("config"), json!("shop/vm"))])),
-            ("no such vmm", with(qemu_pod(), &[(&annotation("vmm-container"), json!("qemu2"))])),
-            ("name taken", with(qemu_pod(), &[("/spec/containers", sidecar.clone())])),
-            ("init name taken", with(qemu_pod(), &[("/spec/initContainers", sidecar.clone())])),
-            (
-                "half",
-                with(qemu_pod(), &[("/spec/initContainers", sidecar), ("/metadata/labels/vsock-sidecar.io~1injected", json!("true"))]),
-            ),
-            ("volume taken", with(qemu_pod(), &[("/spec/volumes", json!([{"name": "vsock-sidecar-admin", "hostPath": {"path": "/"}}]))])),
-            (
-                "mount taken",
-                with(qemu_pod(), &[
-                    ("/spec/volumes", json!([{"name": "scratch", "emptyDir": {}}])),
-                    ("/spec/containers/0/volumeMounts", foreign_mount),
-                ]),
-            ),
-            ("windows", with(qemu_pod(), &[("/spec/os", json!({"name": "windows"}))])),
-            ("windows by node", with(qemu_pod(), &[("/spec/nodeSelector", json!({"kubernetes.io/os": "windows"}))])),
-            ("kubevirt without plugins", with(kubevirt_pod(), &[("/spec/volumes", json!([]))])),
-            ("kubevirt elsewhere", with(kubevirt_pod(), &[("/spec/containers/0/volumeMounts", Value::Null)])),
-        ];
-        let mut pods: Map<String, Value> = pods.into_iter().map(|(name, pod)| (name.to_owned(), pod)).collect();
+        let mut pods = pods();
         // What has been through once, again.
         let first = admitted(&pods);
         for name in ["qemu", "kubevirt"] {
@@ -342,5 +447,37 @@ fn the_policy_does_to_recorded_pods_what_the_webhook_does() {
         }
         assert_eq!(pod, expected, "{name}");
         assert_eq!(answers[name.as_str()]["denied"], Value::Null, "{name}");
+    }
+}
+
+/// `inject` is the webhook's mutation for people without a cluster, so that both can be asked about the same pods.
+#[test]
+fn the_policy_and_the_webhook_agree_on_every_pod() {
+    if !vsock_sidecar(&["inject", "--help"], "").status.success() {
+        return;
+    }
+    let image = format!("vsock-sidecar:{}", env!("CARGO_PKG_VERSION"));
+    for (name, pod) in pods() {
+        let answer = &all()[name.as_str()];
+        let args = [
+            "inject",
+            "-",
+            "--image",
+            &image,
+            "--image-pull-policy",
+            "IfNotPresent",
+        ];
+        let output = vsock_sidecar(&args, &pod.to_string());
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        if answer["matched"] == true && answer["denied"].is_null() {
+            let injected = documents(&success(output, &name));
+            assert_eq!(answer["pod"], injected[0], "{name}");
+        } else {
+            assert!(
+                !output.status.success(),
+                "{name}: the policy says {}, the webhook {said}",
+                answer["denied"]
+            );
+        }
     }
 }
