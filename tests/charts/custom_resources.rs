@@ -73,6 +73,11 @@ fn rules_are_those_of_all_files_with_their_templates_untouched() {
         json!({"severity": "warning", "team": "virtualisation"}),
         "labels are added, not replaced"
     );
+    let runbook = &alert["annotations"]["runbook_url"];
+    assert_eq!(
+        runbook,
+        "https://git.example.org/vsock-sidecar/docs/alerts.md#testalert"
+    );
     assert_eq!(
         of_test["rules"][1]["labels"],
         Value::Null,

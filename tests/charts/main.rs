@@ -12,4 +12,5 @@ mod readme;
 mod rendered;
 mod schema;
 mod tools;
+mod webhook;
 mod wrong_values;

@@ -83,7 +83,8 @@ fn kind(schema: &Value, value: &Value) -> String {
     if let Some(choices) = schema["enum"].as_array() {
         let choices: Vec<String> = choices
             .iter()
-            .filter(|choice| *choice != "")
+            .filter_map(Value::as_str)
+            .filter(|choice| !choice.is_empty())
             .map(|choice| format!("`{choice}`"))
             .collect();
         return choices.join(" or ");
