@@ -11,6 +11,7 @@ mod policy;
 mod readme;
 mod rendered;
 mod schema;
+mod sidecar;
 mod tools;
 mod webhook;
 mod wrong_values;
