@@ -3,8 +3,10 @@
 Reads {"mutating": policy, "validating": policy, "pods": {name: pod}} as JSON and writes, for each name, {"matched": whether the mutating
 policy's conditions hold, "pod": the pod after it, "denied": the first message of the validating policy or null}.
 
-The evaluator knows CEL and not Kubernetes' types: `Object.spec.initContainers{name: …}` and `JSONPatch{…}` are made literal maps first. That
-the types name the path of the field they are in, which the API server asks for, is checked on the way.
+Or, for a KubeVirt Plugin: reads {"expressions": [{"expression": text, "context": {name: value}}]} and writes the list of their values.
+
+The evaluator knows CEL and not Kubernetes' types: `Object.spec.initContainers{name: …}`, `JSONPatch{…}` and KubeVirt's `Domain{…}` are made literal maps first.
+That the types of policies name the path of the field they are in, which the API server asks for, is checked on the way.
 """
 
 import copy
@@ -25,11 +27,11 @@ def without_types(expression):
     for index, token in enumerate(tokens):
         before = tokens[index - 1] if index else ""
         after = tokens[index + 1] if index + 1 < len(tokens) else ""
-        if after == "{" and (token == "JSONPatch" or token.startswith("Object.")):
+        if after == "{" and token[0].isupper():
             check_path(token, open_braces)
             open_braces.append([token, None, 0])
             continue
-        if token == "{" and (before == "JSONPatch" or before.startswith("Object.")):
+        if token == "{" and before[:1].isupper():
             out.append("{")
             continue
         if token == "{":
@@ -49,7 +51,7 @@ def without_types(expression):
 
 
 def check_path(type_name, open_braces):
-    if not open_braces or open_braces[-1][0] in ("map", "JSONPatch") or type_name == "JSONPatch":
+    if not type_name.startswith("Object.") or not open_braces or open_braces[-1][0] in ("map", "JSONPatch"):
         return
     outer, field, _ = open_braces[-1]
     if type_name != f"{outer}.{field}":
@@ -149,6 +151,12 @@ def denied(policy, pod):
 
 def main():
     task = json.load(sys.stdin)
+    if "expressions" in task:
+        policy = Policy({"spec": {}})
+        contexts = [{key: celpy.json_to_cel(value) for key, value in one["context"].items()} for one in task["expressions"]]
+        values = [plain(policy.evaluate(one["expression"], context)) for one, context in zip(task["expressions"], contexts)]
+        json.dump(values, sys.stdout)
+        return
     mutating, validating = Policy(task["mutating"]), Policy(task["validating"])
     answers = {}
     for name, pod in task["pods"].items():

@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use super::tools::{chart_with_files, here, object, objects};
+use super::tools::{chart_with_files, here, object, objects, python, success};
 
 fn judge(object: &Value, schema: &str) {
     let text = fs::read_to_string(here().join("custom_resources").join(schema)).expect("a schema");
@@ -133,6 +133,56 @@ fn the_kubevirt_plugin_shares_memory_and_appends_to_qemus_arguments() {
     assert!(!expression.contains("reconnect"));
     // The webhook is no policy for KubeVirt to look for.
     assert_eq!(plugin["spec"]["mutatingAdmissionPolicies"], Value::Null);
+}
+
+/// What an implementation of CEL makes of an expression, for each context.
+fn evaluated(expression: &Value, contexts: &[Value]) -> Vec<Value> {
+    let expressions: Vec<Value> = contexts
+        .iter()
+        .map(|context| json!({"expression": expression, "context": context}))
+        .collect();
+    let script = here().join("cel.py").display().to_string();
+    let output = python(&[&script], &json!({"expressions": expressions}).to_string());
+    serde_json::from_str(&success(output, "cel.py")).expect("JSON")
+}
+
+#[test]
+fn the_kubevirt_plugin_keeps_arguments_that_are_there_and_adds_its_own_once() {
+    let objects = objects("kubevirt");
+    let spec = &object(&objects, "Plugin", "vsock-sidecar")["spec"];
+    let expression = &spec["domainHooks"][0]["cel"]["expression"];
+    let domain = |args: &Value| json!({"domainSpec": {"QEMUCommandline": {"Args": args}}});
+    let ignition = json!([{"Value": "-fw_cfg"}, {"Value": "name=opt/com.coreos/config,file=/x"}]);
+    let first = evaluated(expression, &[json!({"domainSpec": {}}), domain(&ignition)]);
+    let args = |edited: &Value| {
+        edited["QEMUCommandline"]["Args"]
+            .as_array()
+            .expect("arguments")
+            .clone()
+    };
+    let own = args(&first[0]);
+    let words: Vec<&str> = own.iter().filter_map(|arg| arg["Value"].as_str()).collect();
+    assert_eq!(words.len(), 4, "{words:?}");
+    assert_eq!((words[0], words[2]), ("-chardev", "-device"));
+    assert_eq!(first[0]["MemoryBacking"]["MemorySource"]["Type"], "memfd");
+    assert_eq!(first[0]["MemoryBacking"]["MemoryAccess"]["Mode"], "shared");
+    let both: Vec<Value> = ignition
+        .as_array()
+        .into_iter()
+        .flatten()
+        .chain(&own)
+        .cloned()
+        .collect();
+    assert_eq!(args(&first[1]), both);
+    // KubeVirt may ask again.
+    let again = evaluated(expression, &[domain(&json!(both))]);
+    assert_eq!(args(&again[0]), both);
+
+    let vmi = |labels: Value| json!({"vmi": {"Labels": labels}});
+    let asks = vmi(json!({"vsock-sidecar.io/inject": "true"}));
+    let asks_not = vmi(json!({"vsock-sidecar.io/inject": "false"}));
+    let condition = evaluated(&spec["condition"], &[asks, asks_not, vmi(json!({"app": "web"}))]);
+    assert_eq!(condition, [json!(true), json!(false), json!(false)]);
 }
 
 #[test]
