@@ -1,0 +1,76 @@
+//! The webhook as the chart runs it: the Deployment's arguments, the Secret that Helm made and the settings of the ConfigMap, given to the
+//! real binary, and asked over TLS under the name and with the authority of the MutatingWebhookConfiguration.
+
+use serde_json::{Map, Value, json};
+
+use super::tools::{has_subcommand, here, object, objects, python, success};
+
+#[test]
+fn the_webhook_starts_as_deployed_and_the_api_server_trusts_its_certificate() {
+    if !has_subcommand("webhook") {
+        return;
+    }
+    let objects = objects("webhook");
+    let deployment = object(&objects, "Deployment", "-webhook");
+    let pod = &deployment["spec"]["template"]["spec"];
+    let container = &pod["containers"][0];
+    let mounted = |volume: &str| {
+        let mounts = container["volumeMounts"].as_array().expect("mounts");
+        let mount = mounts
+            .iter()
+            .find(|mount| mount["name"] == volume)
+            .expect("a mount");
+        mount["mountPath"].as_str().expect("a path").to_owned()
+    };
+    let below = |directory: String, data: &Value| -> Map<String, Value> {
+        let data = data.as_object().expect("data");
+        data.iter()
+            .map(|(name, content)| (format!("{directory}/{name}"), content.clone()))
+            .collect()
+    };
+    let secret = object(&objects, "Secret", "-webhook-tls");
+    let settings = object(&objects, "ConfigMap", "-webhook");
+    let webhook =
+        &object(&objects, "MutatingWebhookConfiguration", "-injector")["webhooks"][0]["clientConfig"];
+    let service = &webhook["service"];
+    let text = |value: &Value| value.as_str().expect("text").to_owned();
+    let task = json!({
+        "program": env!("CARGO_BIN_EXE_vsock-sidecar"),
+        "args": container["args"],
+        "files": below(mounted("config"), &settings["data"]),
+        "secret": below(mounted("tls"), &secret["data"]),
+        "host": format!("{}.{}.svc", text(&service["name"]), text(&service["namespace"])),
+        "path": service["path"],
+        "caBundle": webhook["caBundle"],
+        "review": {
+            "apiVersion": "admission.k8s.io/v1",
+            "kind": "AdmissionReview",
+            "request": {
+                "uid": "705ab4f5-6393-11e8-b7cc-42010a800002",
+                "kind": {"group": "", "version": "v1", "kind": "Pod"},
+                "resource": {"group": "", "version": "v1", "resource": "pods"},
+                "namespace": "shop",
+                "operation": "CREATE",
+                "userInfo": {},
+                "object": {
+                    "apiVersion": "v1",
+                    "kind": "Pod",
+                    "metadata": {
+                        "name": "vm",
+                        "labels": {"vsock-sidecar.io/inject": "true"},
+                        "annotations": {"vsock-sidecar.io/config": "vm-vsock"},
+                    },
+                    "spec": {"containers": [{"name": "qemu", "image": "qemu:1"}]},
+                },
+            },
+        },
+    });
+    let script = here().join("webhook.py").display().to_string();
+    let output = python(&[&script], &task.to_string());
+    let answer: Value = serde_json::from_str(&success(output, "webhook.py")).expect("JSON");
+    assert_eq!(answer["health"], 200, "{answer}");
+    let response = &answer["answer"]["response"];
+    assert_eq!(response["allowed"], true, "{answer}");
+    assert_eq!(response["uid"], "705ab4f5-6393-11e8-b7cc-42010a800002");
+    assert_eq!(response["patchType"], "JSONPatch");
+}
