@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::bulk::{Direction, Load};
 use crate::contender::{Contender, Measures, Outcome, quantiles};
-use crate::cpu;
+use crate::process;
 use crate::service::{Service, Stream, Work};
 use crate::through::{Kind, PORT};
 
@@ -103,15 +103,15 @@ impl Contender for Clients {
 }
 
 fn write_until(stream: &mut Stream, size: usize, until: Instant) -> std::io::Result<(u64, Duration)> {
-    let (began, chunk) = (cpu::of_this_thread(), vec![0x55; size]);
+    let (began, chunk) = (process::cpu_of_this_thread(), vec![0x55; size]);
     while Instant::now() < until {
         stream.write_all(&chunk)?;
     }
-    Ok((0, cpu::of_this_thread() - began))
+    Ok((0, process::cpu_of_this_thread() - began))
 }
 
 fn read_until(stream: &mut Stream, size: usize, until: Instant) -> std::io::Result<(u64, Duration)> {
-    let (began, mut chunk, mut bytes) = (cpu::of_this_thread(), vec![0; size], 0);
+    let (began, mut chunk, mut bytes) = (process::cpu_of_this_thread(), vec![0; size], 0);
     while Instant::now() < until {
         let len = stream.read(&mut chunk)?;
         if len == 0 {
@@ -119,7 +119,7 @@ fn read_until(stream: &mut Stream, size: usize, until: Instant) -> std::io::Resu
         }
         bytes += len as u64;
     }
-    Ok((bytes, cpu::of_this_thread() - began))
+    Ok((bytes, process::cpu_of_this_thread() - began))
 }
 
 /// A client that asks and is answered.
