@@ -4,6 +4,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, getrlimit};
 use vsock_sidecar::embedded_guest::bulk::{Flows, Wait};
 
 use crate::bulk::{Bulk, Direction, GUEST_BUFFER, Load, driver};
@@ -11,6 +12,15 @@ use crate::contender::{Contender, Measures, Outcome, quantiles};
 use crate::process;
 use crate::service::Work;
 use crate::through::{CID, Kind, PORT, Through, Wish};
+
+/// Descriptors that are for something else than idle connections.
+const SPARE: usize = 1000;
+
+fn descriptor_limit() -> usize {
+    getrlimit(Resource::Nofile)
+        .current
+        .map_or(usize::MAX, |limit| limit as usize)
+}
 
 /// A guest with many open connections, one of which asks and is answered.
 pub struct Idle {
@@ -22,10 +32,17 @@ pub struct Idle {
 
 impl Idle {
     pub fn ours(kind: Kind, connections: usize) -> Outcome<Idle> {
+        let limit = descriptor_limit();
+        if connections + SPARE > limit {
+            return Err(format!("a process may have {limit} descriptors").into());
+        }
         Idle::begin(kind, connections, Through::ours)
     }
 
+    /// It has two descriptors for a connection, and our own services have one: as many connections as the limit allows.
     pub fn peer(kind: Kind, connections: usize, program: &Path) -> Outcome<Idle> {
+        let room = descriptor_limit().saturating_sub(SPARE);
+        let connections = connections.min(room / 2).min(room.saturating_sub(connections));
         Idle::begin(kind, connections, |wish| Through::peer(wish, program))
     }
 

@@ -32,6 +32,7 @@ mod report;
 mod round_trips;
 mod service;
 mod through;
+mod verify;
 
 #[path = "../../tests/e2e/support/mod.rs"]
 #[allow(dead_code, unused_imports)]
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         eprintln!("no line has such a name; --list shows them");
         return ExitCode::FAILURE;
     }
+    verify::there_and_back();
     let setting = options.setting();
     let mut report = report::Report::begin(&setting);
     for line in &lines {

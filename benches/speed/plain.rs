@@ -19,6 +19,9 @@ pub struct Clients {
     _dir: tempfile::TempDir,
 }
 
+/// One client's work; the bytes it read, and the processor time it took.
+type Job<'j> = Box<dyn FnOnce() -> std::io::Result<(u64, Duration)> + Send + 'j>;
+
 impl Clients {
     pub fn start(load: Load) -> Outcome<Clients> {
         let dir = tempfile::tempdir()?;
@@ -38,7 +41,7 @@ impl Clients {
     /// Works until then; bytes that each client read, and the processor time of all of them.
     fn run(&mut self, until: Instant) -> Outcome<(Vec<u64>, Duration)> {
         let size = self.load.size as usize;
-        let mut jobs: Vec<Box<dyn FnOnce() -> std::io::Result<(u64, Duration)> + Send + '_>> = Vec::new();
+        let mut jobs: Vec<Job<'_>> = Vec::new();
         for stream in &mut self.streams {
             let direction = self.load.direction;
             if direction == Direction::Both {

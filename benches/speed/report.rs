@@ -145,7 +145,8 @@ pub fn number(value: f64) -> String {
 }
 
 fn ratio(ours: Option<Summary>, theirs: Option<Summary>) -> Option<f64> {
-    Some(ours?.median / theirs?.median)
+    let ratio = ours?.median / theirs?.median;
+    ratio.is_finite().then_some(ratio)
 }
 
 fn verdict(target: Option<Target>, value: Option<f64>) -> String {

@@ -143,6 +143,17 @@ impl Service {
     }
 }
 
+impl Drop for Service {
+    fn drop(&mut self) {
+        // The thread that accepts lives on, and what it keeps open would.
+        self.shared
+            .held
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+}
+
 impl Shared {
     fn begin(&self, stream: Stream, work: Work) {
         if work == Work::Hold {
