@@ -1,13 +1,18 @@
 //! Bytes as fast as they go, through a device.
 
-use std::thread;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use vsock_sidecar::embedded_guest::bulk::{Flows, Sending, Wait};
 use vsock_sidecar::embedded_guest::{DriverOptions, RxLayout, Shape, Stats};
+use vsock_sidecar::vsock::Op;
 
+use crate::calls::Calls;
 use crate::contender::{Contender, Measures, Outcome};
-use crate::cpu;
+use crate::process;
 use crate::service::Work;
 use crate::through::{CID, Device, Kind, PORT, Through, Wish};
 
@@ -78,6 +83,18 @@ pub struct Bulk {
     through: Through,
     flows: Vec<Flows>,
     load: Load,
+    extra: Extra,
+}
+
+/// What else goes on in a turn.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Extra {
+    #[default]
+    Nothing,
+    /// System calls of the device are counted.
+    Calls,
+    /// Metrics are read, so often.
+    Scrapes(Duration),
 }
 
 /// What one guest did in a window.
@@ -110,7 +127,16 @@ impl Bulk {
             these.connect(&mut guest.driver, load.streams, PORT, GUEST_BUFFER)?;
             flows.push(these);
         }
-        Ok(Bulk { through, flows, load })
+        Ok(Bulk {
+            through,
+            flows,
+            load,
+            extra: Extra::Nothing,
+        })
+    }
+
+    pub fn with(self, extra: Extra) -> Bulk {
+        Bulk { extra, ..self }
     }
 
     pub fn device(&self) -> &Device {
@@ -124,7 +150,7 @@ impl Contender for Bulk {
         // The work of a turn begins before its window: what lay in buffers since the last turn is gone by then.
         let warm = Instant::now() + window / 5;
         run(&mut self.through, &mut self.flows, load, warm)?;
-        let (began, device_cpu) = (Instant::now(), cpu::of_process(device));
+        let device_cpu = process::cpu(device);
         let taken = self.through.services[0].received();
         let by_flow: Vec<u64> = self
             .flows
@@ -132,11 +158,25 @@ impl Contender for Bulk {
             .flat_map(|flows| flows.received().to_vec())
             .collect();
 
-        let shares = run(&mut self.through, &mut self.flows, load, began + window)?;
+        let mut calls = None;
+        if self.extra == Extra::Calls {
+            let mut counting = Calls::attach(device)?;
+            counting.begin()?;
+            calls = Some(counting);
+        }
+        let until = Instant::now() + window;
+        let scraper = match (self.extra, &self.through.device) {
+            (Extra::Scrapes(pause), Device::Ours(sidecar)) => {
+                Some(scrape(sidecar.path("admin.sock"), pause, until))
+            }
+            _ => None,
+        };
+        let shares = run(&mut self.through, &mut self.flows, load, until)?;
+        let scrapes = scraper.map(|scraper| scraper.join().expect("the scraper ends"));
 
         let taken_now = self.through.services[0].received();
-        let seconds = began.elapsed().as_secs_f64();
-        let device_cpu = (cpu::of_process(device) - device_cpu).as_secs_f64();
+        let seconds = (Instant::now() - (until - window)).as_secs_f64();
+        let device_cpu = (process::cpu(device) - device_cpu).as_secs_f64();
         let grown = |now: &[u64], before: &[u64]| -> Vec<u64> {
             now.iter().zip(before).map(|(now, before)| now - before).collect()
         };
@@ -169,13 +209,14 @@ impl Contender for Bulk {
                 .sum::<u64>() as f64
         };
         let packets = sum(|stats| stats.sent.total() + stats.received.total());
+        let calls = calls.map(Calls::end).transpose()?;
         for guest in &self.through.guests {
             let violations = guest.driver.stats().violations;
             if !violations.is_empty() {
                 return Err(format!("broke the rules: {violations:?}").into());
             }
         }
-        Ok(vec![
+        let mut measures = vec![
             ("rate", bytes / seconds / 1e9),
             ("cpu", device_cpu / (bytes / 1e9)),
             ("max/min", most as f64 / fewest as f64),
@@ -193,8 +234,33 @@ impl Contender for Bulk {
                 "interrupts/MB",
                 sum(|stats| stats.rx.interrupts + stats.tx.interrupts) / (bytes / 1e6),
             ),
-        ])
+        ];
+        if let Some(calls) = calls {
+            let data = sum(|stats| stats.sent.count(Op::Rw) + stats.received.count(Op::Rw));
+            measures.push(("calls/packet", calls / data));
+            measures.push(("calls/MB", calls / (bytes / 1e6)));
+        }
+        if let Some(scrapes) = scrapes {
+            measures.push(("scrapes", scrapes as f64));
+        }
+        Ok(measures)
     }
+}
+
+/// Reads the metrics again and again until then; answers how often.
+fn scrape(admin: PathBuf, pause: Duration, until: Instant) -> JoinHandle<u64> {
+    thread::spawn(move || {
+        let mut done = 0;
+        while Instant::now() < until {
+            let asked = UnixStream::connect(&admin).and_then(|mut stream| {
+                stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
+                stream.read_to_end(&mut Vec::new())
+            });
+            done += u64::from(asked.is_ok());
+            thread::sleep(pause);
+        }
+        done
+    })
 }
 
 /// All guests work until then, each on a thread of its own if they are several.
@@ -207,7 +273,7 @@ fn run(through: &mut Through, flows: &mut [Flows], load: Load, until: Instant) -
             shape: &shape,
         };
         let driver = &mut guest.driver;
-        let (cpu, before) = (cpu::of_this_thread(), driver.stats());
+        let (cpu, before) = (process::cpu_of_this_thread(), driver.stats());
         flows.run(
             driver,
             until,
@@ -216,7 +282,7 @@ fn run(through: &mut Through, flows: &mut [Flows], load: Load, until: Instant) -
         let after = driver.stats();
         Ok::<_, vsock_sidecar::embedded_guest::Error>(Share {
             received: after.received_bytes - before.received_bytes,
-            cpu: cpu::of_this_thread() - cpu,
+            cpu: process::cpu_of_this_thread() - cpu,
             stats: [before, after],
         })
     };

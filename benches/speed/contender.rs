@@ -13,18 +13,21 @@ pub enum Who {
     Plain,
     /// A client of the service through a thread that passes on: as many wake-ups as through a device.
     Relay,
+    /// The sidecar without what the line is about.
+    Without,
     /// vhost-device-vsock.
     Peer,
 }
 
 impl Who {
-    pub const ALL: [Who; 4] = [Who::Ours, Who::Plain, Who::Relay, Who::Peer];
+    pub const ALL: [Who; 5] = [Who::Ours, Who::Plain, Who::Relay, Who::Without, Who::Peer];
 
     pub fn name(self) -> &'static str {
         match self {
             Who::Ours => "ours",
             Who::Plain => "plain",
             Who::Relay => "relay",
+            Who::Without => "without",
             Who::Peer => "vhost-device-vsock",
         }
     }

@@ -49,6 +49,8 @@ pub struct Figure {
     pub plain: Option<Target>,
     /// For the ratio to the peer.
     pub peer: Option<Target>,
+    /// For the ratio to ourselves without what the line is about.
+    pub without: Option<Target>,
     /// For our own value.
     pub own: Option<Target>,
 }
@@ -61,6 +63,7 @@ impl Figure {
             better,
             plain: None,
             peer: None,
+            without: None,
             own: None,
         }
     }
@@ -72,6 +75,11 @@ impl Figure {
 
     pub const fn peer(mut self, target: Target) -> Figure {
         self.peer = Some(target);
+        self
+    }
+
+    pub const fn without(mut self, target: Target) -> Figure {
+        self.without = Some(target);
         self
     }
 

@@ -15,17 +15,24 @@
 //!   were is in the JSON, and a line `guest-ceiling` says how far the guest comes without any device.
 //! - Counting system calls slows what is counted, so it happens in a window of its own.
 
+mod beside;
 mod bulk;
+mod calls;
+mod ceiling;
+mod churn;
 mod contender;
-mod cpu;
+mod idle;
 mod line;
 mod lines;
 mod options;
 mod plain;
+mod plots;
+mod process;
 mod report;
 mod round_trips;
 mod service;
 mod through;
+mod verify;
 
 #[path = "../../tests/e2e/support/mod.rs"]
 #[allow(dead_code, unused_imports)]
@@ -34,10 +41,11 @@ mod support;
 use std::process::ExitCode;
 
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 fn main() -> ExitCode {
     let options = options::Options::parse();
-    support::raise_descriptor_limit();
+    raise_descriptor_limit();
     let lines: Vec<_> = lines::all()
         .into_iter()
         .filter(|line| options.wants(line))
@@ -52,17 +60,35 @@ fn main() -> ExitCode {
         eprintln!("no line has such a name; --list shows them");
         return ExitCode::FAILURE;
     }
+    verify::there_and_back();
     let setting = options.setting();
     let mut report = report::Report::begin(&setting);
     for line in &lines {
         report.add(line.measure(&setting));
     }
     report.end();
-    match report.write(&options.json) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{}: {error}", options.json.display());
-            ExitCode::FAILURE
-        }
+    if let Err(error) = report.write(&options.json) {
+        eprintln!("{}: {error}", options.json.display());
+        return ExitCode::FAILURE;
+    }
+    if let Some(dir) = &options.plots
+        && let Err(error) = plots::write(dir, report.results())
+    {
+        eprintln!("{}: {error}", dir.display());
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+/// As many descriptors as thousands of connections need, of services and devices; what a privileged user may have, or what is
+/// allowed anyway.
+fn raise_descriptor_limit() {
+    const WANTED: u64 = 400_000;
+    let limit = Rlimit {
+        current: Some(WANTED),
+        maximum: Some(WANTED),
+    };
+    if setrlimit(Resource::Nofile, limit).is_err() {
+        support::raise_descriptor_limit();
     }
 }

@@ -35,6 +35,9 @@ pub struct Options {
         value_name = "FILE"
     )]
     pub peer: PathBuf,
+    /// Draw plots into this directory
+    #[arg(long, value_name = "DIR")]
+    pub plots: Option<PathBuf>,
     /// What `cargo bench` says to every bench
     #[arg(long, hide = true)]
     bench: bool,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::bulk::{Direction, Load};
 use crate::contender::{Contender, Measures, Outcome, quantiles};
-use crate::cpu;
+use crate::process;
 use crate::service::{Service, Stream, Work};
 use crate::through::{Kind, PORT};
 
@@ -18,6 +18,9 @@ pub struct Clients {
     load: Load,
     _dir: tempfile::TempDir,
 }
+
+/// One client's work; the bytes it read, and the processor time it took.
+type Job<'j> = Box<dyn FnOnce() -> std::io::Result<(u64, Duration)> + Send + 'j>;
 
 impl Clients {
     pub fn start(load: Load) -> Outcome<Clients> {
@@ -38,7 +41,7 @@ impl Clients {
     /// Works until then; bytes that each client read, and the processor time of all of them.
     fn run(&mut self, until: Instant) -> Outcome<(Vec<u64>, Duration)> {
         let size = self.load.size as usize;
-        let mut jobs: Vec<Box<dyn FnOnce() -> std::io::Result<(u64, Duration)> + Send + '_>> = Vec::new();
+        let mut jobs: Vec<Job<'_>> = Vec::new();
         for stream in &mut self.streams {
             let direction = self.load.direction;
             if direction == Direction::Both {
@@ -103,15 +106,15 @@ impl Contender for Clients {
 }
 
 fn write_until(stream: &mut Stream, size: usize, until: Instant) -> std::io::Result<(u64, Duration)> {
-    let (began, chunk) = (cpu::of_this_thread(), vec![0x55; size]);
+    let (began, chunk) = (process::cpu_of_this_thread(), vec![0x55; size]);
     while Instant::now() < until {
         stream.write_all(&chunk)?;
     }
-    Ok((0, cpu::of_this_thread() - began))
+    Ok((0, process::cpu_of_this_thread() - began))
 }
 
 fn read_until(stream: &mut Stream, size: usize, until: Instant) -> std::io::Result<(u64, Duration)> {
-    let (began, mut chunk, mut bytes) = (cpu::of_this_thread(), vec![0; size], 0);
+    let (began, mut chunk, mut bytes) = (process::cpu_of_this_thread(), vec![0; size], 0);
     while Instant::now() < until {
         let len = stream.read(&mut chunk)?;
         if len == 0 {
@@ -119,7 +122,7 @@ fn read_until(stream: &mut Stream, size: usize, until: Instant) -> std::io::Resu
         }
         bytes += len as u64;
     }
-    Ok((bytes, cpu::of_this_thread() - began))
+    Ok((bytes, process::cpu_of_this_thread() - began))
 }
 
 /// A client that asks and is answered.

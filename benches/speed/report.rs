@@ -19,8 +19,9 @@ impl Report {
     pub fn begin(setting: &Setting) -> Report {
         let machine = machine(setting);
         println!(
-            "{} processors, Linux {}, load {}; nothing is pinned; {} turns of {} ms each; median (least..greatest)",
+            "{} processors ({}), Linux {}, load {}; nothing is pinned; {} turns of {} ms each; median (least..greatest)",
             machine["processors"],
+            machine["processors_allowed"].as_str().unwrap_or("?"),
             machine["kernel"].as_str().unwrap_or("?"),
             machine["load"].as_str().unwrap_or("?"),
             setting.rounds,
@@ -39,9 +40,22 @@ impl Report {
     pub fn add(&mut self, result: Result) {
         for figure in &result.figures {
             row(&result, figure, Who::Plain, figure.plain);
-            if result.samples.contains_key(&Who::Relay) {
-                row(&result, figure, Who::Relay, None);
+            for (who, target) in [(Who::Relay, None), (Who::Without, figure.without)] {
+                if result.summary(who, figure.key).is_some() {
+                    row(&result, figure, who, target);
+                }
             }
+        }
+        if let Some(busy) = result
+            .summary(Who::Ours, "guest busy")
+            .filter(|busy| busy.median > 0.9)
+        {
+            println!(
+                "{:26} {:>13} the guest's thread was busy for {:.0} % of the time",
+                result.name,
+                "",
+                busy.median * 100.0
+            );
         }
         for (who, why) in &result.absent {
             println!("{:26} {:>13} {}: {why}", result.name, "", who.name());
@@ -59,6 +73,10 @@ impl Report {
         }
     }
 
+    pub fn results(&self) -> &[Result] {
+        &self.results
+    }
+
     pub fn write(&self, file: &Path) -> io::Result<()> {
         let lines: Vec<Value> = self.results.iter().map(as_json).collect();
         if let Some(dir) = file.parent() {
@@ -71,21 +89,21 @@ impl Report {
 
 fn row(result: &Result, figure: &Figure, against: Who, target: Option<Target>) {
     let key = figure.key;
-    let relay = against == Who::Relay;
-    let named = if relay {
-        format!("{key} (relay)")
+    let aside = against != Who::Plain;
+    let named = if aside {
+        format!("({})", against.name())
     } else {
         format!("{key} {}", figure.unit)
     };
     let ours = result.summary(Who::Ours, key);
     let theirs = result.summary(against, key);
-    let peer = if relay {
+    let peer = if aside {
         None
     } else {
         result.summary(Who::Peer, key)
     };
-    let target = target.or(figure.own.filter(|_| !relay));
-    let judged = if figure.own.is_some() {
+    let target = target.or(figure.own.filter(|_| !aside));
+    let judged = if figure.own.is_some() && !aside {
         ours.map(|ours| ours.median)
     } else {
         ratio(ours, theirs)
@@ -100,7 +118,7 @@ fn row(result: &Result, figure: &Figure, against: Who, target: Option<Target>) {
         verdict(target, judged),
         cell(peer),
         ratio(ours, peer).map_or(String::new(), |ratio| format!("{ratio:.2}")),
-        verdict(figure.peer.filter(|_| !relay), ratio(ours, peer)),
+        verdict(figure.peer.filter(|_| !aside), ratio(ours, peer)),
     );
 }
 
@@ -117,7 +135,7 @@ fn cell(summary: Option<Summary>) -> String {
 }
 
 /// Three digits that count, or as many as it has before the point.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
@@ -127,7 +145,8 @@ fn number(value: f64) -> String {
 }
 
 fn ratio(ours: Option<Summary>, theirs: Option<Summary>) -> Option<f64> {
-    Some(ours?.median / theirs?.median)
+    let ratio = ours?.median / theirs?.median;
+    ratio.is_finite().then_some(ratio)
 }
 
 fn verdict(target: Option<Target>, value: Option<f64>) -> String {
@@ -154,6 +173,11 @@ fn judgements(result: &Result) -> Vec<(String, f64, Target, bool)> {
                 "against vhost-device-vsock",
                 figure.peer,
                 ratio(ours, result.summary(Who::Peer, figure.key)),
+            ),
+            (
+                "against itself without",
+                figure.without,
+                ratio(ours, result.summary(Who::Without, figure.key)),
             ),
             ("by itself", figure.own, ours.map(|ours| ours.median)),
         ];
@@ -212,13 +236,18 @@ fn machine(setting: &Setting) -> Value {
             .split_once(':')
             .map(|(_, name)| name.trim().to_owned())
     });
+    let status = read("/proc/self/status");
+    let allowed = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))
+        .map(str::trim);
     json!({
         "processors": std::thread::available_parallelism().map_or(0, usize::from),
         "model": model,
         "kernel": read("/proc/sys/kernel/osrelease").trim(),
         "load": read("/proc/loadavg").split(' ').next(),
         "version": env!("CARGO_PKG_VERSION"),
-        "pinned": false,
+        "processors_allowed": allowed,
         "turns": setting.rounds,
         "window_ms": setting.window.as_millis() as u64,
         "quick": setting.quick,

@@ -2,11 +2,16 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, EventData, EventFlags};
+use slab::Slab;
 
 use crate::contender::Outcome;
 
@@ -61,6 +66,8 @@ pub enum Work {
     Echo(usize),
     /// Keeps it open.
     Hold,
+    /// Reads to the end and closes: one thread for all, since connections come and go.
+    Brief,
 }
 
 /// A running service. Its threads end with their connections.
@@ -79,6 +86,9 @@ struct Shared {
 impl Service {
     pub fn start(place: &Place, work: Work) -> Outcome<Service> {
         let shared = Arc::new(Shared::default());
+        if work == Work::Brief {
+            return Service::start_brief(place, shared);
+        }
         let serving = shared.clone();
         let address = match place {
             Place::Tcp => {
@@ -105,6 +115,23 @@ impl Service {
         Ok(Service { address, shared })
     }
 
+    fn start_brief(place: &Place, shared: Arc<Shared>) -> Outcome<Service> {
+        let address = match place {
+            Place::Tcp => {
+                let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+                let port = listener.local_addr()?.port();
+                thread::spawn(move || brief(&listener, || Ok(Stream::Tcp(listener.accept()?.0))));
+                Address::Tcp(port)
+            }
+            Place::Unix(path) => {
+                let listener = UnixListener::bind(path)?;
+                thread::spawn(move || brief(&listener, || Ok(Stream::Unix(listener.accept()?.0))));
+                Address::Unix(path.clone())
+            }
+        };
+        Ok(Service { address, shared })
+    }
+
     /// Bytes read so far, by connection in the order in which they came.
     pub fn received(&self) -> Vec<u64> {
         let all = self
@@ -113,6 +140,17 @@ impl Service {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         all.iter().map(|bytes| bytes.load(Ordering::Relaxed)).collect()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // The thread that accepts lives on, and what it keeps open would.
+        self.shared
+            .held
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
     }
 }
 
@@ -143,7 +181,7 @@ impl Shared {
                     Err(error) => Err(error),
                 },
                 Work::Echo(bytes) => echo(stream, bytes),
-                Work::Hold => Ok(()),
+                Work::Hold | Work::Brief => Ok(()),
             };
         });
     }
@@ -164,6 +202,36 @@ fn source(mut stream: Stream) -> io::Result<()> {
     let chunk = vec![0x55; CHUNK];
     loop {
         stream.write_all(&chunk)?;
+    }
+}
+
+/// Accepts, reads what comes, and closes at the end: for as long as the program lives.
+fn brief(listener: impl AsFd, accept: impl Fn() -> io::Result<Stream>) -> io::Result<()> {
+    const LISTENER: u64 = u64::MAX;
+    let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    epoll::add(&poller, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
+    let mut streams: Slab<Stream> = Slab::new();
+    let mut events = Vec::with_capacity(128);
+    loop {
+        epoll::wait(&poller, spare_capacity(&mut events), None)?;
+        for event in events.drain(..) {
+            let data = event.data;
+            if data.u64() == LISTENER {
+                let Ok(stream) = accept() else { continue };
+                let entry = streams.vacant_entry();
+                let data = EventData::new_u64(entry.key() as u64);
+                epoll::add(&poller, entry.insert(stream), data, EventFlags::IN)?;
+                continue;
+            }
+            let key = data.u64() as usize;
+            let Some(stream) = streams.get_mut(key) else {
+                continue;
+            };
+            if matches!(stream.read(&mut [0; 64]), Ok(0) | Err(_)) {
+                // Closed, and so out of the set.
+                streams.remove(key);
+            }
+        }
     }
 }
 
@@ -188,6 +256,25 @@ impl Stream {
             Stream::Tcp(stream) => Stream::Tcp(stream.try_clone()?),
             Stream::Unix(stream) => Stream::Unix(stream.try_clone()?),
         })
+    }
+}
+
+impl Stream {
+    /// Says that no more will come.
+    pub fn end(&self) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.shutdown(std::net::Shutdown::Write),
+            Stream::Unix(stream) => stream.shutdown(std::net::Shutdown::Write),
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Stream::Tcp(stream) => stream.as_fd(),
+            Stream::Unix(stream) => stream.as_fd(),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use vsock_sidecar::embedded_guest::{DriverOptions, EmbeddedGuest, Profile};
+use vsock_sidecar::embedded_guest::{DriverOptions, EmbeddedGuest, Profile, RX};
 
 use crate::contender::Outcome;
 use crate::service::{Address, Place, Service, Work};
@@ -165,7 +165,12 @@ fn services(wish: &Wish<'_>, dir: &Path) -> Outcome<Vec<Service>> {
 fn boot(wish: &Wish<'_>, sockets: &[PathBuf]) -> Outcome<Vec<EmbeddedGuest>> {
     let mut guests = Vec::new();
     for socket in sockets {
-        guests.push(EmbeddedGuest::boot(socket, Profile::qemu(), wish.driver.clone())?);
+        let mut guest = EmbeddedGuest::boot(socket, Profile::qemu(), wish.driver.clone())?;
+        // A back-end without REPLY_ACK may still be about to enable the rings, and vhost-user-backend drops kicks until then:
+        // once it has answered this it has done all that came before, and one kick more makes good for those.
+        guest.front_end.config(0, 8)?;
+        guest.driver.queue(RX).kick();
+        guests.push(guest);
     }
     Ok(guests)
 }
