@@ -379,6 +379,16 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_of_the_command_line_can_be_bound_and_a_reload_needs_nothing_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = guest(dir.path(), "");
+        let here = Surroundings::default().with_listener(Path::new("/run/hooks/h.sock"));
+        let with = policy_in(&text, &here);
+        assert_eq!(rights(&with, Path::new("/run/hooks")), Rights::LISTEN);
+        assert_eq!(with.lacks(&policy(&text)), []);
+    }
+
+    #[test]
     fn names_need_dns_and_addresses_do_not() {
         let dir = tempfile::tempdir().unwrap();
         for (host, dns) in [("db.svc", true), ("10.0.0.1", false), ("[fd00::1]", false)] {

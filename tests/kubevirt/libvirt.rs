@@ -10,7 +10,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use vsock_sidecar::kubevirt::hook::messages::{Empty, OnDefineDomainParams, OnDefineDomainResult};
+use vsock_sidecar::kubevirt::hook::messages::{
+    Empty, InfoResult, OnDefineDomainParams, OnDefineDomainResult,
+};
 
 use super::support::*;
 use super::vm::assets::assets;
@@ -184,7 +186,7 @@ impl Control {
     }
 }
 
-/// KubeVirt's part is played by the test: it asks the hook for the domain, has libvirt start it, and says Shutdown at the end.
+/// KubeVirt's part is played by the test: it asks the hook for the domain, has libvirt start it, and ends it as a pod ends.
 #[test]
 fn libvirt_starts_the_domain_and_its_guest_has_a_vsock() {
     if is_left_out() || std::env::var_os("VSOCK_TEST_NO_VM").is_some() {
@@ -232,8 +234,18 @@ fn libvirt_starts_the_domain_and_its_guest_has_a_vsock() {
     let state: serde_json::Value = serde_json::from_str(&pod.admin("/state")).unwrap();
     assert!(state.to_string().contains("running"), "{state}");
 
-    libvirt.stop();
+    // A hook sidecar gets SIGTERM when `compute` does, and the guest is still shutting down. KubeVirt calls later.
+    control.ok("hold last 5000");
+    pod.terminate();
+    until("the sidecar drains", || {
+        pod.log().contains("draining").then_some(())
+    });
+    let _: InfoResult = launcher.call(&pod.hook(), INFO, Empty {}).unwrap();
     let _: Empty = launcher.call(&pod.hook(), SHUTDOWN, Empty {}).unwrap();
+    pod.assert_running();
+    control.ok("drop last");
+    libvirt.stop();
     assert_eq!(pod.end().code(), Some(0), "{}", pod.log());
+    assert!(pod.log().contains("drained in"), "{}", pod.log());
     drop(service);
 }

@@ -90,11 +90,11 @@ impl<'a> Options<'a> {
             return Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned));
         }
         let parts = parts(self.text);
-        let values = parts.iter().filter_map(|part| {
+        let mut values = parts.iter().filter_map(|part| {
             let (found, value) = part.split_once('=')?;
             (found == key).then(|| value.to_owned())
         });
-        values.last()
+        values.next_back()
     }
 
     /// What stands first without a key, whose name in JSON is `key`.

@@ -12,7 +12,7 @@
 //! 1. Bytes that no edit names come out as they came in: comments, CDATA, quoting, white space, elements nobody knew of.
 //! 2. A document that has all that is needed has no edits: applying twice is applying once.
 //! 3. What cannot be read for certain is refused. A document type declaration is, and with it every entity but XML's own five;
-//!    size, depth and the length of a tag are bounded ([`MAX_LENGTH`], [`MAX_DEPTH`], [`MAX_TAG`]).
+//!    size, depth and the length of a tag are bounded ([`MAX_LENGTH`], [`MAX_DEPTH`], [`MAX_TAG`], [`MAX_ATTRIBUTES`]).
 //! 4. What would not work, or would change what somebody asked for on purpose, is refused ([`Conflict`]) rather than overruled.
 
 mod arguments;
@@ -32,8 +32,10 @@ use splice::Edits;
 pub const MAX_LENGTH: usize = 4 * 1024 * 1024;
 /// Elements within elements, as libxml2 has it (XML_PARSE_HUGE not given), which reads the document after us.
 pub const MAX_DEPTH: usize = 256;
-/// Bytes of one tag. To see that no attribute stands twice takes the square of their number.
+/// Bytes of one tag. Arguments of QEMU can be long.
 pub const MAX_TAG: usize = 64 * 1024;
+/// Attributes of one tag: to see that none stands twice takes the square of their number.
+pub const MAX_ATTRIBUTES: usize = 128;
 /// The namespace of `<qemu:commandline>` (libvirt: docs/drvqemu.rst).
 const QEMU_NAMESPACE: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
 

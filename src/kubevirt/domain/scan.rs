@@ -7,7 +7,7 @@ use quick_xml::events::{BytesDecl, BytesStart, Event};
 use quick_xml::name::{Namespace, PrefixDeclaration, ResolveResult};
 use quick_xml::reader::NsReader;
 
-use super::{Conflict, DomainError, MAX_DEPTH, MAX_TAG, QEMU_NAMESPACE};
+use super::{Conflict, DomainError, MAX_ATTRIBUTES, MAX_DEPTH, MAX_TAG, QEMU_NAMESPACE};
 
 /// What an edit needs to know of a domain.
 #[derive(Default, Debug)]
@@ -273,7 +273,11 @@ impl<'a> Scanner<'a> {
         };
         let mut found = None;
         let mut model = None;
-        for attribute in tag.attributes() {
+        for (index, attribute) in tag.attributes().enumerate() {
+            if index >= MAX_ATTRIBUTES {
+                let why = format!("a tag of more than {MAX_ATTRIBUTES} attributes");
+                return Err(self.malformed(start, why));
+            }
             let attribute = attribute.map_err(|error| self.malformed(start, error))?;
             let value = attribute
                 .normalized_value(XmlVersion::Implicit1_0)
@@ -309,8 +313,7 @@ impl<'a> Scanner<'a> {
         attribute: Option<Attribute>,
         model: Option<String>,
     ) -> Result<(), DomainError> {
-        let line = self.line(element.start.start);
-        let twice = |element| DomainError::Conflict(Conflict::Twice { element, line });
+        let start = element.start.start;
         let layout = &mut self.layout;
         match role {
             Role::Root => {
@@ -321,11 +324,13 @@ impl<'a> Scanner<'a> {
                     return Err(DomainError::NotADomain { found });
                 }
             }
-            Role::MemoryBacking if layout.memory_backing.is_some() => return Err(twice("memoryBacking")),
+            Role::MemoryBacking if layout.memory_backing.is_some() => {
+                return Err(self.twice("memoryBacking", start));
+            }
             Role::MemoryBacking => layout.memory_backing = Some(element),
-            Role::Source if layout.source.is_some() => return Err(twice("source")),
+            Role::Source if layout.source.is_some() => return Err(self.twice("source", start)),
             Role::Source => layout.source = Some(Choice { element, attribute }),
-            Role::Access if layout.access.is_some() => return Err(twice("access")),
+            Role::Access if layout.access.is_some() => return Err(self.twice("access", start)),
             Role::Access => layout.access = Some(Choice { element, attribute }),
             Role::Memory if model.as_deref() == Some("nvdimm") => layout.nvdimms.push(attribute),
             Role::Cell | Role::Memory => layout.memory_access.extend(attribute),
@@ -338,6 +343,11 @@ impl<'a> Scanner<'a> {
             Role::Cpu | Role::Numa | Role::Devices | Role::Os | Role::Other => {}
         }
         Ok(())
+    }
+
+    fn twice(&self, element: &'static str, at: usize) -> DomainError {
+        let line = self.line(at);
+        DomainError::Conflict(Conflict::Twice { element, line })
     }
 
     /// An end tag begins at `at`. The reader has held its name against the start tag's.
@@ -384,7 +394,7 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// The number of the line, from 1.
+    /// The number of the line, from 1. Counts from the start of the document: for errors only.
     fn line(&self, at: usize) -> usize {
         let before = self.xml.as_bytes().get(..at).unwrap_or(self.xml.as_bytes());
         before

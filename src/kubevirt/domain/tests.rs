@@ -396,6 +396,12 @@ fn depth_length_and_tags_have_a_bound() {
     edited(&nest(MAX_DEPTH - 1));
     assert!(malformed(&nest(MAX_DEPTH)).1.contains("within one another"));
     assert!(malformed(&nest(500_000)).1.contains("within one another"));
+    let attributes: String = (0..MAX_ATTRIBUTES + 1).map(|n| format!(" a{n}=''")).collect();
+    assert!(
+        malformed(&format!("<domain{attributes}/>"))
+            .1
+            .contains("attributes")
+    );
     let attributes: String = (0..20_000).map(|n| format!(" a{n}=''")).collect();
     assert!(
         malformed(&format!("<domain{attributes}/>"))
@@ -409,6 +415,23 @@ fn depth_length_and_tags_have_a_bound() {
     );
     let bindings: String = (0..1000).map(|n| format!(" xmlns:p{n}='u'")).collect();
     malformed(&format!("<domain{bindings}/>"));
+}
+
+/// As many elements as fit, and attributes: what takes the square of their number would not end today.
+#[test]
+fn a_long_domain_takes_no_more_than_its_length() {
+    edited(&format!("<domain>{}</domain>", "<a/>".repeat(1_000_000)));
+    let attributes: String = (0..MAX_ATTRIBUTES - 1).map(|n| format!(" a{n}=''")).collect();
+    let tags = format!("<a{attributes}/>\n").repeat(4_000_000 / attributes.len());
+    edited(&format!(
+        "<domain>{}</domain>",
+        &tags[..tags.rfind('\n').unwrap()]
+    ));
+    let argument = format!("<qemu:arg value='{}'/>", ",".repeat(60_000));
+    let arguments = argument.repeat(60);
+    edited(&format!(
+        "<domain xmlns:qemu='{QEMU_NAMESPACE}'><qemu:commandline>{arguments}</qemu:commandline></domain>"
+    ));
 }
 
 /// Documents out of the words that matter here, most of them well-formed.
