@@ -8,7 +8,7 @@ pub(super) struct CommandLine<'a> {
 }
 
 impl<'a> CommandLine<'a> {
-    pub(super) fn of(arguments: &'a [String]) -> CommandLine<'a> {
+    pub(super) fn of(arguments: &'a [String]) -> Result<CommandLine<'a>, Conflict> {
         let mut pairs = Vec::new();
         let mut rest = arguments.iter();
         while let Some(name) = rest.next() {
@@ -17,13 +17,16 @@ impl<'a> CommandLine<'a> {
                 continue;
             };
             let option = option.strip_prefix('-').unwrap_or(option);
-            if matches!(option, "chardev" | "device" | "object")
-                && let Some(value) = rest.next()
-            {
-                pairs.push((option, Options::of(value)));
+            if !matches!(option, "chardev" | "device" | "object") {
+                continue;
             }
+            // What is appended would be its value.
+            let value = rest
+                .next()
+                .ok_or_else(|| Conflict::NoValue { option: name.clone() })?;
+            pairs.push((option, Options::of(value)));
         }
-        CommandLine { pairs }
+        Ok(CommandLine { pairs })
     }
 
     /// Whether `device` is there; a conflict if something is there that is nearly it.

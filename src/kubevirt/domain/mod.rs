@@ -114,6 +114,12 @@ pub enum Conflict {
         /// What is not.
         missing: String,
     },
+    /// An option of QEMU is the last argument, and takes a value.
+    #[error("the last of QEMU's arguments, {option}, lacks its value: complete or remove it")]
+    NoValue {
+        /// The option.
+        option: String,
+    },
     /// Memory of a kind that cannot be shared.
     #[error("guest memory must be shared with the sidecar, and {what}: {remedy}")]
     Memory {
@@ -348,7 +354,7 @@ fn add_device(
             arch: arch.to_owned(),
         });
     }
-    if CommandLine::of(&layout.arguments).has(device)? {
+    if CommandLine::of(&layout.arguments)?.has(device)? {
         return Ok(());
     }
     let lines = |prefix: &str| -> Vec<String> {
