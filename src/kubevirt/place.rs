@@ -161,8 +161,12 @@ pub fn make_user_directory(hook: &Path) -> Result<(), PlaceError> {
     }
     let directory = directory.join(USER_DIRECTORY);
     let made = match DirBuilder::new().mode(0o770).create(&directory) {
-        // What the umask took away; `compute` may run as another user of the same group.
-        Ok(()) => fs::set_permissions(&directory, Permissions::from_mode(0o770)),
+        // What the umask took away, since `compute` may run as another user of the same group. The set-group-ID bit of a volume
+        // with an fsGroup has come by itself and stays.
+        Ok(()) => fs::metadata(&directory).and_then(|made| {
+            let mode = made.permissions().mode() | 0o770;
+            fs::set_permissions(&directory, Permissions::from_mode(mode))
+        }),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(error) => Err(error),
     };
@@ -261,13 +265,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let hooks = dir.path().join(LEGACY);
         fs::create_dir(&hooks).unwrap();
+        fs::set_permissions(&hooks, Permissions::from_mode(0o2770)).unwrap();
         for _ in 0..2 {
             make_user_directory(&hooks.join("h.sock")).unwrap();
             let mode = fs::metadata(hooks.join(USER_DIRECTORY))
                 .unwrap()
                 .permissions()
                 .mode();
-            assert_eq!(mode & 0o7777, 0o770);
+            assert_eq!(mode & 0o7777, 0o2770);
         }
         make_user_directory(&dir.path().join("h.sock")).unwrap();
         assert!(!dir.path().join(USER_DIRECTORY).exists());

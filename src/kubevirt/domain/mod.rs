@@ -6,8 +6,8 @@
 //!
 //! # Theory of operation
 //!
-//! [`scan`] reads the document once, event by event, and notes *where* what we care about stands. [`plan`](self) compares that with
-//! what is needed and lists edits, each a range of bytes and what replaces it. [`splice`] carries them out. So:
+//! `scan` reads the document once, event by event, and notes *where* what we care about stands. [`edit`] compares that with what is
+//! needed and lists edits, each a range of bytes and what replaces it. `splice` carries them out. So:
 //!
 //! 1. Bytes that no edit names come out as they came in: comments, CDATA, quoting, white space, elements nobody knew of.
 //! 2. A document that has all that is needed has no edits: applying twice is applying once.
