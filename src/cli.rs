@@ -1,10 +1,14 @@
 //! The command line.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vsock_sidecar::kubevirt;
 use vsock_sidecar::state::Address;
+
+/// The name by which KubeVirt's sidecar-shim calls its hook.
+const ON_DEFINE_DOMAIN: &str = "onDefineDomain";
 
 /// Connects a virtual machine to TCP services through virtio-vsock.
 ///
@@ -31,6 +35,12 @@ pub enum Command {
         /// Configuration in YAML; `-` reads standard input
         #[arg(short, long, value_name = "FILE")]
         config: PathBuf,
+        /// Serve KubeVirt's hooks on this unix socket, once the guest's socket listens
+        #[arg(long, value_name = "SOCKET")]
+        kubevirt_hook: Option<PathBuf>,
+        /// The guest's socket as QEMU sees it, if that is not what KubeVirt's volumes make of it
+        #[arg(long, value_name = "PATH", requires = "kubevirt_hook")]
+        kubevirt_socket: Option<PathBuf>,
     },
     /// Check a configuration and print it with every default filled in
     Check {
@@ -40,10 +50,36 @@ pub enum Command {
     },
     /// Print the JSON Schema of the configuration (draft 2020-12), for editors and CI
     Schema,
+    /// Give virtual machines of KubeVirt a vsock (docs/kubevirt.md)
+    #[command(subcommand, name = "kubevirt")]
+    KubeVirt(KubeVirt),
     /// Show what a running sidecar has negotiated, found odd and moved, as tables
     State(State),
     /// Show everything in one process: a service, the sidecar and an embedded guest; no VM, no root
     Demo(Demo),
+}
+
+/// What is done for KubeVirt.
+#[derive(Subcommand, Debug)]
+pub enum KubeVirt {
+    /// Print a domain of libvirt with the vsock device and shared memory; the same if it has both
+    ///
+    /// Also the program by the name of `onDefineDomain`, as KubeVirt's sidecar-shim calls it.
+    OnDefineDomain(OnDefineDomain),
+}
+
+/// Options of the edit of a domain.
+#[derive(Args, Clone, Debug)]
+pub struct OnDefineDomain {
+    /// The VirtualMachineInstance, JSON
+    #[arg(long, value_name = "JSON", default_value = "")]
+    pub vmi: String,
+    /// The domain, XML; `-` reads standard input
+    #[arg(long, value_name = "XML", allow_hyphen_values = true)]
+    pub domain: String,
+    /// The sidecar's socket as QEMU sees it
+    #[arg(long, value_name = "PATH", env = "VSOCK_SIDECAR_KUBEVIRT_SOCKET", default_value = kubevirt::DEFAULT_SOCKET)]
+    pub socket: PathBuf,
 }
 
 /// Options of the demo.
@@ -93,6 +129,12 @@ impl Cli {
     /// Reads the arguments of the process. `Err` is what to print and whether it is the user's mistake; `--help` and
     /// `--version` are none.
     pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Error> {
-        Cli::try_parse_from(args)
+        let mut args = args.into_iter().peekable();
+        let called = args.peek().map(Path::new).and_then(Path::file_name);
+        if called != Some(OsStr::new(ON_DEFINE_DOMAIN)) {
+            return Cli::try_parse_from(args);
+        }
+        let subcommand = ["vsock-sidecar", "kubevirt", "on-define-domain"].map(OsString::from);
+        Cli::try_parse_from(subcommand.into_iter().chain(args.skip(1)))
     }
 }

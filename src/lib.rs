@@ -28,6 +28,7 @@
 //! - [`sys`] holds the few system calls that need `unsafe`.
 //! - [`confine`] gives up, once and for good, what the process does not need.
 //! - [`capture`] writes packets down as a file that Wireshark reads, while it is being read.
+//! - [`kubevirt`] gives a domain that KubeVirt describes our device.
 //! - [`state`] is a client: it reads a running sidecar's `/state` and prints it for people.
 //! - [`embedded_guest`] is the other side, a VMM and a driver without a VM, for tests, benches and the demo.
 //!
@@ -53,6 +54,7 @@ pub mod drain;
 pub mod embedded_guest;
 pub mod guest;
 pub mod host;
+pub mod kubevirt;
 pub mod logging;
 pub mod metrics;
 pub mod quota;

@@ -1,7 +1,7 @@
 //! The log: structured events on stderr, as text for people or as one JSON object a line.
 //!
-//! What is an incident for a library is often an ordinary day here. The crates that parse the VMM's messages
-//! and the guest's rings write an error for each malformed one, which a guest could do a million times a
+//! What is an incident for a library is often an ordinary day here. The crates that parse the VMM's messages,
+//! the guest's rings and HTTP/2 write an error for each malformed one, which a guest could do a million times a
 //! second. Whatever matters of it comes back to us as an error value, and is counted and logged once with its
 //! context; so their own lines are off unless asked for by name ([`QUIET_CRATES`]).
 //!
@@ -29,7 +29,7 @@ use crate::metrics::LogMessages;
 pub const VARIABLE: &str = "VSOCK_SIDECAR_LOG";
 
 /// Crates that are silent unless the filter names them (`info,vhost_user_backend=debug`).
-pub const QUIET_CRATES: [&str; 4] = ["vhost", "vhost_user_backend", "virtio_queue", "vm_memory"];
+pub const QUIET_CRATES: [&str; 5] = ["h2", "vhost", "vhost_user_backend", "virtio_queue", "vm_memory"];
 
 /// Why the log could not be set up.
 #[derive(Debug, thiserror::Error)]

@@ -5,13 +5,15 @@
 
 mod cli;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 use vsock_sidecar::config::{self, Config, ConfigError, Warning};
+use vsock_sidecar::kubevirt::domain::Device;
+use vsock_sidecar::kubevirt::{self, Hook};
 use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
 use vsock_sidecar::state::Look;
@@ -23,9 +25,14 @@ fn main() -> ExitCode {
     let outcome = Cli::from_args(std::env::args_os())
         .map_err(Failure::Usage)
         .and_then(|cli| match cli.command {
-            Command::Run { config } => run(&config),
+            Command::Run {
+                config,
+                kubevirt_hook,
+                kubevirt_socket,
+            } => run(&config, kubevirt_hook.as_deref(), kubevirt_socket.as_deref()),
             Command::Check { file } => check(&file),
             Command::Schema => schema(),
+            Command::KubeVirt(cli::KubeVirt::OnDefineDomain(options)) => on_define_domain(&options),
             Command::State(options) => show_state(options),
             Command::Demo(cli::Demo { keep, vm }) => {
                 demo::run(demo::Options { keep, vm }).map_err(|error| Failure::Other(error.to_string()))
@@ -37,10 +44,22 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(file: &Path) -> Result<(), Failure> {
+fn run(file: &Path, hook: Option<&Path>, qemu_socket: Option<&Path>) -> Result<(), Failure> {
+    // Before the configuration, which may only name directories that exist.
+    hook.map_or(Ok(()), kubevirt::make_user_directory)
+        .map_err(Failure::surroundings)?;
     let (config, warnings) = config::load(file).map_err(Failure::Config)?;
+    let container = std::env::var_os("CONTAINER_NAME");
+    let hook = hook
+        .map(|socket| Hook::new(socket, &config.guests, qemu_socket, container.as_deref()))
+        .transpose()
+        .map_err(Failure::surroundings)?;
+    let mut here = confine::Surroundings::look(file);
+    if let Some(hook) = &hook {
+        here = here.with_listener(&hook.socket);
+    }
     // Before anything that starts a thread, the log included.
-    let confined = confine::enter(&config, file);
+    let confined = confine::enter_with(&config, &here);
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
     let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
         .map_err(|error| match error {
@@ -52,7 +71,7 @@ fn run(file: &Path) -> Result<(), Failure> {
         tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
     }
     registry.set_config(&identity(&config)?);
-    app::run(&config, registry, confined).map_err(|error| match error.is_configuration() {
+    app::run(&config, registry, confined, hook).map_err(|error| match error.is_configuration() {
         true => Failure::Surroundings(describe(&error)),
         false => Failure::other(error),
     })
@@ -79,6 +98,30 @@ fn check(file: &Path) -> Result<(), Failure> {
 fn schema() -> Result<(), Failure> {
     let schema = serde_json::to_string_pretty(&config::json_schema()).map_err(Failure::other)?;
     print(&(schema + "\n"))
+}
+
+/// Unreadable or refused input is the caller's mistake, as a bad configuration is.
+fn on_define_domain(options: &cli::OnDefineDomain) -> Result<(), Failure> {
+    let device = Device::at(&options.socket).map_err(Failure::surroundings)?;
+    let mut domain = options.domain.as_bytes().to_vec();
+    if options.domain == "-" {
+        // One byte more than is taken, so that too much is seen as such.
+        let most = u64::try_from(kubevirt::domain::MAX_LENGTH)
+            .unwrap_or(u64::MAX)
+            .saturating_add(1);
+        domain.clear();
+        io::stdin()
+            .take(most)
+            .read_to_end(&mut domain)
+            .map_err(Failure::other)?;
+    }
+    let defined =
+        kubevirt::define(&domain, options.vmi.as_bytes(), &device).map_err(Failure::surroundings)?;
+    for warning in &defined.warnings {
+        // stdout has the domain, and a closed stderr is no reason not to have one.
+        let _ = writeln!(io::stderr(), "vsock-sidecar: warning: {warning}");
+    }
+    print(&defined.domain)
 }
 
 fn show_state(options: cli::State) -> Result<(), Failure> {
@@ -149,6 +192,10 @@ fn describe(error: &dyn std::error::Error) -> String {
 }
 
 impl Failure {
+    fn surroundings(error: impl std::error::Error) -> Failure {
+        Failure::Surroundings(describe(&error))
+    }
+
     fn other(error: impl std::error::Error) -> Failure {
         Failure::Other(describe(&error))
     }

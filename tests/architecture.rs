@@ -25,6 +25,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("vhost_user", &["device", "guest", "sys"]),
     ("admin", &["config", "drain", "metrics", "sys"]),
+    ("kubevirt", &["config", "sys"]),
     ("embedded_guest", &["sys", "vsock::header"]),
     (
         "app",
@@ -37,6 +38,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "drain",
             "guest",
             "host",
+            "kubevirt",
             "logging",
             "metrics",
             "quota",

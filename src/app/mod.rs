@@ -35,6 +35,7 @@ use crate::drain::{self, Drain, Report};
 use crate::guest::RingFault;
 use crate::host::dial::Dialer;
 use crate::host::listen::{InboundSpec, Incoming, ListenError, Listener, Rejected, Rejection};
+use crate::kubevirt;
 use crate::metrics::{self, GuestMetrics, LabelSets, Registry, RuleNames, TotalsSample};
 use crate::quota::{Descriptors, Pool, Quota};
 use crate::sys::{sigbus, unwind};
@@ -69,6 +70,9 @@ pub enum Error {
     /// An admin address cannot be had.
     #[error(transparent)]
     Admin(#[from] AdminError),
+    /// KubeVirt's hook cannot be served.
+    #[error(transparent)]
+    KubeVirt(#[from] kubevirt::HookError),
     /// A thread, a runtime or a signal handler could not be set up.
     #[error("cannot start {what}: {source}")]
     Start {
@@ -82,7 +86,10 @@ pub enum Error {
 impl Error {
     /// Whether the configuration or its surroundings are to blame, and not this process's resources.
     pub fn is_configuration(&self) -> bool {
-        !matches!(self, Error::Start { .. })
+        !matches!(
+            self,
+            Error::Start { .. } | Error::KubeVirt(kubevirt::HookError::Thread(_))
+        )
     }
 }
 
@@ -92,8 +99,14 @@ fn starting(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
 
 /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain.
 ///
-/// `confined` is what [`crate::confine::enter`] made of this process, before it had threads.
-pub fn run(config: &Config, registry: Arc<Registry>, mut confined: Confined) -> Result<(), Error> {
+/// `confined` is what [`crate::confine::enter`] made of this process, before it had threads. `hook` is served once everything else
+/// runs, and its Shutdown is as good as a SIGTERM.
+pub fn run(
+    config: &Config,
+    registry: Arc<Registry>,
+    mut confined: Confined,
+    hook: Option<kubevirt::Hook>,
+) -> Result<(), Error> {
     raise_descriptor_limit();
     if let Err(error) = sigbus::install() {
         warn!(%error, "cannot handle SIGBUS: a VMM that truncates guest memory would end this process");
@@ -120,6 +133,21 @@ pub fn run(config: &Config, registry: Arc<Registry>, mut confined: Confined) -> 
     let sidecar = Sidecar::start_on(control, config, registry, confined.confinement.clone())?;
     // Not earlier: a start that fails says one thing.
     confined.confinement.announce();
+    let shut_down = first.clone();
+    let hook = match hook
+        .map(|hook| {
+            hook.serve(move || {
+                let _ = shut_down.send(());
+            })
+        })
+        .transpose()
+    {
+        Ok(hook) => hook,
+        Err(error) => {
+            sidecar.stop();
+            return Err(error.into());
+        }
+    };
     let shortcut = sidecar.drain.shortcut();
     sidecar.control.handle.spawn(async move {
         let mut seen = 0;
@@ -142,6 +170,8 @@ pub fn run(config: &Config, registry: Arc<Registry>, mut confined: Confined) -> 
     // An error means that the signal task is gone; then there is nothing to wait for either.
     let _ = signalled.recv();
     sidecar.stop();
+    // Last: KubeVirt tells of the end of the virtual machine, for which the drain may have waited.
+    drop(hook);
     Ok(())
 }
 

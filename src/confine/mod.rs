@@ -188,6 +188,11 @@ impl Confined {
 ///
 /// To be called once in a process and **before it has a second thread**: landlock would not hold for that one.
 pub fn enter(config: &Config, file: &Path) -> Confined {
+    enter_with(config, &Surroundings::look(file))
+}
+
+/// As [`enter`], in surroundings that hold more than the file.
+pub fn enter_with(config: &Config, here: &Surroundings) -> Confined {
     let wanted = config.confinement;
     let mut confined = Confined {
         confinement: Confinement::NONE,
@@ -203,7 +208,7 @@ pub fn enter(config: &Config, file: &Path) -> Confined {
     confined.confinement.landlock = match wanted.landlock {
         LandlockMode::Off => State::Off,
         LandlockMode::Enforce | LandlockMode::Files => {
-            let policy = Policy::new(config, &Surroundings::look(file));
+            let policy = Policy::new(config, here);
             let mode = match wanted.landlock {
                 LandlockMode::Files => "files",
                 _ => "enforce",

@@ -101,6 +101,8 @@ pub struct Surroundings {
     config: Option<PathBuf>,
     /// Where sessions make their private sockets if the directory of the VMM's socket will not do.
     temporary: Vec<PathBuf>,
+    /// A socket that is listened on and that the command line names.
+    listener: Option<PathBuf>,
 }
 
 impl Surroundings {
@@ -111,7 +113,14 @@ impl Surroundings {
             libraries: libraries(&fs::read_to_string("/proc/self/maps").unwrap_or_default()),
             config: (config != Path::new("-")).then(|| config.to_owned()),
             temporary: vec![std::env::temp_dir(), "/dev/shm".into()],
+            listener: None,
         }
+    }
+
+    /// The same with a unix socket to listen on that no configuration has.
+    pub fn with_listener(self, listener: &Path) -> Surroundings {
+        let listener = Some(listener.to_owned());
+        Surroundings { listener, ..self }
     }
 }
 
@@ -154,6 +163,9 @@ impl Policy {
         here.libraries
             .iter()
             .for_each(|place| self.add(place, Rights::READ));
+        if let Some(listener) = &here.listener {
+            self.add(directory_of(listener), Rights::LISTEN);
+        }
         let Some(config) = &here.config else {
             return;
         };
@@ -364,6 +376,16 @@ mod tests {
         assert_eq!(rights(&policy, Path::new("/run/in")), Rights::LISTEN);
         // A target is connected to and not opened.
         assert_eq!(rights(&policy, Path::new("/run/target")), Rights::default());
+    }
+
+    #[test]
+    fn a_socket_of_the_command_line_can_be_bound_and_a_reload_needs_nothing_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = guest(dir.path(), "");
+        let here = Surroundings::default().with_listener(Path::new("/run/hooks/h.sock"));
+        let with = policy_in(&text, &here);
+        assert_eq!(rights(&with, Path::new("/run/hooks")), Rights::LISTEN);
+        assert_eq!(with.lacks(&policy(&text)), []);
     }
 
     #[test]
