@@ -61,3 +61,4 @@ pub mod sys;
 pub mod terminal;
 pub mod vhost_user;
 pub mod vsock;
+pub mod webhook;
