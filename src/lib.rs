@@ -28,7 +28,8 @@
 //! - [`sys`] holds the few system calls that need `unsafe`.
 //! - [`confine`] gives up, once and for good, what the process does not need.
 //! - [`capture`] writes packets down as a file that Wireshark reads, while it is being read.
-//! - [`state`] is a client: it reads a running sidecar's `/state` and prints it for people.
+//! - [`state`] is a client: it reads a running sidecar's `/state` and prints it for people; [`probe`] asks with it for the kubelet.
+//! - [`webhook`] is a program of its own: it puts the sidecar into pods, for the Kubernetes API server.
 //! - [`embedded_guest`] is the other side, a VMM and a driver without a VM, for tests, benches and the demo.
 //!
 //! `tests/architecture.rs` holds the source to these arrows.
@@ -55,6 +56,7 @@ pub mod guest;
 pub mod host;
 pub mod logging;
 pub mod metrics;
+pub mod probe;
 pub mod quota;
 pub mod state;
 pub mod sys;

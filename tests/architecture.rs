@@ -57,6 +57,8 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("state", &["terminal"]),
+    ("probe", &["state", "terminal"]),
+    ("webhook", &["config", "confine", "logging", "metrics", "terminal"]),
     ("terminal", &[]),
     ("cli", &[]),
 ];

@@ -45,7 +45,7 @@ use std::path::Path;
 use serde::Serialize;
 use tracing::{info, warn};
 
-use crate::config::{Config, LandlockMode, SeccompMode};
+use crate::config::{Config, Confinement as Wanted, LandlockMode, SeccompMode};
 use crate::sys::sigsys;
 use filter::Unlisted;
 
@@ -188,7 +188,13 @@ impl Confined {
 ///
 /// To be called once in a process and **before it has a second thread**: landlock would not hold for that one.
 pub fn enter(config: &Config, file: &Path) -> Confined {
-    let wanted = config.confinement;
+    enter_with(config.confinement, || {
+        Policy::new(config, &Surroundings::look(file))
+    })
+}
+
+/// The same for a program with another policy, which is asked for if landlock is wanted.
+pub fn enter_with(wanted: Wanted, policy: impl FnOnce() -> Policy) -> Confined {
     let mut confined = Confined {
         confinement: Confinement::NONE,
         policy: None,
@@ -203,7 +209,7 @@ pub fn enter(config: &Config, file: &Path) -> Confined {
     confined.confinement.landlock = match wanted.landlock {
         LandlockMode::Off => State::Off,
         LandlockMode::Enforce | LandlockMode::Files => {
-            let policy = Policy::new(config, &Surroundings::look(file));
+            let policy = policy();
             let mode = match wanted.landlock {
                 LandlockMode::Files => "files",
                 _ => "enforce",

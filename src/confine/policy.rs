@@ -144,6 +144,20 @@ impl Policy {
         policy
     }
 
+    /// What a server needs that connects to nobody: ports to listen on, and files to read, which may be replaced.
+    pub fn of_server(ports: impl IntoIterator<Item = u16>, files: &[&Path], here: &Surroundings) -> Policy {
+        let mut policy = Policy {
+            paths: BTreeMap::new(),
+            ports: Some(Ports {
+                connect: BTreeSet::new(),
+                bind: ports.into_iter().collect(),
+            }),
+        };
+        policy.surround(here);
+        files.iter().for_each(|file| policy.read_again(file));
+        policy
+    }
+
     fn surround(&mut self, here: &Surroundings) {
         // Metrics of the process, names of VMMs, and glibc's allocator (/proc/sys/vm/overcommit_memory). Not only /proc/self: its
         // inode is another one each time that the kernel's cache has forgotten it, and a rule belongs to an inode.
@@ -154,14 +168,17 @@ impl Policy {
         here.libraries
             .iter()
             .for_each(|place| self.add(place, Rights::READ));
-        let Some(config) = &here.config else {
-            return;
-        };
+        if let Some(config) = &here.config {
+            self.read_again(config);
+        }
+    }
+
+    fn read_again(&mut self, file: &Path) {
         // The directory rather than the file: a ConfigMap is changed by a symbolic link `..data` in it that is replaced, and
         // editors replace the file.
-        self.add(directory_of(config), Rights::BROWSE);
+        self.add(directory_of(file), Rights::BROWSE);
         // A symbolic link may lead out of it.
-        if let Ok(real) = config.canonicalize() {
+        if let Ok(real) = file.canonicalize() {
             self.add(directory_of(&real), Rights::BROWSE);
         }
     }
