@@ -1,46 +1,9 @@
 //! What becomes of recorded pods.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use serde_json::json;
+use vsock_sidecar::webhook::{Outcome, inject};
 
-use serde_json::{Value, json};
-use vsock_sidecar::webhook::{Outcome, Settings, inject};
-
-pub(crate) const IMAGE: &str = "registry.example/vsock-sidecar:0.1.0";
-
-fn here(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/webhook")
-        .join(name)
-}
-
-pub(crate) fn request(name: &str) -> Value {
-    let text = fs::read_to_string(here(&format!("requests/{name}.json"))).unwrap();
-    serde_json::from_str(&text).unwrap()
-}
-
-/// Applies a JSON patch by somebody else's hand.
-pub(crate) fn apply(pod: &Value, operations: &Value) -> Value {
-    let patch: json_patch::Patch = serde_json::from_value(operations.clone()).unwrap();
-    let mut pod = pod.clone();
-    json_patch::patch(&mut pod, &patch).unwrap();
-    pod
-}
-
-/// Compares a pod with what is written down.
-#[track_caller]
-pub(crate) fn expect(name: &str, pod: &Value) {
-    let file = here(&format!("golden/{name}.json"));
-    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
-        fs::write(&file, format!("{pod:#}\n")).unwrap();
-    }
-    let expected = fs::read_to_string(&file).unwrap_or_default();
-    assert_eq!(format!("{pod:#}\n"), expected, "{} differs", file.display());
-}
-
-fn settings() -> Settings {
-    Settings::new(IMAGE).unwrap()
-}
+use crate::support::{apply, expect, request, settings};
 
 #[test]
 fn recorded_pods_become_the_golden_ones_and_stay_so() {
@@ -64,4 +27,39 @@ fn a_pod_without_the_label_is_left_alone() {
         inject(pod, &settings()),
         Ok(Outcome::NotSelected { warning: None })
     );
+}
+
+/// What a namespace with `pod-security.kubernetes.io/enforce: restricted` asks of every container (Kubernetes' Pod Security
+/// Standards), and what KubeVirt asks of one that mounts its plugins' volume.
+#[test]
+fn the_container_keeps_to_the_restricted_standard() {
+    for name in ["qemu-pod", "kubevirt-pod"] {
+        let pod = &request(name)["request"]["object"];
+        let Outcome::Injected { patched, .. } = inject(pod, &settings()).unwrap() else {
+            panic!("{name} was not injected");
+        };
+        let container = &patched.document()["spec"]["initContainers"][0];
+        assert_eq!(container["name"], "vsock-sidecar");
+        let context = &container["securityContext"];
+        assert_eq!(context["runAsNonRoot"], true);
+        assert_eq!(context["allowPrivilegeEscalation"], false);
+        assert_eq!(context["readOnlyRootFilesystem"], true);
+        assert_eq!(context["capabilities"], json!({"drop": ["ALL"]}));
+        assert_eq!(context["seccompProfile"], json!({"type": "RuntimeDefault"}));
+        assert_eq!(container.get("privileged"), None);
+        for port in container["ports"].as_array().unwrap() {
+            assert_eq!(port.get("hostPort"), None);
+        }
+        for mount in container["volumeMounts"].as_array().unwrap() {
+            let plugin = mount["name"] == "kubevirt-plugin-sockets";
+            assert_eq!(mount.get("subPath").is_some(), plugin, "{mount}");
+        }
+        // KubeVirt's pod says who its user is; the other does not.
+        let user = context.get("runAsUser").cloned();
+        assert_eq!(user, (name == "qemu-pod").then(|| json!(65532)), "{name}");
+        assert_eq!(
+            patched.document()["spec"]["containers"][0]["name"],
+            pod["spec"]["containers"][0]["name"]
+        );
+    }
 }
