@@ -433,6 +433,27 @@ mod tests {
     }
 
     #[test]
+    fn a_server_listens_and_reads_and_connects_to_nobody() {
+        let (certificate, key) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let here = Surroundings {
+            config: Some(certificate.path().join("tls.crt")),
+            ..Surroundings::default()
+        };
+        let policy = Policy::of_server([8443, 9464], &[&key.path().join("tls.key")], &here);
+        let ports = policy.ports.as_ref().unwrap();
+        assert_eq!(ports.bind, BTreeSet::from([8443, 9464]));
+        assert_eq!(ports.connect, BTreeSet::new());
+        for directory in [certificate.path(), key.path()] {
+            assert_eq!(rights(&policy, directory), Rights::BROWSE);
+        }
+        let sockets = policy
+            .paths
+            .values()
+            .any(|rights| rights.sockets || rights.directories);
+        assert!(!sockets, "there is nothing to make");
+    }
+
+    #[test]
     fn a_later_configuration_is_held_against_what_was_given_up() {
         let dir = tempfile::tempdir().unwrap();
         let with = |mode: &str, rules: &str| {

@@ -213,44 +213,34 @@ impl<'a> View<'a> {
 }
 
 fn add_volumes(patched: &mut Patched, pod: &View<'_>) -> Result<(), Refusal> {
-    let is_config = |volume: &Value| volume.pointer("/configMap/name") == Some(&json!(pod.config_map));
-    let is_directory = |volume: &Value| volume.get("emptyDir").is_some_and(Value::is_object);
-    let own_sockets = (pod.sockets == Sockets::Own).then(|| container::directory_volume(SOCKET_VOLUME));
-    let wanted: [(&'static str, Option<Value>, &dyn Fn(&Value) -> bool, String); 3] = [
-        (
-            CONFIG_VOLUME,
-            Some(container::config_volume(pod.config_map)),
-            &is_config,
-            format!(
-                "the ConfigMap {} of annotation {CONFIG_ANNOTATION}",
-                pod.config_map
+    let mut wanted = vec![(CONFIG_VOLUME, container::config_volume(pod.config_map))];
+    if pod.sockets == Sockets::Own {
+        wanted.push((SOCKET_VOLUME, container::directory_volume(SOCKET_VOLUME)));
+    }
+    wanted.push((ADMIN_VOLUME, container::directory_volume(ADMIN_VOLUME)));
+    for (name, volume) in wanted {
+        let mut volumes = pod.volumes.iter().enumerate();
+        let Some((index, there)) = volumes.find(|(_, volume)| name_of(volume) == Some(name)) else {
+            patched.insert(&[Key("spec")], "volumes", None, volume)?;
+            continue;
+        };
+        let (fits, wanted) = match volume.pointer("/configMap/name") {
+            Some(config_map) => (
+                there.pointer("/configMap/name") == Some(config_map),
+                format!(
+                    "the ConfigMap {} of annotation {CONFIG_ANNOTATION}",
+                    pod.config_map
+                ),
             ),
-        ),
-        (
-            SOCKET_VOLUME,
-            own_sockets,
-            &is_directory,
-            "an emptyDir".to_owned(),
-        ),
-        (
-            ADMIN_VOLUME,
-            Some(container::directory_volume(ADMIN_VOLUME)),
-            &is_directory,
-            "an emptyDir".to_owned(),
-        ),
-    ];
-    for (name, volume, fits, what) in wanted {
-        let Some(volume) = volume else { continue };
-        match position(pod.volumes, name).and_then(|index| Some((index, pod.volumes.get(index)?))) {
-            None => patched.insert(&[Key("spec")], "volumes", None, volume)?,
-            Some((_, there)) if fits(there) => {}
-            Some((index, _)) => {
-                return Err(Refusal::VolumeTaken {
-                    field: format!("spec.volumes[{index}]"),
-                    name,
-                    wanted: what,
-                });
-            }
+            // Of any medium and size.
+            None => (
+                there.get("emptyDir").is_some_and(Value::is_object),
+                "an emptyDir".to_owned(),
+            ),
+        };
+        if !fits {
+            let field = format!("spec.volumes[{index}]");
+            return Err(Refusal::VolumeTaken { field, name, wanted });
         }
     }
     Ok(())

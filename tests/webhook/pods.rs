@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use vsock_sidecar::webhook::{Outcome, Refusal, inject};
 
-use crate::support::{apply, settings};
+use crate::support::{apply, request, settings};
 
 /// A pod that asks for the sidecar, with this instead of its fields.
 fn pod(spec: Value) -> Value {
@@ -387,4 +387,71 @@ fn a_launcher_that_does_not_mount_the_plugins_volume_is_refused() {
         message.contains("spec.containers[0]") && message.contains("/var/run/kubevirt-plugin"),
         "{message}"
     );
+}
+
+/// JSON pointers of every value of a document.
+fn pointers(value: &Value, at: &str, all: &mut Vec<String>) {
+    let inner: Vec<(String, &Value)> = match value {
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(key, value)| (key.replace('~', "~0").replace('/', "~1"), value))
+            .collect(),
+        Value::Array(items) => items
+            .iter()
+            .enumerate()
+            .map(|(index, value)| (index.to_string(), value))
+            .collect(),
+        _ => Vec::new(),
+    };
+    for (key, value) in inner {
+        let pointer = format!("{at}/{key}");
+        pointers(value, &pointer, all);
+        all.push(pointer);
+    }
+}
+
+/// Each value of two pods, before and after injection, becomes one of every kind. Whatever it is: a reason, or a pod that stays as
+/// it is when it is looked at again.
+#[test]
+fn no_value_of_a_pod_is_taken_on_trust() {
+    let mut tried = 0;
+    for name in ["qemu-pod", "kubevirt-pod"] {
+        let before = request(name)["request"]["object"].clone();
+        let after = injected(&before);
+        for pod in [before, after] {
+            let mut places = Vec::new();
+            pointers(&pod, "", &mut places);
+            for place in places {
+                for value in [
+                    json!(null),
+                    json!(true),
+                    json!(-1),
+                    json!("x"),
+                    json!([]),
+                    json!([null]),
+                    json!([{}]),
+                    json!({}),
+                    json!({"name": []}),
+                ] {
+                    let mut odd = pod.clone();
+                    *odd.pointer_mut(&place).unwrap() = value.clone();
+                    match inject(&odd, &settings()) {
+                        Ok(Outcome::Injected { patched, .. }) => {
+                            let again = apply(&odd, &json!(patched.operations()));
+                            assert_eq!(&again, patched.document(), "{place} = {value}");
+                            assert_eq!(
+                                inject(&again, &settings()),
+                                Ok(Outcome::Unchanged),
+                                "{place} = {value}"
+                            );
+                        }
+                        Ok(_) => {}
+                        Err(refusal) => assert!(refusal.to_string().len() < 600, "{refusal}"),
+                    }
+                    tried += 1;
+                }
+            }
+        }
+    }
+    assert!(tried > 5000, "{tried}");
 }
