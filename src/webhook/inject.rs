@@ -19,7 +19,7 @@ use super::container::{
 };
 use super::patch::Patched;
 use super::patch::Step::{Index, Key};
-use super::refusal::Refusal;
+use super::refusal::{Refusal, shown};
 use super::settings::Settings;
 
 /// What becomes of a pod that is let in.
@@ -52,6 +52,7 @@ pub fn inject(pod: &Value, settings: &Settings) -> Result<Outcome, Refusal> {
         Some(Value::String(value)) if value == "true" => {}
         other => {
             let warning = other.filter(|value| *value != "false").map(|value| {
+                let value = shown(&value.to_string());
                 format!("label {INJECT_LABEL} is {value}, and only \"true\" asks for the sidecar: the pod has none")
             });
             return Ok(Outcome::NotSelected { warning });
@@ -318,7 +319,7 @@ fn add_vmm_mount(patched: &mut Patched, pod: &View<'_>) -> Result<(), Refusal> {
         }
         return Err(Refusal::MountTaken {
             field: format!("{field}[{index}]"),
-            path: at.to_owned(),
+            path: SOCKET_DIRECTORY,
             volume: volume.to_owned(),
         });
     }

@@ -11,7 +11,7 @@
 //!                                                 manifest ─┘  `vsock-sidecar inject FILE`, without a cluster
 //! ```
 //!
-//! 1. [`inject`] is a function of pod and settings. Its invariants are at its head; [`container`] is the one place where the
+//! 1. [`inject()`] is a function of pod and settings. Its invariants are at its head; [`container`] is the one place where the
 //!    container's fields are decided.
 //! 2. Who asks for the sidecar gets it or is refused with a reason. So the MutatingWebhookConfiguration should have
 //!    `failurePolicy: Fail`, and select by the label, so that the webhook's absence hurts nobody else.

@@ -27,9 +27,10 @@ pub enum Refusal {
     },
     /// The VMM's container is not there.
     #[error(
-        "annotation {VMM_ANNOTATION}: spec.containers has no container `{}`, only {known}: name the one that runs the VMM, or \
+        "annotation {VMM_ANNOTATION}: spec.containers has no container `{}`, only {}: name the one that runs the VMM, or \
          leave the annotation out for `compute` or the first",
-        shown(name)
+        shown(name),
+        shown(known)
     )]
     NoSuchContainer {
         /// As given.
@@ -76,7 +77,7 @@ pub enum Refusal {
         /// Where in the pod.
         field: String,
         /// The mount's path.
-        path: String,
+        path: &'static str,
         /// Whose.
         volume: String,
     },
@@ -136,7 +137,7 @@ impl From<DoesNotFit> for Refusal {
 const MAX_QUOTE: usize = 80;
 
 /// A stranger's text in a message that ends in logs and terminals.
-fn shown(text: &str) -> String {
+pub(super) fn shown(text: &str) -> String {
     let mut short: String = text.chars().take(MAX_QUOTE).collect();
     if short.len() < text.len() {
         short.push('…');

@@ -52,6 +52,9 @@ pub enum BadReview {
     /// No JSON.
     #[error("the body is no JSON: {0}")]
     NotJson(String),
+    /// JSON that would fill the memory.
+    #[error("the body has more than {MAX_VALUES} values, which is more than any pod has")]
+    TooManyValues,
     /// JSON of another kind.
     #[error(
         "the body is no {KIND} of {API_VERSION} but has kind {kind} and apiVersion {version}: set admissionReviewVersions: [v1]"
@@ -72,11 +75,22 @@ pub enum BadReview {
     },
 }
 
+/// Most values in a review. As a value each takes some ten times the bytes that it may have in JSON, and no pod has as many.
+const MAX_VALUES: usize = 500_000;
+
 /// Judges a review.
 ///
 /// # Errors
 /// If the bytes are no review.
 pub fn review(body: &[u8], settings: &Settings) -> Result<Reviewed, BadReview> {
+    // An upper bound: what stands in strings counts too.
+    let values = body
+        .iter()
+        .filter(|byte| matches!(byte, b',' | b'[' | b'{'))
+        .count();
+    if values > MAX_VALUES {
+        return Err(BadReview::TooManyValues);
+    }
     let review: Value =
         serde_json::from_slice(body).map_err(|error| BadReview::NotJson(error.to_string()))?;
     let (kind, version) = (review.get("kind"), review.get("apiVersion"));
@@ -296,10 +310,12 @@ mod tests {
         let no_request = json!({"apiVersion": API_VERSION, "kind": KIND, "request": []});
         let no_operation = json!({"apiVersion": API_VERSION, "kind": KIND, "request": {"uid": "u"}});
         let deep = "[".repeat(100_000);
+        let wide = format!("[{}0]", "[],".repeat(400_000));
         for (body, word) in [
             (String::new(), "no JSON"),
             ("\u{0}\u{1b}[2J".to_owned(), "no JSON"),
             (deep, "no JSON"),
+            (wide, "500000 values"),
             ("[]".to_owned(), "kind none"),
             (beta.to_string(), "v1beta1"),
             (no_request.to_string(), "request"),

@@ -198,7 +198,7 @@ async fn serve(options: &Options, mut keeper: Keeper, desk: Arc<Desk>) -> Result
     stop.send_replace(true);
     tokio::select! {
         ended = timeout(LINGER, async { while servers.join_next().await.is_some() {} }) => if ended.is_err() {
-            warn!("requests were cut off that took longer than {} s", LINGER.as_secs());
+            warn!("connections were cut off that had not ended after {} s", LINGER.as_secs());
         },
         () = any(&mut terminate, &mut interrupt) => {}
     }

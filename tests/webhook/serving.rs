@@ -345,3 +345,23 @@ fn what_keeps_it_from_starting_is_one_line() {
         assert!(said.contains(word), "{word}: {said}");
     }
 }
+
+#[test]
+fn every_family_of_the_webhook_is_documented_and_every_documented_one_exists() {
+    let webhook = Webhook::start(&[]);
+    let page = webhook.scrape();
+    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/webhook.md")).unwrap();
+    let families: Vec<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .collect();
+    for family in &families {
+        let known = family.starts_with("process_") || text.contains(&format!("`{family}`"));
+        assert!(known, "{family} is not in docs/webhook.md");
+    }
+    let documented = text.split('`').filter(|word| word.starts_with("vsock_webhook_"));
+    for word in documented {
+        let family = word.split('{').next().unwrap();
+        assert!(families.contains(&family), "{family} is not exported");
+    }
+}
