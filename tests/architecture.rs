@@ -58,7 +58,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("state", &["terminal"]),
     ("probe", &["state", "terminal"]),
-    ("webhook", &["config", "confine", "logging", "metrics", "terminal"]),
+    (
+        "webhook",
+        &["config", "confine", "logging", "metrics", "terminal"],
+    ),
     ("terminal", &[]),
     ("cli", &[]),
 ];
