@@ -27,7 +27,7 @@ use crate::metrics::WebhookRegistry;
 /// Requests that are under way have so long to end at shutdown.
 const LINGER: Duration = Duration::from_secs(5);
 /// A certificate that ends within this time is a warning: whoever should have renewed it has not.
-const SOON: i64 = 7 * 24 * 3600;
+const SOON: i64 = 24 * 3600;
 /// The certificate is looked at no more often.
 const MIN_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -249,7 +249,7 @@ fn use_certificate(desk: &Desk, not_after: i64) {
             "the certificate has expired; no API server will take it"
         );
     } else if left < SOON {
-        warn!(not_after, "the certificate expires within a week");
+        warn!(not_after, "the certificate expires within a day");
     }
 }
 
