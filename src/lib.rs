@@ -29,7 +29,8 @@
 //! - [`confine`] gives up, once and for good, what the process does not need.
 //! - [`capture`] writes packets down as a file that Wireshark reads, while it is being read.
 //! - [`kubevirt`] gives a domain that KubeVirt describes our device.
-//! - [`state`] is a client: it reads a running sidecar's `/state` and prints it for people.
+//! - [`state`] is a client: it reads a running sidecar's `/state` and prints it for people; [`probe`] asks with it for the kubelet.
+//! - [`webhook`] is a program of its own: it puts the sidecar into pods, for the Kubernetes API server.
 //! - [`embedded_guest`] is the other side, a VMM and a driver without a VM, for tests, benches and the demo.
 //!
 //! `tests/architecture.rs` holds the source to these arrows.
@@ -57,9 +58,11 @@ pub mod host;
 pub mod kubevirt;
 pub mod logging;
 pub mod metrics;
+pub mod probe;
 pub mod quota;
 pub mod state;
 pub mod sys;
 pub mod terminal;
 pub mod vhost_user;
 pub mod vsock;
+pub mod webhook;

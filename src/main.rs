@@ -11,15 +11,16 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
-use vsock_sidecar::config::{self, Config, ConfigError, Warning};
+use vsock_sidecar::config::{self, Config, ConfigError, LogFormat, Warning};
 use vsock_sidecar::kubevirt::domain::Device;
 use vsock_sidecar::kubevirt::{self, Hook};
 use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
 use vsock_sidecar::state::Look;
-use vsock_sidecar::{app, confine, demo, state, terminal};
+use vsock_sidecar::webhook::{PullPolicy, Settings, SettingsError};
+use vsock_sidecar::{app, confine, demo, probe as probes, state, terminal, webhook};
 
-use cli::{Cli, Color, Command};
+use cli::{Cli, Color, Command, Format, ProbeKind, Pull};
 
 fn main() -> ExitCode {
     let outcome = Cli::from_args(std::env::args_os())
@@ -34,6 +35,9 @@ fn main() -> ExitCode {
             Command::Schema => schema(),
             Command::KubeVirt(cli::KubeVirt::OnDefineDomain(options)) => on_define_domain(&options),
             Command::State(options) => show_state(options),
+            Command::Probe(options) => probe(&options),
+            Command::Webhook(options) => run_webhook(options),
+            Command::Inject(options) => inject(&options),
             Command::Demo(cli::Demo { keep, vm }) => {
                 demo::run(demo::Options { keep, vm }).map_err(|error| Failure::Other(error.to_string()))
             }
@@ -59,7 +63,7 @@ fn run(file: &Path, hook: Option<&Path>, qemu_socket: Option<&Path>) -> Result<(
         here = here.with_listener(&hook.socket);
     }
     // Before anything that starts a thread, the log included.
-    let confined = confine::enter_with(&config, &here);
+    let confined = confine::enter_in(&config, &here);
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
     let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
         .map_err(|error| match error {
@@ -147,6 +151,74 @@ fn show_state(options: cli::State) -> Result<(), Failure> {
         Err(error) if error.is_usage() => Err(Failure::Surroundings(error.to_string())),
         Err(error) => Err(Failure::Other(error.to_string())),
     }
+}
+
+fn probe(options: &cli::Probe) -> Result<(), Failure> {
+    let kind = match options.what {
+        ProbeKind::Startup => probes::Kind::Startup,
+        ProbeKind::Ready => probes::Kind::Ready,
+        ProbeKind::Live => probes::Kind::Live,
+    };
+    probes::run(kind, &options.admin, options.timeout).map_err(|error| Failure::Other(error.to_string()))
+}
+
+fn run_webhook(options: cli::Webhook) -> Result<(), Failure> {
+    let settings = settings(&options.injection)?;
+    let log_format = match options.log_format {
+        Some(Format::Text) => LogFormat::Text,
+        Some(Format::Json) => LogFormat::Json,
+        None if io::stderr().is_terminal() => LogFormat::Text,
+        None => LogFormat::Json,
+    };
+    let options = webhook::Options {
+        listen: options.listen,
+        metrics: options.metrics.0,
+        certificate: webhook::Files {
+            certificate: options.certificate,
+            key: options.key,
+        },
+        certificate_interval: options.certificate_interval,
+        settings,
+        drain: options.drain,
+        log_format,
+        log_level: options.log_level,
+    };
+    webhook::run(options).map_err(|error| match error.is_usage() {
+        true => Failure::Surroundings(error.to_string()),
+        false => Failure::Other(error.to_string()),
+    })
+}
+
+fn inject(options: &cli::Inject) -> Result<(), Failure> {
+    let settings = settings(&options.injection)?;
+    let name = options.file.display();
+    let yaml = match options.file == Path::new("-") {
+        true => io::read_to_string(io::stdin()),
+        false => std::fs::read_to_string(&options.file),
+    };
+    let yaml = yaml.map_err(|error| Failure::Surroundings(format!("cannot read {name}: {error}")))?;
+    let manifests = webhook::inject_manifests(&yaml, &settings)
+        .map_err(|error| Failure::Surroundings(format!("{name}: {error}")))?;
+    for note in &manifests.notes {
+        eprintln!("{name}: {note}");
+    }
+    print(&manifests.yaml)
+}
+
+fn settings(options: &cli::Injection) -> Result<Settings, Failure> {
+    let usage = |error: SettingsError| Failure::Surroundings(error.to_string());
+    let mut settings = Settings::new(&options.image).map_err(usage)?;
+    if let Some(file) = &options.config {
+        settings = settings.with_file(file).map_err(usage)?;
+    }
+    if let Some(policy) = options.image_pull_policy {
+        settings.image_pull_policy = Some(match policy {
+            Pull::Always => PullPolicy::Always,
+            Pull::IfNotPresent => PullPolicy::IfNotPresent,
+            Pull::Never => PullPolicy::Never,
+        });
+    }
+    Ok(settings)
 }
 
 /// Columns of the terminal: what COLUMNS says, or the terminal itself; `None` where there is neither.

@@ -59,6 +59,11 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("state", &["terminal"]),
+    ("probe", &["state", "terminal"]),
+    (
+        "webhook",
+        &["config", "confine", "logging", "metrics", "terminal"],
+    ),
     ("terminal", &[]),
     ("cli", &[]),
 ];

@@ -45,7 +45,7 @@ use std::path::Path;
 use serde::Serialize;
 use tracing::{info, warn};
 
-use crate::config::{Config, LandlockMode, SeccompMode};
+use crate::config::{Config, Confinement as Wanted, LandlockMode, SeccompMode};
 use crate::sys::sigsys;
 use filter::Unlisted;
 
@@ -188,12 +188,16 @@ impl Confined {
 ///
 /// To be called once in a process and **before it has a second thread**: landlock would not hold for that one.
 pub fn enter(config: &Config, file: &Path) -> Confined {
-    enter_with(config, &Surroundings::look(file))
+    enter_in(config, &Surroundings::look(file))
 }
 
 /// As [`enter`], in surroundings that hold more than the file.
-pub fn enter_with(config: &Config, here: &Surroundings) -> Confined {
-    let wanted = config.confinement;
+pub fn enter_in(config: &Config, here: &Surroundings) -> Confined {
+    enter_with(config.confinement, || Policy::new(config, here))
+}
+
+/// The same for a program with another policy, which is asked for if landlock is wanted.
+pub fn enter_with(wanted: Wanted, policy: impl FnOnce() -> Policy) -> Confined {
     let mut confined = Confined {
         confinement: Confinement::NONE,
         policy: None,
@@ -208,7 +212,7 @@ pub fn enter_with(config: &Config, here: &Surroundings) -> Confined {
     confined.confinement.landlock = match wanted.landlock {
         LandlockMode::Off => State::Off,
         LandlockMode::Enforce | LandlockMode::Files => {
-            let policy = Policy::new(config, here);
+            let policy = policy();
             let mode = match wanted.landlock {
                 LandlockMode::Files => "files",
                 _ => "enforce",

@@ -153,6 +153,20 @@ impl Policy {
         policy
     }
 
+    /// What a server needs that connects to nobody: ports to listen on, and files to read, which may be replaced.
+    pub fn of_server(ports: impl IntoIterator<Item = u16>, files: &[&Path], here: &Surroundings) -> Policy {
+        let mut policy = Policy {
+            paths: BTreeMap::new(),
+            ports: Some(Ports {
+                connect: BTreeSet::new(),
+                bind: ports.into_iter().collect(),
+            }),
+        };
+        policy.surround(here);
+        files.iter().for_each(|file| policy.read_again(file));
+        policy
+    }
+
     fn surround(&mut self, here: &Surroundings) {
         // Metrics of the process, names of VMMs, and glibc's allocator (/proc/sys/vm/overcommit_memory). Not only /proc/self: its
         // inode is another one each time that the kernel's cache has forgotten it, and a rule belongs to an inode.
@@ -166,14 +180,17 @@ impl Policy {
         if let Some(listener) = &here.listener {
             self.add(directory_of(listener), Rights::LISTEN);
         }
-        let Some(config) = &here.config else {
-            return;
-        };
+        if let Some(config) = &here.config {
+            self.read_again(config);
+        }
+    }
+
+    fn read_again(&mut self, file: &Path) {
         // The directory rather than the file: a ConfigMap is changed by a symbolic link `..data` in it that is replaced, and
         // editors replace the file.
-        self.add(directory_of(config), Rights::BROWSE);
+        self.add(directory_of(file), Rights::BROWSE);
         // A symbolic link may lead out of it.
-        if let Ok(real) = config.canonicalize() {
+        if let Ok(real) = file.canonicalize() {
             self.add(directory_of(&real), Rights::BROWSE);
         }
     }
@@ -435,6 +452,27 @@ mod tests {
         assert_eq!(rights(&policy, dir.path()), Rights::BROWSE);
         let real = elsewhere.path().canonicalize().unwrap();
         assert_eq!(rights(&policy, &real), Rights::BROWSE);
+    }
+
+    #[test]
+    fn a_server_listens_and_reads_and_connects_to_nobody() {
+        let (certificate, key) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let here = Surroundings {
+            config: Some(certificate.path().join("tls.crt")),
+            ..Surroundings::default()
+        };
+        let policy = Policy::of_server([8443, 9464], &[&key.path().join("tls.key")], &here);
+        let ports = policy.ports.as_ref().unwrap();
+        assert_eq!(ports.bind, BTreeSet::from([8443, 9464]));
+        assert_eq!(ports.connect, BTreeSet::new());
+        for directory in [certificate.path(), key.path()] {
+            assert_eq!(rights(&policy, directory), Rights::BROWSE);
+        }
+        let sockets = policy
+            .paths
+            .values()
+            .any(|rights| rights.sockets || rights.directories);
+        assert!(!sockets, "there is nothing to make");
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 mod totals;
+mod webhook;
 
 pub use guest::{
     BusyPollMetrics, Direction, GuestMetrics, LabelSets, MAX_RULES, OP_LABELS, OVERFLOW_RULE, QUEUE_LABELS,
@@ -33,6 +34,7 @@ pub use iotlb::{ACCESS_LABELS, IotlbMetrics};
 pub use process::open_descriptors;
 pub use session::{MemoryMapChanges, RingSample, SESSION_ERROR_REASONS, SessionSample, SessionState};
 pub use totals::{TotalsSample, Used};
+pub use webhook::{CONNECTION_FAILURES, REVIEW_RESULTS, WebhookRegistry};
 
 /// All families of the process.
 pub struct Registry {

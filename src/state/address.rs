@@ -10,7 +10,7 @@ use crate::terminal::escaped;
 const HTTP_PORT: u16 = 80;
 
 /// The path of the document.
-const STATE: &str = "/state";
+pub(super) const STATE: &str = "/state";
 
 /// An address of an admin server.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -32,11 +32,11 @@ impl Address {
     /// Where a sidecar listens that was configured as the documentation's examples are.
     pub const DEFAULT: &'static str = "http://127.0.0.1:9464";
 
-    /// The path to ask for.
-    pub(super) fn path(&self) -> &str {
+    /// The path to ask for to reach one of the admin server's own.
+    pub(super) fn path_of(&self, route: &str) -> String {
         match self {
-            Address::Tcp { path, .. } => path,
-            Address::Unix(_) => STATE,
+            Address::Tcp { path, .. } => format!("{}{route}", path.strip_suffix(STATE).unwrap_or(path)),
+            Address::Unix(_) => route.to_owned(),
         }
     }
 
@@ -155,7 +155,7 @@ mod tests {
     #[track_caller]
     fn taken(text: &str) -> (String, String) {
         let address: Address = text.parse().unwrap();
-        (address.to_string(), address.path().to_owned())
+        (address.to_string(), address.path_of(STATE))
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! One GET of `/state`, bounded in time and size.
+//! One GET, bounded in time and size: of `/state`, or of a probe's path.
 
 use std::io;
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Empty, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -19,17 +19,27 @@ use crate::terminal::escaped;
 
 /// How long a client waits, and how much it takes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Bounds {
+pub struct Bounds {
     /// Time to connect, name resolution included.
-    pub(super) connect: Duration,
-    /// Time for the whole answer. The admin server answers within a second, 503 if it must.
-    pub(super) answer: Duration,
+    pub connect: Duration,
+    /// Time for the whole answer, from the beginning. The admin server answers within a second, 503 if it must.
+    pub answer: Duration,
     /// Bytes of a document. 256 guests with a thousand connections each come close.
-    pub(super) bytes: usize,
+    pub bytes: usize,
+}
+
+/// What an admin server said, whatever its status.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// The body. Text of a stranger; what is no UTF-8 is replaced.
+    pub text: String,
 }
 
 impl Bounds {
-    pub(super) const DEFAULT: Bounds = Bounds {
+    /// For people who wait at a terminal.
+    pub const DEFAULT: Bounds = Bounds {
         connect: Duration::from_secs(3),
         answer: Duration::from_secs(10),
         bytes: 64 << 20,
@@ -41,25 +51,57 @@ const MAX_QUOTE: usize = 200;
 
 /// The document's text. Blocks.
 pub(super) fn fetch(address: &Address, bounds: Bounds) -> Result<String, Error> {
+    let answer = ask(address, super::address::STATE, bounds)?;
+    match answer.status {
+        200..=299 => Ok(answer.text),
+        _ => Err(answer.refused(address, super::address::STATE)),
+    }
+}
+
+/// Asks for one of the admin server's paths. Blocks, and needs no other thread but for a name that has to be looked up.
+///
+/// # Errors
+/// If there is no answer, or none that is HTTP. A status is no error.
+pub fn ask(address: &Address, route: &'static str, bounds: Bounds) -> Result<Answer, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(Error::Runtime)?;
-    let text = runtime.block_on(async {
+    let answer = runtime.block_on(async {
+        let question = Question {
+            address,
+            route,
+            bounds,
+            begun: Instant::now(),
+        };
         match address {
             Address::Tcp { host, port, .. } => {
                 let stream = connect(address, bounds, TcpStream::connect((host.as_str(), *port))).await?;
-                get(address, bounds, stream).await
+                question.get(stream).await
             }
             Address::Unix(path) => {
                 let stream = connect(address, bounds, UnixStream::connect(path)).await?;
-                get(address, bounds, stream).await
+                question.get(stream).await
             }
         }
     });
     // A name server that does not answer keeps a thread of the runtime; nobody waits for it.
     runtime.shutdown_background();
-    text
+    answer
+}
+
+impl Answer {
+    /// As an error, for who expected success.
+    pub fn refused(&self, address: &Address, route: &'static str) -> Error {
+        let line = self.text.trim().lines().next().unwrap_or_default();
+        let line: String = line.chars().take(MAX_QUOTE).collect();
+        Error::Refused {
+            address: address.clone(),
+            route,
+            status: self.status,
+            said: escaped(&line),
+        }
+    }
 }
 
 async fn connect<S>(
@@ -79,87 +121,83 @@ async fn connect<S>(
     }
 }
 
-async fn get(
-    address: &Address,
+struct Question<'a> {
+    address: &'a Address,
+    route: &'static str,
     bounds: Bounds,
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-) -> Result<String, Error> {
-    match timeout(bounds.answer, exchange(address, bounds, stream)).await {
-        Ok(answer) => answer,
-        Err(_) => Err(Error::Silent {
-            address: address.clone(),
-            seconds: bounds.answer.as_secs_f64(),
-        }),
-    }
+    begun: Instant,
 }
 
-async fn exchange(
-    address: &Address,
-    bounds: Bounds,
-    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-) -> Result<String, Error> {
-    let not_http = |error: hyper::Error| Error::NotHttp {
-        address: address.clone(),
-        problem: escaped(&describe(&error)),
-    };
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-        .await
-        .map_err(not_http)?;
-    let request = Request::get(address.path())
-        .header(HOST, address.host())
-        .header(ACCEPT, "application/json")
-        .body(Empty::<Bytes>::new())
-        .map_err(|error| Error::NotHttp {
-            address: address.clone(),
-            problem: error.to_string(),
-        })?;
-    let answer = async {
-        let response = sender.send_request(request).await.map_err(not_http)?;
-        document(address, bounds, response).await
-    };
-    let mut answer = pin!(answer);
-    let mut connection = pin!(connection);
-    // The connection moves the bytes; what is wrong with it is also told to the request.
-    tokio::select! {
-        biased;
-        answered = &mut answer => answered,
-        _ = &mut connection => answer.await,
+impl Question<'_> {
+    async fn get(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ) -> Result<Answer, Error> {
+        let rest = self.bounds.answer.saturating_sub(self.begun.elapsed());
+        match timeout(rest, self.exchange(stream)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Error::Silent {
+                address: self.address.clone(),
+                route: self.route,
+                seconds: self.bounds.answer.as_secs_f64(),
+            }),
+        }
     }
-}
 
-async fn document(address: &Address, bounds: Bounds, response: Response<Incoming>) -> Result<String, Error> {
-    let status = response.status();
-    let body = Limited::new(response.into_body(), bounds.bytes)
-        .collect()
-        .await
-        .map_err(|error| match error.downcast::<LengthLimitError>() {
-            Ok(_) => Error::TooLong {
-                address: address.clone(),
-                bytes: bounds.bytes,
-            },
-            Err(error) => Error::NotHttp {
-                address: address.clone(),
-                problem: escaped(&describe(error.as_ref())),
-            },
-        })?
-        .to_bytes();
-    let text = String::from_utf8_lossy(&body);
-    if !status.is_success() {
-        let line: String = text
-            .trim()
-            .lines()
-            .next()
-            .unwrap_or_default()
-            .chars()
-            .take(MAX_QUOTE)
-            .collect();
-        return Err(Error::Refused {
-            address: address.clone(),
-            status: status.as_u16(),
-            said: escaped(&line),
-        });
+    async fn exchange(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ) -> Result<Answer, Error> {
+        let not_http = |error: hyper::Error| Error::NotHttp {
+            address: self.address.clone(),
+            problem: escaped(&describe(&error)),
+        };
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(not_http)?;
+        let request = Request::get(self.address.path_of(self.route))
+            .header(HOST, self.address.host())
+            .header(ACCEPT, "application/json")
+            .body(Empty::<Bytes>::new())
+            .map_err(|error| Error::NotHttp {
+                address: self.address.clone(),
+                problem: error.to_string(),
+            })?;
+        let answer = async {
+            let response = sender.send_request(request).await.map_err(not_http)?;
+            self.whole(response).await
+        };
+        let mut answer = pin!(answer);
+        let mut connection = pin!(connection);
+        // The connection moves the bytes; what is wrong with it is also told to the request.
+        tokio::select! {
+            biased;
+            answered = &mut answer => answered,
+            _ = &mut connection => answer.await,
+        }
     }
-    Ok(text.into_owned())
+
+    async fn whole(&self, response: Response<Incoming>) -> Result<Answer, Error> {
+        let status = response.status().as_u16();
+        let body = Limited::new(response.into_body(), self.bounds.bytes)
+            .collect()
+            .await
+            .map_err(|error| match error.downcast::<LengthLimitError>() {
+                Ok(_) => Error::TooLong {
+                    address: self.address.clone(),
+                    bytes: self.bounds.bytes,
+                },
+                Err(error) => Error::NotHttp {
+                    address: self.address.clone(),
+                    problem: escaped(&describe(error.as_ref())),
+                },
+            })?
+            .to_bytes();
+        Ok(Answer {
+            status,
+            text: String::from_utf8_lossy(&body).into_owned(),
+        })
+    }
 }
 
 /// An error and its causes: hyper's own text is only the outermost.

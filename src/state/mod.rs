@@ -28,7 +28,7 @@ use std::io;
 use serde_json::Value;
 
 pub use self::address::{Address, BadAddress};
-use self::client::Bounds;
+pub use self::client::{Answer, Bounds, ask};
 use self::document::{list, text};
 use self::layout::Page;
 use crate::terminal::escaped;
@@ -70,12 +70,14 @@ pub enum Error {
     },
     /// Connected, and no answer in time.
     #[error(
-        "{address} took the connection and has not answered /state within {seconds} s; is it the admin address of a \
+        "{address} took the connection and has not answered {route} within {seconds} s; is it the admin address of a \
          vsock-sidecar?"
     )]
     Silent {
         /// Who.
         address: Address,
+        /// What was asked for.
+        route: &'static str,
         /// Patience.
         seconds: f64,
     },
@@ -90,10 +92,12 @@ pub enum Error {
         problem: String,
     },
     /// An HTTP status other than success.
-    #[error("{address} answered /state with HTTP status {status} ({said}); {}", status_hint(*status))]
+    #[error("{address} answered {route} with HTTP status {status} ({said}); {}", status_hint(*status))]
     Refused {
         /// Who.
         address: Address,
+        /// What was asked for.
+        route: &'static str,
         /// The status.
         status: u16,
         /// The first line of the body.
