@@ -33,7 +33,7 @@ test: setup
 
 ## unit: the tests that need nothing but Rust
 unit:
-	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test hostile --test panics --test session
+	$(CARGO) test --locked --lib --test architecture --test config --test fuzz --test hostile --test panics --test probe --test session --test webhook
 
 ## vsock-test: Linux's own tests of vsock between two guests of one sidecar (docs/linux-vsock-test.md), with figures
 vsock-test: setup

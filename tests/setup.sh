@@ -38,3 +38,5 @@ fi
 
 sh "$(dirname "$0")/vm/fetch-kernels.sh"
 sh "$(dirname "$0")/vm/fetch-vsock-test.sh"
+sh "$(dirname "$0")/kubernetes/tools.sh"
+sh "$(dirname "$0")/kubevirt/setup.sh"

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::tools::{chart_with_files, documents, has_subcommand, object, success, template};
+use super::tools::{chart_with_files, documents, object, success, template};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -80,9 +80,6 @@ impl Pod<'_> {
 
 #[test]
 fn the_sidecar_of_the_manifests_passes_its_own_probes_and_ends_well() {
-    if !has_subcommand("probe") {
-        return;
-    }
     let objects = documents(&success(template(&chart_with_files(), None, &[]), "defaults"));
     let spec = &object(&objects, "Pod", "-test")["spec"];
     let container = &spec["initContainers"][0];

@@ -113,15 +113,6 @@ pub fn vsock_sidecar(args: &[&str], input: &str) -> Output {
     child.wait_with_output().expect("the binary ends")
 }
 
-/// Whether the binary has a subcommand. Where the chart counts on one that is not there yet, this is the one place that knows.
-pub fn has_subcommand(name: &str) -> bool {
-    let there = vsock_sidecar(&[name, "--help"], "").status.success();
-    if !there {
-        eprintln!("NOT TESTED: this vsock-sidecar has no `{name}`");
-    }
-    there
-}
-
 /// The charts in a directory of their own, with a file of rules and a dashboard beside those that are there: what the chart loads must be
 /// all there is, and these tests must not hang on it.
 pub fn chart_with_files() -> PathBuf {

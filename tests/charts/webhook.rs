@@ -3,13 +3,10 @@
 
 use serde_json::{Map, Value, json};
 
-use super::tools::{has_subcommand, here, object, objects, python, success};
+use super::tools::{here, object, objects, python, success};
 
 #[test]
 fn the_webhook_starts_as_deployed_and_the_api_server_trusts_its_certificate() {
-    if !has_subcommand("webhook") {
-        return;
-    }
     let objects = objects("webhook");
     let deployment = object(&objects, "Deployment", "-webhook");
     let pod = &deployment["spec"]["template"]["spec"];
