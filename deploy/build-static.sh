@@ -43,6 +43,8 @@ for pair in "$source=/src" "$home=/cargo" "$sysroot=/rust"; do
 done
 export CARGO_ENCODED_RUSTFLAGS="$flags"
 unset RUSTFLAGS
+# Where `demo --vm` looks for the source tree.
+export VSOCK_SIDECAR_SOURCE=/src
 
 set -- build --locked --bin vsock-sidecar --target "$target"
 if [ "$profile" = release ]; then

@@ -46,7 +46,9 @@ impl Source {
     /// The tree that this program was built from, if it is still there. What is made goes to `vm` in `target`, or in
     /// cargo's own target directory: `CARGO_TARGET_DIR`, else `target` in the tree.
     pub fn find(target: Option<&Path>) -> Result<Source, VmError> {
-        Source::at(Path::new(env!("CARGO_MANIFEST_DIR")), target)
+        // An image is built from a place of its own, whose name must not make a difference to its bytes.
+        let tree = option_env!("VSOCK_SIDECAR_SOURCE").unwrap_or(env!("CARGO_MANIFEST_DIR"));
+        Source::at(Path::new(tree), target)
     }
 
     fn at(tree: &Path, target: Option<&Path>) -> Result<Source, VmError> {
