@@ -38,3 +38,4 @@ fi
 
 sh "$(dirname "$0")/vm/fetch-kernels.sh"
 sh "$(dirname "$0")/vm/fetch-vsock-test.sh"
+sh "$(dirname "$0")/kubernetes/image-tools.sh"

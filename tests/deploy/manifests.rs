@@ -7,7 +7,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::sidecar::assert_sidecar;
-use crate::tools::{document, documents, files, list, named, root, run, sidecar, success, text};
+use crate::tools::{IMAGE_TOOLS, document, documents, files, list, named, root, run, sidecar, success, text};
 
 /// Everything that `kubectl apply -k` takes.
 const KUSTOMIZATIONS: [&str; 8] = [
@@ -22,11 +22,12 @@ const KUSTOMIZATIONS: [&str; 8] = [
 ];
 
 fn kustomize(directory: &str) -> String {
-    let mut kubectl = Command::new("kubectl");
-    success(run(
-        kubectl.args(["kustomize", directory]),
-        "apt-get install kubernetes-client, or from kubernetes.io",
-    ))
+    let fetched = root().join("target/image-tools/kubectl");
+    let mut kubectl = match fetched.exists() {
+        true => Command::new(fetched),
+        false => Command::new("kubectl"),
+    };
+    success(run(kubectl.args(["kustomize", directory]), IMAGE_TOOLS))
 }
 
 fn of_kind<'a>(documents: &'a [Value], kind: &str) -> Vec<&'a Value> {
