@@ -8,7 +8,7 @@ use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use serde_json::{Value, json};
 
@@ -91,10 +91,15 @@ impl Image {
     }
 }
 
-fn image() -> &'static Image {
-    static IMAGE: OnceLock<Image> = OnceLock::new();
-    // A static is never dropped: what would be left behind is a directory below cargo's own.
-    IMAGE.get_or_init(Image::build)
+/// The one that all tests share while any of them has it. Not a static, whose directory nobody would remove.
+fn image() -> Arc<Image> {
+    static IMAGE: Mutex<Weak<Image>> = Mutex::new(Weak::new());
+    let mut shared = IMAGE.lock().unwrap_or_else(PoisonError::into_inner);
+    shared.upgrade().unwrap_or_else(|| {
+        let image = Arc::new(Image::build());
+        *shared = Arc::downgrade(&image);
+        image
+    })
 }
 
 /// A container that runs the image as a pod would have it. Dropping it ends it.
@@ -102,11 +107,14 @@ struct Container {
     directory: tempfile::TempDir,
     child: Child,
     name: String,
+    /// Has its root.
+    _image: Arc<Image>,
 }
 
 impl Container {
     /// As user `id` of group `id`, with a root that cannot be written to, no capability and no way to get one.
     fn start(id: u32, arguments: &[&str], mounts: Value, seccomp: Option<Value>) -> Container {
+        let image = image();
         let directory = tempfile::tempdir().unwrap();
         let mut all_mounts = vec![json!({"destination": "/proc", "type": "proc", "source": "proc"})];
         all_mounts.extend(mounts.as_array().unwrap().iter().cloned());
@@ -122,7 +130,7 @@ impl Container {
                 "noNewPrivileges": true,
                 "capabilities": {"bounding": none, "effective": none, "permitted": none, "inheritable": none, "ambient": none},
             },
-            "root": {"path": image().mount(), "readonly": true},
+            "root": {"path": image.mount(), "readonly": true},
             "mounts": all_mounts,
             "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}]},
         });
@@ -151,6 +159,7 @@ impl Container {
             directory,
             child,
             name,
+            _image: image,
         }
     }
 
@@ -283,6 +292,14 @@ fn the_image_holds_the_program_and_a_name_for_its_user_and_says_how_it_is_run() 
         "vsock-sidecar 555",
     ];
     assert_eq!(found, expected);
+}
+
+/// Else the bytes would depend on where the source lies.
+#[test]
+fn the_program_names_no_place_of_the_machine_that_built_it() {
+    let bytes = fs::read(program()).unwrap();
+    let place = root().to_str().unwrap().as_bytes();
+    assert!(!bytes.windows(place.len()).any(|window| window == place));
 }
 
 #[test]
