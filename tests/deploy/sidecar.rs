@@ -24,7 +24,7 @@ pub fn assert_sidecar(container: &Value, socket: &Value) {
     assert_eq!(named(&container["ports"], "vsock-metrics")["containerPort"], 9464);
     for (probe, argument, period, failures) in [
         ("startupProbe", "startup", 1, json!(60)),
-        ("readinessProbe", "ready", 10, Value::Null),
+        ("readinessProbe", "ready", 10, json!(3)),
         ("livenessProbe", "live", 20, json!(6)),
     ] {
         let probe = &container[probe];
