@@ -52,7 +52,13 @@ fn run(file: &Path) -> Result<(), Failure> {
         tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
     }
     registry.set_config(&identity(&config)?);
-    app::run(&config, registry, confined).map_err(|error| match error.is_configuration() {
+    let program = app::Program {
+        config,
+        registry,
+        confined,
+        companions: Vec::new(),
+    };
+    app::run(program).map_err(|error| match error.is_configuration() {
         true => Failure::Surroundings(describe(&error)),
         false => Failure::other(error),
     })

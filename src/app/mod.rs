@@ -11,7 +11,7 @@
 //! ends by itself or the grace period is over. Then devices end what is left with RST, and everything is dropped.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -22,7 +22,10 @@ use tokio::sync::oneshot;
 use tracing::{debug, error, info, warn};
 
 mod capture;
+mod events;
 mod source;
+
+pub use events::DrainRequest;
 
 use crate::admin::{self, Admin, AdminError, AdminHandle, AdminServer, Readiness};
 use crate::config::{AccessPlatform, Config, Guest, ListenAddress, Target, VhostUserMode};
@@ -37,6 +40,7 @@ use crate::quota::{Descriptors, Pool, Quota};
 use crate::sys::sigbus;
 use crate::vhost_user::{self, Endpoint, NegotiationWatch, Session, SessionConfig, SessionHandle};
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
+use events::{Event, Events};
 use source::{AdminSource, GuestView};
 
 /// How often a drain looks whether connections are left.
@@ -87,16 +91,35 @@ fn starting(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Start { what, source }
 }
 
-/// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain.
-///
-/// `confined` is what [`crate::confine::enter`] made of this process, before it had threads.
-pub fn run(config: &Config, registry: Arc<Registry>, mut confined: Confined) -> Result<(), Error> {
+/// Something that runs beside the sidecar in its process: called on the main thread once everything is bound and runs, and
+/// must not block.
+pub type Companion = Box<dyn FnOnce(DrainRequest) + Send>;
+
+/// What a process runs.
+pub struct Program {
+    /// The configuration.
+    pub config: Config,
+    /// All metrics.
+    pub registry: Arc<Registry>,
+    /// What [`crate::confine::enter`] made of this process, before it had threads.
+    pub confined: Confined,
+    /// What runs beside the sidecar.
+    pub companions: Vec<Companion>,
+}
+
+/// Runs until SIGTERM or SIGINT, or until a [`DrainRequest`]; then drains. A second signal ends the drain.
+pub fn run(program: Program) -> Result<(), Error> {
+    let Program {
+        config,
+        registry,
+        mut confined,
+        companions,
+    } = program;
     raise_descriptor_limit();
     if let Err(error) = sigbus::install() {
         warn!(%error, "cannot handle SIGBUS: a VMM that truncates guest memory would end this process");
     }
     let control = Control::start()?;
-    let (first, signalled) = mpsc::channel();
     // Before anything is bound: a signal that comes meanwhile would end us with socket files left behind, or, as the
     // first process of a container, be lost.
     let (mut terminate, mut interrupt) = {
@@ -114,10 +137,11 @@ pub fn run(config: &Config, registry: Arc<Registry>, mut confined: Confined) -> 
             }
         });
     }
-    let sidecar = Sidecar::start_on(control, config, registry, confined.confinement.clone())?;
+    let sidecar = Sidecar::start_on(control, &config, registry, confined.confinement.clone())?;
     // Not earlier: a start that fails says one thing.
     confined.confinement.announce();
     let shortcut = sidecar.drain.shortcut();
+    let request = sidecar.drain_request();
     sidecar.control.handle.spawn(async move {
         let mut seen = 0;
         loop {
@@ -128,17 +152,17 @@ pub fn run(config: &Config, registry: Arc<Registry>, mut confined: Confined) -> 
             };
             seen += 1;
             if seen == 1 {
-                info!(signal = name, "draining; a second signal ends it at once");
-                let _ = first.send(());
+                request.begin_for(name);
             } else {
                 warn!(signal = name, "ending at once");
                 shortcut.cut();
             }
         }
     });
-    // An error means that the signal task is gone; then there is nothing to wait for either.
-    let _ = signalled.recv();
-    sidecar.stop();
+    for companion in companions {
+        companion(sidecar.drain_request());
+    }
+    sidecar.run();
     Ok(())
 }
 
@@ -318,6 +342,7 @@ pub struct Sidecar {
     control: Control,
     drain: Drain,
     grace: Duration,
+    events: Events,
 }
 
 impl Sidecar {
@@ -369,6 +394,7 @@ impl Sidecar {
             control,
             drain,
             grace: config.drain_timeout,
+            events: Events::new(),
         };
         let mut views = Vec::with_capacity(bound.len());
         for guest in bound {
@@ -490,6 +516,20 @@ impl Sidecar {
     /// Where an inbound rule listens, with the port that the kernel chose.
     pub fn inbound_address(&self, guest: &str, rule: &str) -> Option<&ListenAddress> {
         self.inbound_addresses.get(&(guest.to_owned(), rule.to_owned()))
+    }
+
+    /// Begins the drain of a sidecar that [`Sidecar::run`] runs.
+    pub fn drain_request(&self) -> DrainRequest {
+        self.events.drain_request()
+    }
+
+    /// Waits until a drain is asked for, and drains.
+    fn run(self) {
+        // An error cannot be: we have a sender ourselves.
+        if let Ok(Event::Drain { cause }) = self.events.inbox.recv() {
+            info!(cause, "draining; a second signal ends it at once");
+        }
+        self.stop();
     }
 
     /// Drains within the configured time, ends what is left, and everything else.
