@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use super::flow::RuleRef;
+use super::rules::RuleId;
 use crate::vsock::{Misbehavior, RefuseReason};
 
 /// Ports remembered for [`Logbook::no_rule`]; more different ones are a scan, and one line says as much as a thousand.
@@ -19,9 +19,9 @@ const BOUND_SILENCE: Duration = Duration::from_secs(60);
 pub(super) struct Logbook {
     ports: HashSet<u32>,
     kinds: HashSet<Misbehavior>,
-    failing_rules: HashSet<usize>,
+    failing_rules: HashSet<RuleId>,
     /// When a bound was last said to be in the way, by rule where it is the rule's: no more than there are rules and reasons.
-    bounds: HashMap<(Bound, Option<RuleRef>), Instant>,
+    bounds: HashMap<(Bound, Option<RuleId>), Instant>,
 }
 
 /// What can be in the way of a guest.
@@ -45,25 +45,30 @@ impl Logbook {
     }
 
     /// Whether the failure of a rule's target is news: it is after every success.
-    pub(super) fn target_failed(&mut self, rule: Option<usize>) -> bool {
-        rule.is_some_and(|rule| self.failing_rules.insert(rule))
+    pub(super) fn target_failed(&mut self, rule: RuleId) -> bool {
+        self.failing_rules.insert(rule)
     }
 
     /// A rule's target was reached.
-    pub(super) fn target_reached(&mut self, rule: Option<usize>) {
-        if let Some(rule) = rule {
-            self.failing_rules.remove(&rule);
-        }
+    pub(super) fn target_reached(&mut self, rule: RuleId) {
+        self.failing_rules.remove(&rule);
     }
 
     /// Whether it is news that a bound is in the way; `rule` says whose bound it is, if it is a rule's.
-    pub(super) fn bound(&mut self, now: Instant, bound: Bound, rule: Option<RuleRef>) -> bool {
+    pub(super) fn bound(&mut self, now: Instant, bound: Bound, rule: Option<RuleId>) -> bool {
         let last = self.bounds.get(&(bound, rule));
         let news = last.is_none_or(|last| now.saturating_duration_since(*last) >= BOUND_SILENCE);
         if news {
             self.bounds.insert((bound, rule), now);
         }
         news
+    }
+
+    /// Other rules and limits: what is in the way of them is news again, and nothing is remembered of rules that are gone.
+    pub(super) fn reconfigured(&mut self) {
+        self.ports.clear();
+        self.failing_rules.clear();
+        self.bounds.clear();
     }
 
     /// A new session: what its guest does is news again.
@@ -81,14 +86,10 @@ mod tests {
     fn a_bound_is_told_once_a_minute() {
         let mut logbook = Logbook::default();
         let begin = Instant::now();
-        let one = Some(RuleRef::outbound(Some(1)));
+        let one = Some(RuleId::new());
         let full = Bound::Connections(RefuseReason::RuleLimit);
         assert!(logbook.bound(begin, full, one));
-        assert!(logbook.bound(begin, full, Some(RuleRef::outbound(Some(2)))));
-        assert!(
-            logbook.bound(begin, full, Some(RuleRef::inbound(1))),
-            "the first of either list are two rules"
-        );
+        assert!(logbook.bound(begin, full, Some(RuleId::new())));
         assert!(logbook.bound(begin, Bound::Memory, None));
         for n in 0..60_000 {
             assert!(!logbook.bound(begin + Duration::from_millis(n), full, one));

@@ -7,7 +7,7 @@ use std::time::Instant;
 use tracing::{debug, warn};
 
 use super::Switchboard;
-use crate::device::flow::{Flow, HostEnd, RuleRef};
+use crate::device::flow::{Flow, HostEnd};
 use crate::device::handle::Command;
 use crate::device::limits;
 use crate::device::messages::{Messages, Wire};
@@ -25,7 +25,7 @@ impl Switchboard {
         }
         let target = format!("guest://{name}:{to}");
         flow.peer.clone_from(&target);
-        let rule = flow.rule;
+        let rule = Arc::clone(&flow.rule);
         let guest_port = flow.guest_port;
         let (our_ears, ears) = Ears::pair();
         flow.ears = Some(our_ears);
@@ -36,7 +36,7 @@ impl Switchboard {
         let descriptor = match self.admission.descriptor() {
             Ok(descriptor) => descriptor,
             Err(reason) => {
-                self.log_bound(now, rule, to, reason);
+                self.log_bound(now, &rule, to, reason);
                 self.muxer.refused(id, reason);
                 return;
             }
@@ -48,7 +48,7 @@ impl Switchboard {
             Ok((HostStream::new(ours.into())?.with_peer(target.clone()), theirs))
         });
         let reason = match (found, pair) {
-            (Some((sibling, from)), Ok((ours, theirs))) => {
+            (Some((sibling, may)), Ok((ours, theirs))) => {
                 let handle = self.handle.clone();
                 let token = id.token();
                 let answer = SiblingAnswer::new(target.clone(), ours, move |result| {
@@ -57,7 +57,7 @@ impl Switchboard {
                     let _ = handle.send(Command::Dialed { token, result, took });
                 });
                 let request = SiblingRequest {
-                    from,
+                    rule: may,
                     peer: Arc::clone(&self.name),
                     address: (self.cid, guest_port),
                     port: to,
@@ -75,7 +75,7 @@ impl Switchboard {
                 RefuseReason::Unreachable
             }
             (_, Err(error)) => {
-                if self.logbook.target_failed(rule.index) {
+                if self.logbook.target_failed(rule.id) {
                     warn!(guest = %self.name, target, %error, "no socket pair for a connection to another guest");
                 }
                 RefuseReason::Limit
@@ -87,7 +87,7 @@ impl Switchboard {
     /// Another guest wants a port of this one.
     pub(in crate::device) fn handle_sibling(&mut self, now: Instant, request: SiblingRequest) {
         let SiblingRequest {
-            from,
+            rule,
             peer,
             address: (cid, guest_port),
             port,
@@ -96,7 +96,6 @@ impl Switchboard {
             ears,
             answer,
         } = request;
-        let rule = RuleRef::inbound(self.inbound_rules.saturating_add(from));
         let caller = Caller {
             guest_port: Port(port),
             socket_type: match seqpacket {
@@ -108,7 +107,7 @@ impl Switchboard {
         };
         let asked = match self.draining {
             true => Err(RefuseReason::Draining),
-            false => self.admission.admit(now, rule).and_then(|place| {
+            false => self.admission.admit(now, &rule).and_then(|place| {
                 let id = self.muxer.request(now, caller)?;
                 Ok((id, place))
             }),
@@ -117,9 +116,9 @@ impl Switchboard {
             Ok(asked) => asked,
             Err(reason) => {
                 if limits::is_bound(reason) {
-                    self.log_bound(now, rule, port, reason);
+                    self.log_bound(now, &rule, port, reason);
                 }
-                let metrics = rule.metrics(&self.metrics);
+                let metrics = rule.metrics();
                 metrics.refused[reason as usize].inc();
                 debug!(guest = %self.name, rule = metrics.name, port, %peer, reason = reason.label(), "refused another guest");
                 answer.refused(reason);
