@@ -29,14 +29,14 @@
 //! 1. Nothing of a guest, VMM or peer is read before [`enter`] has returned.
 //! 2. Nothing that the kernel lacks keeps the program from running; each lack is a warning that says so.
 //! 3. A [`Policy`] only depends on the configuration and the place, so that whether a new configuration fits under it can be
-//!    asked before it is applied ([`Policy::lacks`]).
+//!    asked before it is applied ([`Policy::out_of_reach`]).
 
 mod filter;
 mod landlock;
 mod policy;
 mod refusals;
 
-pub use policy::{Lack, Policy, Surroundings};
+pub use policy::{Lack, OutOfReach, Policy, Surroundings};
 pub use refusals::Refusals;
 
 use std::os::fd::OwnedFd;
@@ -188,7 +188,7 @@ impl Confined {
 ///
 /// To be called once in a process and **before it has a second thread**: landlock would not hold for that one.
 pub fn enter(config: &Config, file: &Path) -> Confined {
-    let wanted = config.confinement;
+    let wanted = &config.confinement;
     let mut confined = Confined {
         confinement: Confinement::NONE,
         policy: None,
