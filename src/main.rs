@@ -10,8 +10,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
-use vsock_sidecar::config::{self, Config, ConfigError, Warning};
+use vsock_sidecar::config::{self, ConfigError, Text};
 use vsock_sidecar::logging::{self, LogError};
 use vsock_sidecar::metrics::Registry;
 use vsock_sidecar::state::Look;
@@ -38,39 +37,32 @@ fn main() -> ExitCode {
 }
 
 fn run(file: &Path) -> Result<(), Failure> {
-    let (config, warnings) = config::load(file).map_err(Failure::Config)?;
+    let text = Text::read(file).map_err(Failure::Config)?;
+    let (config, warnings) = text.check().map_err(Failure::Config)?;
     // Before anything that starts a thread, the log included.
     let confined = confine::enter(&config, file);
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
-    let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
-        .map_err(|error| match error {
-            LogError::BadFilter { .. } => Failure::Surroundings(describe(&error)),
-            error => Failure::other(error),
+    let (_written_at_the_end, levels) =
+        logging::init(config.log.format, &config.log.level, registry.log_messages()).map_err(|error| {
+            match error {
+                LogError::BadFilter { .. } => Failure::Surroundings(describe(&error)),
+                error => Failure::other(error),
+            }
         })?;
-    for Warning(warning) in &warnings {
-        let (line, column) = warning.position.unwrap_or_default();
-        tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
-    }
-    registry.set_config(&identity(&config)?);
     let program = app::Program {
+        file: file.to_owned(),
+        text,
         config,
+        warnings,
         registry,
         confined,
+        levels,
         companions: Vec::new(),
     };
     app::run(program).map_err(|error| match error.is_configuration() {
         true => Failure::Surroundings(describe(&error)),
         false => Failure::other(error),
     })
-}
-
-/// What tells two effective configurations apart: comments and defaults that are written out make no difference.
-fn identity(config: &Config) -> Result<String, Failure> {
-    let yaml = config.to_yaml().map_err(Failure::other)?;
-    Ok(Sha256::digest(yaml)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
 }
 
 fn check(file: &Path) -> Result<(), Failure> {

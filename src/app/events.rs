@@ -3,6 +3,10 @@
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use tokio::sync::oneshot;
+
+use crate::admin::ReloadAnswer;
+
 /// Something that the main thread has to see to.
 #[derive(Debug)]
 pub(super) enum Event {
@@ -11,6 +15,42 @@ pub(super) enum Event {
         /// Who wants it, for the log.
         cause: &'static str,
     },
+    /// Read the configuration again.
+    Reload {
+        /// Who wants it.
+        cause: Cause,
+        /// Who waits for the outcome. Dropped unused when the sidecar drains.
+        answer: Option<oneshot::Sender<ReloadAnswer>>,
+    },
+    /// A guest that was removed has nothing open any more, or its time is over.
+    Departed {
+        /// The guest.
+        name: String,
+        /// Which departure: it may have come back meanwhile, and gone again.
+        number: u64,
+    },
+}
+
+/// Why the configuration is read again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Cause {
+    /// The file or its directory has changed, or somebody thought that it might have.
+    File,
+    /// SIGHUP.
+    Signal,
+    /// `POST /-/reload`.
+    Request,
+}
+
+impl Cause {
+    /// The word for logs and `/state`.
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Cause::File => "file",
+            Cause::Signal => "SIGHUP",
+            Cause::Request => "request",
+        }
+    }
 }
 
 /// The main thread's inbox, and the way into it.
