@@ -20,7 +20,7 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::Directive;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, fmt};
+use tracing_subscriber::{EnvFilter, fmt, reload};
 
 use crate::config::LogFormat;
 use crate::metrics::LogMessages;
@@ -58,7 +58,7 @@ pub enum LogError {
 /// Sends all events from now on to stderr. `level` is the configured level or filter; `VSOCK_SIDECAR_LOG`
 /// overrides it if it is set and not empty. Warnings and errors that pass are counted in `messages`. What was
 /// logged is written at the latest when the guard is dropped.
-pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<LogGuard, LogError> {
+pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<(LogGuard, Levels), LogError> {
     let variable = std::env::var(VARIABLE)
         .ok()
         .filter(|filter| !filter.trim().is_empty());
@@ -67,6 +67,11 @@ pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<Log
         None => parse_filter(level, "the configuration (log.level)")?,
     };
     let (queue, guard) = Queue::start(messages.dropped.clone()).map_err(LogError::Thread)?;
+    let (filter, handle) = reload::Layer::new(filter);
+    let levels = Levels {
+        handle,
+        overridden: variable.is_some(),
+    };
     let subscriber = tracing_subscriber::registry().with(filter).with(Count(messages));
     let set = match format {
         LogFormat::Text => {
@@ -86,7 +91,31 @@ pub fn init(format: LogFormat, level: &str, messages: LogMessages) -> Result<Log
         }
     };
     set.map_err(|_| LogError::Twice)?;
-    Ok(guard)
+    Ok((guard, levels))
+}
+
+/// Changes what is written of the log that [`init`] has set up.
+#[derive(Clone, Debug)]
+pub struct Levels {
+    handle: reload::Handle<EnvFilter, tracing_subscriber::Registry>,
+    overridden: bool,
+}
+
+impl Levels {
+    /// Whether `VSOCK_SIDECAR_LOG` decides and not the configuration.
+    pub fn are_overridden(&self) -> bool {
+        self.overridden
+    }
+
+    /// Writes what the configured level or filter lets through from now on, unless the variable decides.
+    pub fn set(&self, level: &str) -> Result<(), LogError> {
+        let filter = parse_filter(level, "the configuration (log.level)")?;
+        if !self.overridden {
+            // An error is a log that is gone, which nobody could be told.
+            let _ = self.handle.reload(filter);
+        }
+        Ok(())
+    }
 }
 
 /// Checks that a filter would be taken, for the configuration's sake.

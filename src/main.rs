@@ -10,8 +10,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
-use vsock_sidecar::config::{self, Config, ConfigError, LogFormat, Warning};
+use vsock_sidecar::config::{self, ConfigError, LogFormat, Text};
 use vsock_sidecar::kubevirt::domain::Device;
 use vsock_sidecar::kubevirt::{self, Hook};
 use vsock_sidecar::logging::{self, LogError};
@@ -52,7 +51,8 @@ fn run(file: &Path, hook: Option<&Path>, qemu_socket: Option<&Path>) -> Result<(
     // Before the configuration, which may only name directories that exist.
     hook.map_or(Ok(()), kubevirt::make_user_directory)
         .map_err(Failure::surroundings)?;
-    let (config, warnings) = config::load(file).map_err(Failure::Config)?;
+    let text = Text::read(file).map_err(Failure::Config)?;
+    let (config, warnings) = text.check().map_err(Failure::Config)?;
     let container = std::env::var_os("CONTAINER_NAME");
     let hook = hook
         .map(|socket| Hook::new(socket, &config.guests, qemu_socket, container.as_deref()))
@@ -65,29 +65,27 @@ fn run(file: &Path, hook: Option<&Path>, qemu_socket: Option<&Path>) -> Result<(
     // Before anything that starts a thread, the log included.
     let confined = confine::enter_in(&config, &here);
     let registry = Arc::new(Registry::new().map_err(Failure::other)?);
-    let _written_at_the_end = logging::init(config.log.format, &config.log.level, registry.log_messages())
-        .map_err(|error| match error {
-            LogError::BadFilter { .. } => Failure::Surroundings(describe(&error)),
-            error => Failure::other(error),
+    let (_written_at_the_end, levels) =
+        logging::init(config.log.format, &config.log.level, registry.log_messages()).map_err(|error| {
+            match error {
+                LogError::BadFilter { .. } => Failure::Surroundings(describe(&error)),
+                error => Failure::other(error),
+            }
         })?;
-    for Warning(warning) in &warnings {
-        let (line, column) = warning.position.unwrap_or_default();
-        tracing::warn!(file = %warning.file, line, column, path = %warning.path, "{}", warning.message);
-    }
-    registry.set_config(&identity(&config)?);
-    app::run(&config, registry, confined, hook).map_err(|error| match error.is_configuration() {
+    let program = app::Program {
+        file: file.to_owned(),
+        text,
+        config,
+        warnings,
+        registry,
+        confined,
+        levels,
+        hook,
+    };
+    app::run(program).map_err(|error| match error.is_configuration() {
         true => Failure::Surroundings(describe(&error)),
         false => Failure::other(error),
     })
-}
-
-/// What tells two effective configurations apart: comments and defaults that are written out make no difference.
-fn identity(config: &Config) -> Result<String, Failure> {
-    let yaml = config.to_yaml().map_err(Failure::other)?;
-    Ok(Sha256::digest(yaml)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
 }
 
 fn check(file: &Path) -> Result<(), Failure> {

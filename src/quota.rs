@@ -17,8 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// A number of things of one kind, of which shares are handed out. Any thread may take and give back.
 #[derive(Debug)]
 pub struct Pool {
-    limit: u64,
-    /// Never above `limit`.
+    /// May be changed at any time; `u64::MAX` counts only.
+    limit: AtomicU64,
+    /// Above `limit` only after that was lowered, until enough is given back.
     used: AtomicU64,
 }
 
@@ -26,9 +27,14 @@ impl Pool {
     /// A pool of `limit` things; `None` counts only.
     pub fn new(limit: Option<u64>) -> Arc<Pool> {
         Arc::new(Pool {
-            limit: limit.unwrap_or(u64::MAX),
+            limit: AtomicU64::new(limit.unwrap_or(u64::MAX)),
             used: AtomicU64::new(0),
         })
+    }
+
+    /// Hands out `limit` things from now on; `None` counts only. What is taken stays taken, also if it is more.
+    pub fn set_limit(&self, limit: Option<u64>) {
+        self.limit.store(limit.unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// How many are taken.
@@ -38,15 +44,17 @@ impl Pool {
 
     /// How many there are; `None`: no matter how many.
     pub fn limit(&self) -> Option<u64> {
-        (self.limit < u64::MAX).then_some(self.limit)
+        let limit = self.limit.load(Ordering::Relaxed);
+        (limit < u64::MAX).then_some(limit)
     }
 
     /// Takes `amount`, or nothing if that many are not left.
     fn take(&self, amount: u64) -> bool {
-        // Relaxed: the number is the only thing that the threads tell each other.
+        // Relaxed: the numbers are the only things that the threads tell each other.
+        let limit = self.limit.load(Ordering::Relaxed);
         self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-                used.checked_add(amount).filter(|sum| *sum <= self.limit)
+                used.checked_add(amount).filter(|sum| *sum <= limit)
             })
             .is_ok()
     }
@@ -175,6 +183,21 @@ impl Descriptors {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_that_is_lowered_takes_nothing_away_and_lets_nobody_in() {
+        let pool = Pool::new(None);
+        let mut all: Vec<Share> = (0..3).map(|_| Share::take(&pool, 1).unwrap()).collect();
+        pool.set_limit(Some(2));
+        assert_eq!((pool.used(), pool.limit()), (3, Some(2)));
+        for _ in 0..2 {
+            assert!(Share::take(&pool, 1).is_none());
+            all.pop();
+        }
+        assert!(Share::take(&pool, 1).is_some());
+        pool.set_limit(None);
+        assert!(Share::take(&pool, 1000).is_some());
+    }
 
     #[test]
     fn a_share_is_given_back_however_it_ends() {

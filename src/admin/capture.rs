@@ -76,7 +76,8 @@ pub(super) enum Peer {
 }
 
 pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, peer: Peer, patience: Duration) -> Reply {
-    if let Err(reason) = is_local(peer, request.headers()) {
+    let what = "captures show payload and are";
+    if let Err(reason) = is_local(peer, request.headers(), what) {
         return Reply::Whole(text(StatusCode::FORBIDDEN, format!("{reason}\n")));
     }
     let wanted = match CaptureRequest::parse(request.uri().query().unwrap_or_default()) {
@@ -130,19 +131,19 @@ fn refusal(refused: CaptureRefused, patience: Duration) -> Response<String> {
 /// Whether a request comes from this machine. A browser on it may have been sent here by a page of elsewhere whose name now
 /// means 127.0.0.1, and that page could read the answer: so over TCP the request must name an address, or `localhost`. Nor must a
 /// page of elsewhere have it ask under the right name, though it could read nothing then.
-fn is_local(peer: Peer, headers: &HeaderMap) -> Result<(), String> {
+pub(super) fn is_local(peer: Peer, headers: &HeaderMap, what: &str) -> Result<(), String> {
     const HOW: &str =
         "ask from inside of the pod (kubectl exec, kubectl port-forward) or over the unix socket";
     let Peer::Tcp(address) = peer else { return Ok(()) };
     // Behind [::] an IPv4 client has an address of its own form.
     let Some(ip) = address.map(|address| address.ip().to_canonical()) else {
         return Err(format!(
-            "captures are for clients on loopback or the unix socket: {HOW}"
+            "{what} for clients on loopback or the unix socket: {HOW}"
         ));
     };
     if !ip.is_loopback() {
         return Err(format!(
-            "captures show payload and are for clients on loopback or the unix socket, and you are {ip}: {HOW}"
+            "{what} for clients on loopback or the unix socket, and you are {ip}: {HOW}"
         ));
     }
     if is_for_another_site(headers) {
@@ -153,9 +154,9 @@ fn is_local(peer: Peer, headers: &HeaderMap) -> Result<(), String> {
     };
     match host.to_str().is_ok_and(names_no_domain) {
         true => Ok(()),
-        false => {
-            Err("captures are for requests to localhost or an IP address, not to a host name".to_owned())
-        }
+        false => Err(format!(
+            "{what} for requests to localhost or an IP address, not to a host name"
+        )),
     }
 }
 
@@ -245,8 +246,13 @@ mod tests {
     /// guest says.
     #[test]
     fn a_capture_is_for_loopback_and_the_unix_socket_only() {
-        let from =
-            |address: &str| is_local(Peer::Tcp(Some(address.parse().unwrap())), &host("10.0.0.7:9464"));
+        let from = |address: &str| {
+            is_local(
+                Peer::Tcp(Some(address.parse().unwrap())),
+                &host("10.0.0.7:9464"),
+                "captures are",
+            )
+        };
         for local in ["127.0.0.1:5", "127.0.0.6:5", "[::1]:5", "[::ffff:127.0.0.1]:5"] {
             assert_eq!(from(local), Ok(()), "{local}");
         }
@@ -261,14 +267,24 @@ mod tests {
             assert!(reason.contains("loopback or the unix socket"), "{reason}");
         }
         assert!(from("10.0.0.9:5").unwrap_err().contains("you are 10.0.0.9"));
-        assert!(is_local(Peer::Tcp(None), &HeaderMap::new()).is_err());
-        assert_eq!(is_local(Peer::Unix, &host("anything.example")), Ok(()));
+        assert!(is_local(Peer::Tcp(None), &HeaderMap::new(), "captures are").is_err());
+        assert_eq!(
+            is_local(Peer::Unix, &host("anything.example"), "captures are"),
+            Ok(())
+        );
     }
 
     /// A name of a stranger's that leads to 127.0.0.1 makes a browser here ask in that stranger's name, and hand out the answer.
     #[test]
     fn a_browser_that_was_led_here_by_a_name_is_refused() {
-        let to = |name: &str| is_local(Peer::Tcp(Some(([127, 0, 0, 1], 5).into())), &host(name)).is_ok();
+        let to = |name: &str| {
+            is_local(
+                Peer::Tcp(Some(([127, 0, 0, 1], 5).into())),
+                &host(name),
+                "captures are",
+            )
+            .is_ok()
+        };
         for good in [
             "localhost",
             "LocalHost:9464",
@@ -297,7 +313,7 @@ mod tests {
             let mut headers = host("127.0.0.1:9464");
             site.map(|site| headers.insert("sec-fetch-site", HeaderValue::from_static(site)));
             origin.map(|origin| headers.insert("origin", HeaderValue::from_static(origin)));
-            is_local(Peer::Tcp(Some(([127, 0, 0, 1], 5).into())), &headers).is_ok()
+            is_local(Peer::Tcp(Some(([127, 0, 0, 1], 5).into())), &headers, "captures").is_ok()
         };
         // Somebody types the address; a link or script of the status page; an older browser, or curl.
         assert!(to(Some("none"), None) && to(Some("same-origin"), None) && to(None, None));

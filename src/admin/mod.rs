@@ -19,6 +19,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+mod actions;
 mod body;
 mod capture;
 mod connection;
@@ -28,6 +29,7 @@ pub mod readiness;
 mod routes;
 mod server;
 
+pub use actions::ACTIONS;
 pub use capture::{CaptureRefused, CaptureRequest, Chunks};
 pub use listen::{AdminError, AdminServer};
 pub use readiness::{Latch, Readiness};
@@ -60,10 +62,34 @@ pub trait Source: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// Reads the configuration again and says what came of it. May take seconds.
+    fn reload(&self) -> Answer<'_, ReloadAnswer> {
+        Box::pin(async { ReloadAnswer::Unavailable("there is no configuration to read again".to_owned()) })
+    }
+
+    /// Begins the drain at whose end the process ends. Again is no harm.
+    fn begin_drain(&self) {}
+
     /// Begins a capture of a guest's packets: a pcapng file in pieces. Dropping it ends the capture.
     fn capture(&self, _: CaptureRequest) -> Answer<'_, Result<Box<dyn Chunks>, CaptureRefused>> {
         capture::no_guests()
     }
+}
+
+/// What came of a reload.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ReloadAnswer {
+    /// The new configuration runs.
+    Applied {
+        /// What it changed, and what of it waits for a restart or a session, a sentence each.
+        changes: Vec<String>,
+    },
+    /// It says what ran already.
+    Unchanged,
+    /// It is refused, and the one before stays in use.
+    Refused(String),
+    /// There is nobody to do it, for this reason.
+    Unavailable(String),
 }
 
 /// One line of a probe's answer.

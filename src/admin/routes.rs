@@ -9,6 +9,7 @@ use hyper::header::{
 };
 use hyper::{Method, Request, Response, StatusCode};
 
+use super::actions;
 use super::capture::{self, Peer};
 use super::page::page;
 use super::{Admin, Answer, Check, Chunks};
@@ -46,6 +47,9 @@ pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, peer: Peer, 
     let reads = [Method::GET, Method::HEAD].contains(request.method());
     if request.uri().path() == capture::PATH && reads {
         return capture::respond(admin, request, peer, patience).await;
+    }
+    if actions::is_action(request.uri().path()) {
+        return Reply::Whole(actions::respond(admin, request, peer).await);
     }
     Reply::Whole(answer(admin, request, patience).await)
 }
@@ -173,6 +177,9 @@ fn index() -> String {
     let mut body = String::from("vsock-sidecar\n");
     for (route, what) in ROUTES {
         let _ = writeln!(body, "{route:<10} {what}");
+    }
+    for (action, what) in actions::ACTIONS {
+        let _ = writeln!(body, "{action:<10} {what}");
     }
     body
 }

@@ -46,8 +46,9 @@ pub(super) async fn begin(
     request: CaptureRequest,
 ) -> Result<Box<dyn Chunks>, CaptureRefused> {
     let named = |guest: &&GuestView| guest.config.name == request.guest;
-    let Some(guest) = source.guests.iter().find(named) else {
-        let names = source.guests.iter().map(|guest| guest.config.name.clone());
+    let views = source.guests.now();
+    let Some(guest) = views.iter().find(named) else {
+        let names = views.iter().map(|guest| guest.config.name.clone());
         return Err(CaptureRefused::NoSuchGuest {
             names: names.collect(),
         });
@@ -62,7 +63,7 @@ pub(super) async fn begin(
     ];
     let (tap, recording) = capture(&Options {
         guest: guest.config.name.clone(),
-        cid: guest.config.cid,
+        cid: guest.session.cid(),
         duration: request.duration,
         snaplen: request.snaplen,
         queue: QUEUE,

@@ -1,21 +1,25 @@
 //! What the admin server and the metrics read: values taken from devices and sessions when somebody asks.
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use tokio::sync::oneshot;
 
 use super::capture::{self, Places};
-use crate::admin::{Answer, CaptureRefused, CaptureRequest, Check, Chunks, Source};
+use super::events::{Cause, Event};
+use super::sidecar::Views;
+use super::status::Status;
+use crate::admin::{Answer, CaptureRefused, CaptureRequest, Check, Chunks, ReloadAnswer, Source};
 use crate::config::InboundProtocol;
 use crate::confine::Confinement;
-use crate::device::{Command, DeviceGauges, DeviceHandle};
+use crate::device::{Command, DeviceGauges, DeviceHandle, Rules};
 use crate::drain;
 use crate::metrics::{
-    BuildInfo, Direction, GuestMetrics, MAX_RULES, MemoryMapChanges, Registry, RingSample, RuleMetrics,
-    SessionSample, SessionState,
+    BuildInfo, Direction, MemoryMapChanges, Registry, RingSample, RuleMetrics, SessionSample, SessionState,
 };
-use crate::vhost_user::{self, NegotiationWatch};
+use crate::vhost_user::{self, NegotiationWatch, SessionTerms, Terms};
 
 /// How long a device thread may take to describe itself. Its turns are milliseconds.
 pub(super) const DEVICE_PATIENCE: Duration = Duration::from_millis(600);
@@ -25,16 +29,39 @@ pub(super) struct GuestView {
     pub(super) config: Arc<crate::config::Guest>,
     pub(super) device: DeviceHandle,
     pub(super) session: Arc<NegotiationWatch>,
-    pub(super) metrics: Arc<GuestMetrics>,
-    pub(super) captures: Places,
+    /// What its sessions are told when they begin.
+    pub(super) terms: Arc<Terms>,
+    pub(super) rules: Arc<Rules>,
+    pub(super) captures: Arc<Places>,
+    /// The configuration has it no more, and it goes when its connections have ended.
+    pub(super) is_leaving: bool,
+}
+
+impl GuestView {
+    /// What of the configuration waits for its next session.
+    fn waiting(&self) -> impl Iterator<Item = String> {
+        let pending = self.terms.pending();
+        let keys = pending.into_iter().flat_map(|(now, next)| {
+            let cid = (now.cid != next.cid).then(|| format!("cid: {} -> {}", now.cid, next.cid));
+            let policy = |terms: SessionTerms| format!("{:?}", terms.access_platform).to_lowercase();
+            let (ours, other) = (policy(now), policy(next));
+            let access = (ours != other).then(|| format!("vhostUser.accessPlatform: {ours} -> {other}"));
+            [cid, access]
+        });
+        let name = self.config.name.clone();
+        keys.flatten()
+            .map(move |what| format!("guest {name}: {what} (from the guest's next session on)"))
+    }
 }
 
 /// What the admin server reads.
 pub(super) struct AdminSource {
     pub(super) registry: Arc<Registry>,
-    pub(super) guests: Vec<GuestView>,
+    pub(super) guests: Views,
     pub(super) captures: Places,
     pub(super) drain: drain::Watch,
+    pub(super) events: Sender<Event>,
+    pub(super) status: Arc<Status>,
     pub(super) confinement: Confinement,
     pub(super) started: SystemTime,
 }
@@ -46,14 +73,14 @@ impl Source for AdminSource {
 
     fn state(&self) -> Answer<'_, Value> {
         Box::pin(async move {
+            let views = self.guests.now();
             let mut guests = Vec::new();
             // All are asked before the first answer is awaited, so that one that hangs costs its own time only.
-            let asked: Vec<_> = self
-                .guests
+            let asked: Vec<_> = views
                 .iter()
                 .map(|guest| tokio::spawn(ask_device(guest.device.clone())))
                 .collect();
-            for (guest, answer) in self.guests.iter().zip(asked) {
+            for (guest, answer) in views.iter().zip(asked) {
                 guests.push(guest_state(guest, answer.await.ok().flatten()));
             }
             json!({
@@ -63,6 +90,7 @@ impl Source for AdminSource {
                 // Rates are differences of counters over differences of this.
                 "now": unix_time(SystemTime::now()).as_secs_f64(),
                 "draining": self.drain.is_draining(),
+                "config": self.status.describe(views.iter().flat_map(GuestView::waiting).collect()),
                 "confinement": self.confinement,
                 "guests": guests,
             })
@@ -71,8 +99,8 @@ impl Source for AdminSource {
 
     fn live(&self) -> Answer<'_, Vec<Check>> {
         Box::pin(async move {
-            let asked: Vec<_> = self
-                .guests
+            let views = self.guests.now();
+            let asked: Vec<_> = views
                 .iter()
                 .map(|guest| {
                     let device = guest.device.clone();
@@ -80,7 +108,7 @@ impl Source for AdminSource {
                 })
                 .collect();
             let mut checks = Vec::new();
-            for (guest, answer) in self.guests.iter().zip(asked) {
+            for (guest, answer) in views.iter().zip(asked) {
                 let name = format!("device thread of guest {}", guest.config.name);
                 checks.push(match answer.await {
                     Ok(Ok(())) => Check::ok(name),
@@ -91,16 +119,51 @@ impl Source for AdminSource {
         })
     }
 
-    /// A guest whose VMM is not there yet is ready: the VMM may well wait for this very probe.
+    /// A guest whose VMM is not there yet is ready, unless the configuration demands a session: the VMM may well wait for this
+    /// very probe. One that leaves is nobody's concern.
     fn ready(&self) -> Vec<Check> {
+        let required = self.status.requires_session();
         let check = |guest: &GuestView| {
             let name = format!("vsock of guest {}", guest.config.name);
             match guest.session.unready() {
-                None => Check::ok(name),
                 Some(problem) => Check::failed(name, problem),
+                None if required && !guest.session.is_running() => Check::failed(
+                    name,
+                    "readiness.requireSession is true, and there is no session: no VMM, or its guest's driver has not started",
+                ),
+                None => Check::ok(name),
             }
         };
-        self.guests.iter().map(check).collect()
+        let views = self.guests.now();
+        views
+            .iter()
+            .filter(|guest| !guest.is_leaving)
+            .map(check)
+            .collect()
+    }
+
+    fn reload(&self) -> Answer<'_, ReloadAnswer> {
+        Box::pin(async move {
+            let unavailable = || ReloadAnswer::Unavailable("the sidecar is shutting down".to_owned());
+            if self.drain.is_draining() {
+                return unavailable();
+            }
+            let (answer, outcome) = oneshot::channel();
+            let reload = Event::Reload {
+                cause: Cause::Request,
+                answer: Some(answer),
+            };
+            match self.events.send(reload) {
+                Ok(()) => outcome.await.unwrap_or_else(|_| unavailable()),
+                Err(_) => unavailable(),
+            }
+        })
+    }
+
+    fn begin_drain(&self) {
+        let cause = "a request to the admin server";
+        // A main thread that is gone has drained.
+        let _ = self.events.send(Event::Drain { cause });
     }
 
     fn capture(&self, request: CaptureRequest) -> Answer<'_, Result<Box<dyn Chunks>, CaptureRefused>> {
@@ -120,7 +183,7 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
         .enumerate()
         .map(|(index, rule)| {
             json!({
-                "traffic": traffic(&guest.metrics.outbound, index),
+                "traffic": guest.rules.outbound(index).map(|rule| traffic(rule.metrics())),
                 "name": rule.name,
                 "ports": [rule.ports.start(), rule.ports.end()],
                 "cid": rule.cid,
@@ -135,7 +198,7 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
         .enumerate()
         .map(|(index, rule)| {
             json!({
-                "traffic": traffic(&guest.metrics.inbound, index),
+                "traffic": guest.rules.inbound(index).map(|rule| traffic(rule.metrics())),
                 "name": rule.name,
                 "listen": rule.listen.to_string(),
                 "port": match rule.protocol {
@@ -154,7 +217,9 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
         .collect();
     json!({
         "name": config.name,
-        "cid": config.cid,
+        // That of the session, or of the next one.
+        "cid": guest.session.cid(),
+        "leaving": guest.is_leaving,
         "session": guest.session.record(),
         // null: the device thread did not answer in time.
         "device": device,
@@ -163,12 +228,9 @@ fn guest_state(guest: &GuestView, device: Option<crate::device::DeviceSnapshot>)
     })
 }
 
-/// What a rule has carried, from the counters that `/metrics` exports; `null` if it has none. Rules past the first
-/// [`MAX_RULES`] have one set of counters together, and say so.
-fn traffic(rules: &[RuleMetrics], index: usize) -> Value {
-    let Some(rule) = rules.get(index) else {
-        return Value::Null;
-    };
+/// What a rule has carried, from the counters that `/metrics` exports. Rules past the first [`crate::metrics::MAX_RULES`] have one
+/// set of counters together, and say so.
+fn traffic(rule: &RuleMetrics) -> Value {
     let bytes = |direction: Direction| {
         rule.upstream_bytes
             .get(direction as usize)
@@ -182,7 +244,7 @@ fn traffic(rules: &[RuleMetrics], index: usize) -> Value {
         "bytesGuestToHost": bytes(Direction::GuestToHost),
         "bytesHostToGuest": bytes(Direction::HostToGuest),
     });
-    if index >= MAX_RULES
+    if rule.is_shared()
         && let Some(fields) = traffic.as_object_mut()
     {
         fields.insert("shared".to_owned(), true.into());
@@ -270,7 +332,7 @@ fn unix_seconds(time: SystemTime) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::traffic;
-    use crate::metrics::{Direction, GuestMetrics, LabelSets, MAX_RULES, RuleNames, names};
+    use crate::metrics::{Direction, GuestMetrics, LabelSets, MAX_RULES, names};
     use crate::vhost_user::{Features, FindingCode, TranslationMode};
 
     /// The session knows the bits and the metrics know the labels; neither may know the other, so this holds them together.
@@ -310,29 +372,25 @@ mod tests {
 
     #[test]
     fn traffic_is_what_the_counters_say_and_shared_counters_say_so() {
-        let rules = RuleNames {
-            outbound: (0..=MAX_RULES).map(|n| format!("rule{n}")).collect(),
-            inbound: Vec::new(),
-        };
+        let names: Vec<String> = (0..=MAX_RULES).map(|n| format!("rule{n}")).collect();
         let labels = LabelSets {
             refused: &["no_rule", "limit"],
             closed: &["drain"],
             misbehavior: &["unknown_op"],
             ring_errors: &["ring_memory"],
         };
-        let metrics = GuestMetrics::detached(&rules, &labels);
-        let first = &metrics.outbound[0];
+        let rules = GuestMetrics::detached(&labels).rules(Direction::GuestToHost, &names);
+        let first = &rules[0];
         first.opened.inc_by(3);
         first.active.set(2);
         first.refused.iter().for_each(|reason| reason.inc());
         first.upstream_bytes[Direction::GuestToHost as usize].inc_by(10);
         assert_eq!(
-            traffic(&metrics.outbound, 0),
+            traffic(&rules[0]),
             serde_json::json!({
                 "active": 2, "opened": 3, "refused": 2, "bytesGuestToHost": 10, "bytesHostToGuest": 0
             })
         );
-        assert_eq!(traffic(&metrics.outbound, MAX_RULES)["shared"], true);
-        assert_eq!(traffic(&metrics.inbound, 0), serde_json::Value::Null);
+        assert_eq!(traffic(&rules[MAX_RULES])["shared"], true);
     }
 }

@@ -1,7 +1,7 @@
 //! A checked configuration as YAML again, with every default filled in.
 
 use super::given::Given;
-use super::path::SocketPath;
+use super::path::{Directory, SocketPath};
 use super::schema;
 use super::values::{
     AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, PerSecond, Period, PortRange,
@@ -46,7 +46,11 @@ impl From<&Config> for schema::File {
                 level: Given::new(LogLevel(config.log.level.clone())),
             }),
             drain: Given::new(schema::Drain {
-                timeout: Given::new(Period(config.drain_timeout)),
+                timeout: Given::new(Period(config.drain.timeout)),
+                linger: Given::new(Period(config.drain.linger)),
+            }),
+            readiness: Given::new(schema::Readiness {
+                require_session: Given::new(config.readiness.require_session),
             }),
             limits: Given::new(schema::SidecarLimits {
                 connections: config.limits.connections.map_or(Given::Absent, connections),
@@ -56,6 +60,11 @@ impl From<&Config> for schema::File {
                 no_new_privileges: Given::new(config.confinement.no_new_privileges),
                 seccomp: Given::new(config.confinement.seccomp),
                 landlock: Given::new(config.confinement.landlock),
+                paths: Given::new(
+                    (config.confinement.paths.iter())
+                        .map(|path| Given::new(Directory(path.display().to_string())))
+                        .collect(),
+                ),
             }),
             guests: list(&config.guests),
         }

@@ -13,6 +13,7 @@
 //! What was gathered is a [`ConfigError`]; what is odd but runs is a [`Warning`].
 
 mod address;
+mod change;
 mod cidr;
 mod diagnostic;
 mod document;
@@ -25,8 +26,10 @@ mod schema;
 mod source;
 mod values;
 
+pub use change::{Change, Difference, Effect};
 pub use cidr::Cidr;
 pub use diagnostic::{ConfigError, Diagnostic, Excerpt, Warning};
+pub use source::Text;
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -43,8 +46,10 @@ pub struct Config {
     pub admin: Vec<ListenAddress>,
     /// How log events are written.
     pub log: Log,
-    /// Grace period after SIGTERM.
-    pub drain_timeout: Duration,
+    /// How a drain goes on and ends.
+    pub drain: Drain,
+    /// When the sidecar calls itself ready.
+    pub readiness: Readiness,
     /// Bounds of all guests together.
     pub limits: SidecarLimits,
     /// What the process gives up before it serves anybody.
@@ -57,8 +62,15 @@ pub struct Config {
 ///
 /// Blocks on the file. The warnings do not keep the program from running.
 pub fn load(path: &Path) -> Result<(Config, Vec<Warning>), ConfigError> {
-    let (name, text) = source::read(path)?;
-    check(&text, &name, files::check)
+    Text::read(path)?.check()
+}
+
+impl Text {
+    /// Checks it, the directories of its sockets included. Blocks on the file system. The warnings do not keep the program from
+    /// running.
+    pub fn check(&self) -> Result<(Config, Vec<Warning>), ConfigError> {
+        check(&self.text, &self.name, files::check)
+    }
 }
 
 /// Checks the text of a configuration that messages call `source_name`. Asks nothing of the file system.
@@ -118,8 +130,24 @@ pub enum LogFormat {
     Json,
 }
 
-/// What the process gives up. Seccomp and landlock are only ever on together with `no_new_privileges`.
+/// How a drain goes on and ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Drain {
+    /// Grace period: what is open when it is over is cut off.
+    pub timeout: Duration,
+    /// How long a connected VMM is served though it has no open connection. Never above `timeout` in effect.
+    pub linger: Duration,
+}
+
+/// When the sidecar calls itself ready.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Readiness {
+    /// Whether every guest's driver has to be up.
+    pub require_session: bool,
+}
+
+/// What the process gives up. Seccomp and landlock are only ever on together with `no_new_privileges`.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Confinement {
     /// Executing a program gains no privileges any more (PR_SET_NO_NEW_PRIVS).
     pub no_new_privileges: bool,
@@ -127,6 +155,8 @@ pub struct Confinement {
     pub seccomp: SeccompMode,
     /// What happens to files, directories and ports that the configuration does not name.
     pub landlock: LandlockMode,
+    /// Directories in which later configurations may have sockets.
+    pub paths: Vec<PathBuf>,
 }
 
 /// What happens to system calls that the program has no use for.

@@ -1,4 +1,4 @@
-//! Paths of unix sockets.
+//! Paths of unix sockets and directories.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -49,6 +49,37 @@ scalar_schema!(
     SocketPath,
     json_schema!({"type": "string", "pattern": "^/[^{}]*[^/{}]$", "maxLength": 107})
 );
+
+text_serde!(Directory);
+
+/// The absolute path of a directory.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Directory(pub(super) String);
+
+impl Text for Directory {
+    const EXPECTED: &'static str = "the absolute path of a directory, such as /run/vm";
+
+    fn parse(text: &str) -> Result<Directory, Refusal> {
+        if !text.starts_with('/') {
+            return Err(Refusal::new(
+                format!("{} is no absolute path", quoted(text)),
+                "give the absolute path of a directory, such as /run/vm",
+            ));
+        }
+        if text.contains(|c: char| c.is_control()) {
+            return Err(Refusal::new("the path holds a control character", "remove it"));
+        }
+        Ok(Directory(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Directory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+scalar_schema!(Directory, json_schema!({"type": "string", "pattern": "^/"}));
 
 /// Refuses what can be no path of a unix socket whatever its length.
 pub(super) fn check_path(path: &str) -> Result<(), Refusal> {

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::given::Given;
-use super::path::SocketPath;
+use super::path::{Directory, SocketPath};
 use super::values::{
     AddressedCid, ByteSize, Cid, Connections, GuestPort, LogLevel, Name, PerSecond, Period, PortRange,
 };
@@ -19,6 +19,9 @@ pub(super) const MAX_GUESTS: usize = 256;
 
 /// How many rules a guest may have in each direction.
 pub(super) const MAX_RULES: usize = 1024;
+
+/// How many directories later configurations may be allowed in advance.
+pub(super) const MAX_PATHS: usize = 64;
 
 /// How many ranges of addresses an inbound rule may allow: each client is held against them one by one.
 pub(super) const MAX_ALLOWED: usize = 256;
@@ -37,6 +40,9 @@ pub struct File {
     /// What happens on SIGTERM.
     #[serde(default = "Given::<Drain>::default_value")]
     pub drain: Given<Drain>,
+    /// When the sidecar calls itself ready (`/readyz`).
+    #[serde(default = "Given::<Readiness>::default_value")]
+    pub readiness: Given<Readiness>,
     /// Bounds of all guests together.
     #[serde(default = "Given::<SidecarLimits>::default_value")]
     pub limits: Given<SidecarLimits>,
@@ -83,6 +89,23 @@ pub struct Drain {
     #[serde(default = "default_drain_timeout")]
     #[schemars(example = &"25s")]
     pub timeout: Given<Period>,
+    /// How long a guest whose VMM is connected is served though it has no open connection, from the beginning of the drain or
+    /// the end of its last connection; at most 1h, and never beyond `timeout`. Gives a guest that shuts down at the same time
+    /// the way to its services. A VMM that leaves ends the wait.
+    #[serde(default = "default_drain_linger")]
+    #[schemars(example = &"10s")]
+    pub linger: Given<Period>,
+}
+
+/// When the sidecar calls itself ready.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Readiness {
+    /// `true`: only while every guest has a session: its VMM is connected and its driver has started. `false`: a guest whose VMM
+    /// is not there yet is no reason to wait, as the VMM may wait for this very probe.
+    #[serde(default = "Given::<bool>::default_value")]
+    #[schemars(example = true)]
+    pub require_session: Given<bool>,
 }
 
 /// Bounds of all guests together, beside those that each guest has. See docs/limits.md.
@@ -116,11 +139,16 @@ pub struct Confinement {
     #[serde(default = "default_seccomp")]
     #[schemars(example = &"log")]
     pub seccomp: Given<SeccompMode>,
-    /// Files, directories and TCP ports that this file does not name. `enforce`: out of reach. `files`: TCP ports are left
-    /// alone, so that a later configuration may name others without a restart. `off`: nothing is restricted.
+    /// What this file does not name at start, for as long as the process runs. `files`: files and directories are out of reach;
+    /// TCP ports are left alone, so that a reload may name others. `enforce`: TCP ports too. `off`: nothing is restricted.
     #[serde(default = "default_landlock")]
-    #[schemars(example = &"files")]
+    #[schemars(example = &"enforce")]
     pub landlock: Given<LandlockMode>,
+    /// Directories in which a reload may add sockets though this file has none there at start: absolute paths, which must exist.
+    /// Read once, at start.
+    #[serde(default = "Given::<Vec<Given<Directory>>>::default_value")]
+    #[schemars(length(max = 64), example = ["/run/vm"])]
+    pub paths: Given<Vec<Given<Directory>>>,
 }
 
 /// A guest: a virtual machine whose VMM speaks vhost-user to one socket.
@@ -356,6 +384,15 @@ impl Default for Drain {
     fn default() -> Drain {
         Drain {
             timeout: default_drain_timeout(),
+            linger: default_drain_linger(),
+        }
+    }
+}
+
+impl Default for Readiness {
+    fn default() -> Readiness {
+        Readiness {
+            require_session: Given::default_value(),
         }
     }
 }
@@ -366,6 +403,7 @@ impl Default for Confinement {
             no_new_privileges: default_no_new_privileges(),
             seccomp: default_seccomp(),
             landlock: default_landlock(),
+            paths: Given::default_value(),
         }
     }
 }
@@ -393,6 +431,10 @@ fn default_drain_timeout() -> Given<Period> {
     Given::new(Period::from_millis(25_000))
 }
 
+fn default_drain_linger() -> Given<Period> {
+    Given::new(Period::from_millis(3_000))
+}
+
 fn default_no_new_privileges() -> Given<bool> {
     Given::new(true)
 }
@@ -402,7 +444,7 @@ fn default_seccomp() -> Given<SeccompMode> {
 }
 
 fn default_landlock() -> Given<LandlockMode> {
-    Given::new(LandlockMode::Enforce)
+    Given::new(LandlockMode::Files)
 }
 
 fn default_access_platform() -> Given<AccessPlatform> {

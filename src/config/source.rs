@@ -4,14 +4,36 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
+use sha2::{Digest, Sha256};
+
 use super::diagnostic::{ConfigError, Report};
 use super::document::Span;
 
 /// Bytes that the file may have. A ConfigMap holds no more than 1 MiB either.
 const MAX_BYTES: u64 = 1024 * 1024;
 
+/// The text of a configuration that has not been looked at yet.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Text {
+    /// What messages call it.
+    pub(super) name: String,
+    pub(super) text: String,
+}
+
+impl Text {
+    /// Reads the file at `path` (`-` is standard input): at most 1 MiB of UTF-8. Blocks on the file.
+    pub fn read(path: &Path) -> Result<Text, ConfigError> {
+        read(path).map(|(name, text)| Text { name, text })
+    }
+
+    /// What tells two texts apart: the SHA-256 of the bytes.
+    pub fn digest(&self) -> [u8; 32] {
+        Sha256::digest(&self.text).into()
+    }
+}
+
 /// The file's name for messages, and its text.
-pub(super) fn read(path: &Path) -> Result<(String, String), ConfigError> {
+fn read(path: &Path) -> Result<(String, String), ConfigError> {
     let (name, bytes) = if path == Path::new("-") {
         let name = "<stdin>".to_owned();
         let bytes = read_bounded(io::stdin().lock()).map_err(|error| explain(&name, &error))?;

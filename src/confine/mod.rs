@@ -29,14 +29,14 @@
 //! 1. Nothing of a guest, VMM or peer is read before [`enter`] has returned.
 //! 2. Nothing that the kernel lacks keeps the program from running; each lack is a warning that says so.
 //! 3. A [`Policy`] only depends on the configuration and the place, so that whether a new configuration fits under it can be
-//!    asked before it is applied ([`Policy::lacks`]).
+//!    asked before it is applied ([`Policy::out_of_reach`]).
 
 mod filter;
 mod landlock;
 mod policy;
 mod refusals;
 
-pub use policy::{Lack, Policy, Surroundings};
+pub use policy::{Lack, OutOfReach, Policy, Surroundings};
 pub use refusals::Refusals;
 
 use std::os::fd::OwnedFd;
@@ -193,11 +193,11 @@ pub fn enter(config: &Config, file: &Path) -> Confined {
 
 /// As [`enter`], in surroundings that hold more than the file.
 pub fn enter_in(config: &Config, here: &Surroundings) -> Confined {
-    enter_with(config.confinement, || Policy::new(config, here))
+    enter_with(&config.confinement, || Policy::new(config, here))
 }
 
 /// The same for a program with another policy, which is asked for if landlock is wanted.
-pub fn enter_with(wanted: Wanted, policy: impl FnOnce() -> Policy) -> Confined {
+pub fn enter_with(wanted: &Wanted, policy: impl FnOnce() -> Policy) -> Confined {
     let mut confined = Confined {
         confinement: Confinement::NONE,
         policy: None,

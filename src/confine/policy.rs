@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, StatxAttributes, StatxFlags};
 
-use crate::config::{Config, LandlockMode, ListenAddress, OutboundRule, Target, VhostUserMode};
+use crate::config::{Config, Guest, LandlockMode, ListenAddress, OutboundRule, Target, VhostUserMode};
 
 /// DNS over TCP, for answers that do not fit a datagram.
 const DOMAIN: u16 = 53;
@@ -125,28 +125,17 @@ impl Surroundings {
 }
 
 impl Policy {
-    /// What `config` needs. Asks the file system whether the directories of VMMs' sockets can be written to.
+    /// What `config` needs, and what it allows later ones. Asks the file system whether the directories of VMMs' sockets can be
+    /// written to.
     pub fn new(config: &Config, here: &Surroundings) -> Policy {
-        let mut policy = Policy {
-            paths: BTreeMap::new(),
-            ports: match config.confinement.landlock {
-                LandlockMode::Enforce => Some(Ports::default()),
-                LandlockMode::Files | LandlockMode::Off => None,
-            },
-        };
+        let mut policy = Policy::empty(config.confinement.landlock == LandlockMode::Enforce);
         policy.surround(here);
         config.admin.iter().for_each(|address| policy.listen(address));
+        for path in &config.confinement.paths {
+            policy.add(path, Rights::SESSIONS);
+        }
         for guest in &config.guests {
-            let directory = directory_of(&guest.vhost_user.socket);
-            policy.add(directory, Rights::SESSIONS);
-            if !is_writable(directory) {
-                here.temporary
-                    .iter()
-                    .for_each(|place| policy.add(place, Rights::SESSIONS));
-            }
-            if guest.vhost_user.mode == VhostUserMode::Server {
-                policy.add(directory, Rights::LISTEN);
-            }
+            policy.session(guest, here);
             guest.inbound.iter().for_each(|rule| policy.listen(&rule.listen));
             guest.outbound.iter().for_each(|rule| policy.dial(rule));
         }
@@ -165,6 +154,58 @@ impl Policy {
         policy.surround(here);
         files.iter().for_each(|file| policy.read_again(file));
         policy
+    }
+
+    fn empty(limits_ports: bool) -> Policy {
+        Policy {
+            paths: BTreeMap::new(),
+            ports: limits_ports.then(Ports::default),
+        }
+    }
+
+    fn session(&mut self, guest: &Guest, here: &Surroundings) {
+        let directory = directory_of(&guest.vhost_user.socket);
+        self.add(directory, Rights::SESSIONS);
+        if !is_writable(directory) {
+            here.temporary
+                .iter()
+                .for_each(|place| self.add(place, Rights::SESSIONS));
+        }
+        if guest.vhost_user.mode == VhostUserMode::Server {
+            self.add(directory, Rights::LISTEN);
+        }
+    }
+
+    /// What in the guests of `config` a process that keeps to this policy cannot have, with whose it is; empty if it can run
+    /// them. The admin server and the configuration's file are not asked for: they stay what they were at start.
+    pub fn out_of_reach(&self, config: &Config, here: &Surroundings) -> Vec<OutOfReach> {
+        let mut found = Vec::new();
+        let mut look = |whose: String, need: &dyn Fn(&mut Policy)| {
+            let mut needed = Policy::empty(self.ports.is_some());
+            need(&mut needed);
+            let lacks = self.lacks(&needed);
+            found.extend(lacks.into_iter().map(|lack| OutOfReach {
+                whose: whose.clone(),
+                lack,
+            }));
+        };
+        for guest in &config.guests {
+            let name = &guest.name;
+            look(format!("guest {name}: vhostUser.socket"), &|policy| {
+                policy.session(guest, here);
+            });
+            for rule in &guest.inbound {
+                look(format!("guest {name}: inbound rule {}", rule.name), &|policy| {
+                    policy.listen(&rule.listen);
+                });
+            }
+            for rule in &guest.outbound {
+                look(format!("guest {name}: outbound rule {}", rule.name), &|policy| {
+                    policy.dial(rule);
+                });
+            }
+        }
+        found
     }
 
     fn surround(&mut self, here: &Surroundings) {
@@ -268,6 +309,31 @@ impl Policy {
     }
 }
 
+/// Something that a configuration asks for and a confined process cannot get any more.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OutOfReach {
+    /// Which guest's, and which of its rules.
+    pub whose: String,
+    /// What it is.
+    pub lack: Lack,
+}
+
+impl fmt::Display for OutOfReach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let OutOfReach { whose, lack } = self;
+        let remedy = match lack {
+            Lack::Path(_) => {
+                "restart the sidecar, or name the directory in `confinement.paths` at the next start"
+            }
+            _ => "restart the sidecar, or start it with `confinement.landlock: files`",
+        };
+        write!(
+            f,
+            "{whose}: {lack} is out of reach since the start (landlock): {remedy}"
+        )
+    }
+}
+
 /// Something that a confined process cannot get any more.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Lack {
@@ -356,9 +422,18 @@ mod tests {
         policy_in(text, &Surroundings::default())
     }
 
+    /// The strictest policy, unless the text says otherwise.
     fn policy_in(text: &str, here: &Surroundings) -> Policy {
-        let (config, _) = config::parse(text, "test").unwrap_or_else(|error| panic!("{error}"));
-        Policy::new(&config, here)
+        Policy::new(&parse(text), here)
+    }
+
+    fn parse(text: &str) -> Config {
+        let strict = match text.contains("confinement:") {
+            true => text.to_owned(),
+            false => format!("confinement: {{landlock: enforce}}\n{text}"),
+        };
+        let parsed = config::parse(&strict, "test");
+        parsed.unwrap_or_else(|error| panic!("{error}")).0
     }
 
     fn guest(directory: &Path, rest: &str) -> String {
@@ -500,6 +575,40 @@ mod tests {
         // Beneath a directory that is held, all is.
         let below = format!("unix://{}/below/s.sock", dir.path().display());
         assert_eq!(now.lacks(&with("enforce", &inbound(&below))), []);
+    }
+
+    /// What an operator reads whose reload is refused.
+    #[test]
+    fn what_is_out_of_reach_is_named_with_its_rule_and_the_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let here = Surroundings::default();
+        let start = |mode: &str| {
+            let text = format!(
+                "confinement: {{landlock: {mode}, paths: [/run/vm]}}\n{}",
+                guest(dir.path(), "")
+            );
+            Policy::new(&parse(&text), &here)
+        };
+        let wanted = parse(&guest(
+            dir.path(),
+            ", outbound: [{name: db, port: 1, to: 'tcp://10.0.0.1:5432'}], inbound: [\
+             {name: a, listen: 'unix:///run/vm/below/a.sock', port: 1}, {name: b, listen: 'unix:///srv/b.sock', port: 1}]",
+        ));
+        let told = |mode: &str| -> Vec<String> {
+            let missing = start(mode).out_of_reach(&wanted, &here);
+            missing.iter().map(ToString::to_string).collect()
+        };
+        let path = "guest web: inbound rule b: /srv is out of reach since the start (landlock): \
+                    restart the sidecar, or name the directory in `confinement.paths` at the next start";
+        assert_eq!(told("files"), [path]);
+        assert_eq!(
+            told("enforce"),
+            [
+                path,
+                "guest web: outbound rule db: TCP port 5432 of targets is out of reach since the start (landlock): \
+                 restart the sidecar, or start it with `confinement.landlock: files`"
+            ]
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use mio::Interest;
@@ -13,6 +13,7 @@ use crate::guest::{Ring, RingError, RingParts, RingPosition};
 use crate::metrics::QUEUE_LABELS;
 use crate::vsock::SocketTypes;
 
+use super::busy_poll::BusyPoll;
 use super::handle::Command;
 use super::{Device, Hold, QUEUES, RX, RunningRing, TX, budget, token};
 
@@ -142,7 +143,7 @@ impl Device {
                 self.reports.forget();
                 let _ = done.send(());
             }
-            Command::Incoming(incoming) => self.switchboard.handle_incoming(now, incoming),
+            Command::Incoming { rule, incoming } => self.switchboard.handle_incoming(now, rule, incoming),
             Command::Sibling(request) => self.switchboard.handle_sibling(now, *request),
             Command::Dialed { token, result, took } => {
                 self.switchboard.handle_dialed(now, token, result, took)
@@ -159,6 +160,19 @@ impl Device {
             }
             Command::Ping(reply) => {
                 let _ = reply.send(());
+            }
+            Command::Reconfigure { settings, done } => {
+                // First what a device is made anew from: a panic in what follows must not bring back what was before.
+                self.config.limits = settings.limits.clone();
+                self.config.rules = Arc::clone(&settings.rules);
+                self.busy_poll = BusyPoll::new(settings.limits.busy_poll);
+                self.switchboard.reconfigure(settings);
+                let _ = done.send(());
+            }
+            Command::SetCid { cid, done } => {
+                self.config.cid = cid;
+                self.switchboard.set_cid(cid);
+                let _ = done.send(());
             }
             Command::Drain => self.switchboard.drain(now),
             // Taken by handle_commands.
@@ -305,14 +319,16 @@ fn is_of_session(command: &Command) -> bool {
         | Command::InvalidateIotlb { .. }
         | Command::FlushIotlb { .. }
         | Command::MissAnswered { .. }
+        | Command::SetCid { .. }
         | Command::EndSession { .. } => true,
-        Command::Incoming(_)
+        Command::Incoming { .. }
         | Command::Sibling(_)
         | Command::Dialed { .. }
         | Command::SiblingAnswered { .. }
         | Command::Capture { .. }
         | Command::Snapshot(_)
         | Command::Ping(_)
+        | Command::Reconfigure { .. }
         | Command::Drain
         | Command::Stop => false,
     }

@@ -114,7 +114,7 @@ impl Device {
             translation.end_session(&config.metrics.iotlb);
             translation.show(&config.metrics.iotlb);
         });
-        Switchboard::settle_gauges(&config.metrics);
+        Switchboard::settle_gauges(&config.metrics, &config.rules);
         let salvage = switchboard.salvage();
         let mut fresh = Device::switchboard(&config, salvage.registry, salvage.handle);
         fresh.succeed(now, &salvage.wreck);

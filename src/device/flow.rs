@@ -1,50 +1,16 @@
 //! The host ends of connections: what the device keeps for each, beside what the muxer keeps.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::limits::{BufferAccount, MemoryFull, Place};
 use crate::host::dial::DialTask;
 use crate::host::{HostStream, SpillBuf};
-use crate::metrics::{Direction, GuestMetrics, RuleMetrics};
 use crate::vsock::ConnectionId;
 
 use super::messages::Messages;
+use super::rules::Rule;
 use super::sibling::{Ears, SiblingAnswer};
-
-/// Which rule allowed a connection. `None` as index: no rule did.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) struct RuleRef {
-    /// Who asked for the connection: outbound rules serve the guest, inbound rules the host side.
-    pub(super) opened_by: Direction,
-    /// Position in the configuration.
-    pub(super) index: Option<usize>,
-}
-
-impl RuleRef {
-    pub(super) fn outbound(index: Option<usize>) -> RuleRef {
-        RuleRef {
-            opened_by: Direction::GuestToHost,
-            index,
-        }
-    }
-
-    pub(super) fn inbound(index: usize) -> RuleRef {
-        RuleRef {
-            opened_by: Direction::HostToGuest,
-            index: Some(index),
-        }
-    }
-
-    pub(super) fn metrics(self, of: &GuestMetrics) -> &RuleMetrics {
-        let rules = match self.opened_by {
-            Direction::GuestToHost => &of.outbound,
-            Direction::HostToGuest => &of.inbound,
-        };
-        self.index
-            .and_then(|index| rules.get(index))
-            .unwrap_or(&of.no_rule)
-    }
-}
 
 /// The host end of a connection.
 #[derive(Debug)]
@@ -65,7 +31,8 @@ pub(super) enum HostEnd {
 #[derive(Debug)]
 pub(super) struct Flow {
     pub(super) id: ConnectionId,
-    pub(super) rule: RuleRef,
+    /// What allowed it.
+    pub(super) rule: Arc<Rule>,
     pub(super) end: HostEnd,
     /// Guest bytes the socket did not take; bounded by `buf_alloc` (invariant 1 of the law).
     pub(super) spill: SpillBuf,

@@ -7,10 +7,12 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::capture::Tap;
+use crate::config::Limits;
 use crate::guest::{GuestRam, Mapping, MemoryLoss, Miss, RingError, RingParts, RingPosition};
 use crate::host::dial::{DialError, DialResult};
 use crate::host::listen::Incoming;
 
+use super::rules::{Rule, Rules};
 use super::sibling::SiblingRequest;
 use super::snapshot::DeviceSnapshot;
 
@@ -104,7 +106,12 @@ pub enum Command {
         done: Reply<()>,
     },
     /// A client of an inbound rule.
-    Incoming(Incoming),
+    Incoming {
+        /// The rule, as it was when the client came.
+        rule: Arc<Rule>,
+        /// The client.
+        incoming: Incoming,
+    },
     /// Another guest of this sidecar wants a connection.
     Sibling(Box<SiblingRequest>),
     /// A dial ended.
@@ -136,10 +143,33 @@ pub enum Command {
     Snapshot(Reply<DeviceSnapshot>),
     /// Show that you live.
     Ping(Reply<()>),
+    /// Other rules and limits from now on. Connections go on, each under the rule that let it in. Ends a drain.
+    Reconfigure {
+        /// For connections that are asked for from now on.
+        settings: Settings,
+        /// Answered when the next request will find them.
+        done: Reply<()>,
+    },
+    /// A VMM begins a session whose guest has this CID.
+    SetCid {
+        /// The context identifier.
+        cid: u32,
+        /// Answered when packets have it.
+        done: Reply<()>,
+    },
     /// Refuse new inbound connections from now on.
     Drain,
     /// End all connections and the thread.
     Stop,
+}
+
+/// What can change of a device that runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Bounds.
+    pub limits: Limits,
+    /// Where the guest may connect, and what may connect to it.
+    pub rules: Arc<Rules>,
 }
 
 /// Whom a device tells what the session has to know.

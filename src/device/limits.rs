@@ -11,23 +11,23 @@
 //!
 //! Who is refused costs nothing and changes nothing for who is in. All that is held is a [`Share`], which goes with its flow.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::flow::RuleRef;
+use super::rules::{Rule, RuleId};
 use crate::metrics::Direction;
 use crate::quota::{Pool, Quota, Share};
 use crate::vsock::RefuseReason;
 
-/// What a guest may have, from its configuration.
-#[derive(Clone, Default, Debug)]
+/// Rates of other guests that are remembered: more than run on a host.
+const MAX_SIBLING_RATES: usize = 1024;
+
+/// What a guest may have, beside what its rules say.
+#[derive(Clone, Copy, Default, Debug)]
 pub(super) struct Bounds {
     /// Connections of the guest, which the muxer holds it to.
     pub(super) connections: usize,
-    /// Connections of each outbound rule.
-    pub(super) outbound: Vec<Option<usize>>,
-    /// Connections of each inbound rule.
-    pub(super) inbound: Vec<Option<usize>>,
     /// New connections a second in each direction; 0: any number.
     pub(super) per_second: u32,
     /// Bytes of memory for buffers.
@@ -37,47 +37,45 @@ pub(super) struct Bounds {
 /// Decides who is let in.
 #[derive(Debug)]
 pub(super) struct Admission {
+    bounds: Bounds,
     quota: Quota,
-    /// Indexed by [`Direction`], then by rule; `None` where the rule has no bound of its own.
-    rules: [Vec<Option<Arc<Pool>>>; 2],
     /// Indexed by [`Direction`]: a guest in a loop does not keep clients out, nor they the guest.
     rates: [Rate; 2],
-    /// Of each guest that dials this one, which is neither: by its number among those who may. They come when they first ask.
-    sibling_rates: Vec<Rate>,
-    per_second: u32,
+    /// Of each guest that dials this one, which is neither. They come when they first ask.
+    sibling_rates: HashMap<RuleId, Rate>,
     /// Requests that wait with the devices of other guests.
     asked: Arc<Pool>,
     memory: Arc<Pool>,
 }
 
 impl Admission {
-    pub(super) fn new(bounds: &Bounds, quota: Quota) -> Admission {
-        let pools = |limits: &[Option<usize>]| {
-            let pool = |limit: &Option<usize>| limit.map(|limit| Pool::new(Some(limit as u64)));
-            limits.iter().map(pool).collect()
-        };
+    pub(super) fn new(bounds: Bounds, quota: Quota) -> Admission {
         Admission {
+            bounds,
             quota,
-            rules: [pools(&bounds.outbound), pools(&bounds.inbound)],
             rates: [Rate::new(bounds.per_second), Rate::new(bounds.per_second)],
-            sibling_rates: Vec::new(),
-            per_second: bounds.per_second,
+            sibling_rates: HashMap::new(),
             asked: Pool::new(Some(bounds.connections as u64)),
             memory: Pool::new(Some(bounds.memory)),
         }
     }
 
+    /// Other bounds from now on. Who is in stays in.
+    pub(super) fn set_bounds(&mut self, bounds: Bounds) {
+        // A rate that stays keeps its memory: else every reload would bring a second's worth of connections.
+        if bounds.per_second != self.bounds.per_second {
+            self.rates = [Rate::new(bounds.per_second), Rate::new(bounds.per_second)];
+            self.sibling_rates.clear();
+        }
+        self.asked.set_limit(Some(bounds.connections as u64));
+        self.memory.set_limit(Some(bounds.memory));
+        self.bounds = bounds;
+    }
+
     /// Lets in a connection of `rule`, or says which bound is in its way. The rate is asked last, so that only who would
     /// have been let in uses it up.
-    pub(super) fn admit(&mut self, now: Instant, rule: RuleRef) -> Result<Place, RefuseReason> {
-        let pool = rule
-            .index
-            .and_then(|index| self.rules[rule.opened_by as usize].get(index))
-            .and_then(Option::as_ref);
-        let of_rule = match pool {
-            Some(pool) => Some(Share::take(pool, 1).ok_or(RefuseReason::RuleLimit)?),
-            None => None,
-        };
+    pub(super) fn admit(&mut self, now: Instant, rule: &Rule) -> Result<Place, RefuseReason> {
+        let of_rule = Share::take(&rule.places, 1).ok_or(RefuseReason::RuleLimit)?;
         let of_sidecar = Share::take(&self.quota.connections, 1).ok_or(RefuseReason::SidecarLimit)?;
         // Clients have their descriptor since they were accepted.
         let descriptor = match rule.opened_by {
@@ -94,22 +92,16 @@ impl Admission {
         })
     }
 
-    fn rate(&mut self, rule: RuleRef) -> &mut Rate {
-        let direction = rule.opened_by as usize;
-        // Other guests' connections are behind the inbound rules.
-        let sibling = match (rule.opened_by, rule.index) {
-            (Direction::HostToGuest, Some(index)) => index.checked_sub(self.rules[direction].len()),
-            _ => None,
-        };
-        let Some(sibling) = sibling else {
-            return &mut self.rates[direction];
-        };
-        if sibling >= self.sibling_rates.len() {
-            let per_second = self.per_second;
-            self.sibling_rates
-                .resize_with(sibling + 1, || Rate::new(per_second));
+    fn rate(&mut self, rule: &Rule) -> &mut Rate {
+        if !rule.is_sibling {
+            return &mut self.rates[rule.opened_by as usize];
         }
-        &mut self.sibling_rates[sibling]
+        // Reloads may name ever other guests.
+        if self.sibling_rates.len() >= MAX_SIBLING_RATES && !self.sibling_rates.contains_key(&rule.id) {
+            self.sibling_rates.clear();
+        }
+        let per_second = self.bounds.per_second;
+        (self.sibling_rates.entry(rule.id)).or_insert_with(|| Rate::new(per_second))
     }
 
     /// One more request to another guest's device, until that has got to it. A guest that gives up and asks again has no more
@@ -169,7 +161,7 @@ pub(super) fn remedy(reason: RefuseReason) -> &'static str {
 pub(super) struct Place {
     /// For the socket to a target; it goes with the dial, and with what comes of that.
     pub(super) descriptor: Option<Share>,
-    _of_rule: Option<Share>,
+    _of_rule: Share,
     _of_sidecar: Share,
 }
 
@@ -259,9 +251,10 @@ impl Rate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::{GuestMetrics, LabelSets};
 
     fn admission(bounds: Bounds, quota: &Quota) -> Admission {
-        Admission::new(&bounds, quota.clone())
+        Admission::new(bounds, quota.clone())
     }
 
     fn quota(connections: u64, memory: u64, descriptors: u64) -> Quota {
@@ -272,32 +265,48 @@ mod tests {
         }
     }
 
-    const OUT: fn(usize) -> RuleRef = |index| RuleRef::outbound(Some(index));
+    fn named(direction: Direction, name: &str) -> Arc<Rule> {
+        let labels = LabelSets {
+            refused: &[],
+            closed: &[],
+            misbehavior: &[],
+            ring_errors: &[],
+        };
+        let metrics = GuestMetrics::detached(&labels).rules(direction, &[name.to_owned()]);
+        Rule::new(direction, Arc::clone(&metrics[0]))
+    }
+
+    fn rule(direction: Direction, connections: Option<u64>) -> Arc<Rule> {
+        let rule = named(direction, "rule");
+        rule.places.set_limit(connections);
+        rule
+    }
+
+    fn outbound() -> Arc<Rule> {
+        rule(Direction::GuestToHost, None)
+    }
+
+    fn inbound() -> Arc<Rule> {
+        rule(Direction::HostToGuest, None)
+    }
 
     #[test]
     fn a_rule_that_is_full_leaves_room_for_the_others() {
-        let bounds = Bounds {
-            outbound: vec![Some(1), None],
-            inbound: vec![Some(1)],
-            ..Bounds::default()
-        };
         let now = Instant::now();
-        let mut admission = admission(bounds, &Quota::default());
-        let first = admission.admit(now, OUT(0)).unwrap();
-        assert_eq!(admission.admit(now, OUT(0)).err(), Some(RefuseReason::RuleLimit));
+        let mut admission = admission(Bounds::default(), &Quota::default());
+        let narrow = rule(Direction::GuestToHost, Some(1));
+        let first = admission.admit(now, &narrow).unwrap();
+        assert_eq!(admission.admit(now, &narrow).err(), Some(RefuseReason::RuleLimit));
+        let wide = outbound();
         let _others = [
-            admission.admit(now, OUT(1)).unwrap(),
-            admission.admit(now, OUT(1)).unwrap(),
+            admission.admit(now, &wide).unwrap(),
+            admission.admit(now, &wide).unwrap(),
         ];
-        let _inbound = admission.admit(now, RuleRef::inbound(0)).unwrap();
-        assert_eq!(
-            admission.admit(now, RuleRef::inbound(0)).err(),
-            Some(RefuseReason::RuleLimit)
-        );
-        // Another guest's connections are behind the inbound rules, and have no bound of their own.
-        let _sibling = admission.admit(now, RuleRef::inbound(1)).unwrap();
+        let ssh = rule(Direction::HostToGuest, Some(1));
+        let _inbound = admission.admit(now, &ssh).unwrap();
+        assert_eq!(admission.admit(now, &ssh).err(), Some(RefuseReason::RuleLimit));
         drop(first);
-        assert!(admission.admit(now, OUT(0)).is_ok());
+        assert!(admission.admit(now, &narrow).is_ok());
     }
 
     #[test]
@@ -306,15 +315,12 @@ mod tests {
         let quota = quota(3, 0, 2);
         let mut web = admission(Bounds::default(), &quota);
         let mut db = admission(Bounds::default(), &quota);
-        let first = web.admit(now, OUT(0)).unwrap();
-        let second = db.admit(now, OUT(0)).unwrap();
-        assert_eq!(web.admit(now, OUT(0)).err(), Some(RefuseReason::Descriptors));
+        let first = web.admit(now, &outbound()).unwrap();
+        let second = db.admit(now, &outbound()).unwrap();
+        assert_eq!(web.admit(now, &outbound()).err(), Some(RefuseReason::Descriptors));
         assert_eq!(quota.connections.used(), 2, "who is refused holds nothing");
-        let third = web.admit(now, RuleRef::inbound(0)).unwrap();
-        assert_eq!(
-            db.admit(now, RuleRef::inbound(0)).err(),
-            Some(RefuseReason::SidecarLimit)
-        );
+        let third = web.admit(now, &inbound()).unwrap();
+        assert_eq!(db.admit(now, &inbound()).err(), Some(RefuseReason::SidecarLimit));
         drop((first, second, third));
         assert_eq!((quota.connections.used(), quota.descriptors.used()), (0, 0));
     }
@@ -325,16 +331,16 @@ mod tests {
         let quota = quota(9, 0, 1);
         let mut admission = admission(Bounds::default(), &quota);
         let now = Instant::now();
-        let mut place = admission.admit(now, OUT(0)).unwrap();
+        let mut place = admission.admit(now, &outbound()).unwrap();
         let with_socket = place.descriptor.take();
         drop(place);
         assert_eq!((quota.connections.used(), quota.descriptors.used()), (0, 1));
         assert_eq!(
-            admission.admit(now, OUT(0)).err(),
+            admission.admit(now, &outbound()).err(),
             Some(RefuseReason::Descriptors)
         );
         drop(with_socket);
-        assert!(admission.admit(now, OUT(0)).is_ok());
+        assert!(admission.admit(now, &outbound()).is_ok());
     }
 
     #[test]
@@ -345,28 +351,28 @@ mod tests {
         };
         let mut admission = admission(bounds, &Quota::default());
         let begin = Instant::now();
-        let mut let_in = |at: Duration, rule| admission.admit(begin + at, rule).map(drop);
+        let mut let_in = |at: Duration, rule: &Rule| admission.admit(begin + at, rule).map(drop);
         for _ in 0..10 {
-            assert_eq!(let_in(Duration::ZERO, OUT(0)), Ok(()));
+            assert_eq!(let_in(Duration::ZERO, &outbound()), Ok(()));
         }
         for _ in 0..1000 {
-            assert_eq!(let_in(Duration::ZERO, OUT(0)), Err(RefuseReason::RateLimit));
+            assert_eq!(let_in(Duration::ZERO, &outbound()), Err(RefuseReason::RateLimit));
         }
         // A guest in a loop does not keep the operator's ssh out.
-        assert_eq!(let_in(Duration::ZERO, RuleRef::inbound(0)), Ok(()));
+        assert_eq!(let_in(Duration::ZERO, &inbound()), Ok(()));
         assert_eq!(
-            let_in(Duration::from_millis(99), OUT(0)),
+            let_in(Duration::from_millis(99), &outbound()),
             Err(RefuseReason::RateLimit)
         );
         // Who was refused has not put it off.
-        assert_eq!(let_in(Duration::from_millis(100), OUT(0)), Ok(()));
+        assert_eq!(let_in(Duration::from_millis(100), &outbound()), Ok(()));
         assert_eq!(
-            let_in(Duration::from_millis(100), OUT(0)),
+            let_in(Duration::from_millis(100), &outbound()),
             Err(RefuseReason::RateLimit)
         );
         // Patience is not saved up beyond a second.
         let later = Duration::from_secs(3600);
-        let got = (0..100).filter(|_| let_in(later, OUT(0)).is_ok()).count();
+        let got = (0..100).filter(|_| let_in(later, &outbound()).is_ok()).count();
         assert_eq!(got, 10);
     }
 
@@ -374,17 +380,17 @@ mod tests {
     #[test]
     fn a_guest_that_is_dialled_in_a_loop_by_another_keeps_its_clients_and_the_others() {
         let bounds = Bounds {
-            inbound: vec![None],
             per_second: 10,
             ..Bounds::default()
         };
         let mut admission = admission(bounds, &Quota::default());
         let now = Instant::now();
-        let (client, first, second) = (RuleRef::inbound(0), RuleRef::inbound(1), RuleRef::inbound(2));
-        let mut let_in = |rule| admission.admit(now, rule).is_ok();
-        assert_eq!((0..100).filter(|_| let_in(first)).count(), 10);
-        assert_eq!((0..100).filter(|_| let_in(second)).count(), 10);
-        assert_eq!((0..100).filter(|_| let_in(client)).count(), 10);
+        let of_guest = |name: &str| named(Direction::HostToGuest, &format!("guest://{name}"));
+        let (client, first, second) = (inbound(), of_guest("web"), of_guest("db"));
+        let mut let_in = |rule: &Rule| admission.admit(now, rule).is_ok();
+        assert_eq!((0..100).filter(|_| let_in(&first)).count(), 10);
+        assert_eq!((0..100).filter(|_| let_in(&second)).count(), 10);
+        assert_eq!((0..100).filter(|_| let_in(&client)).count(), 10);
     }
 
     #[test]
@@ -403,11 +409,11 @@ mod tests {
     #[test]
     fn memory_is_bounded_for_the_guest_and_for_all() {
         let quota = quota(9, 150, 9);
-        let bounds = || Bounds {
+        let bounds = Bounds {
             memory: 100,
             ..Bounds::default()
         };
-        let (web, db) = (admission(bounds(), &quota), admission(bounds(), &quota));
+        let (web, db) = (admission(bounds, &quota), admission(bounds, &quota));
         let mut first = web.account();
         let mut second = web.account();
         assert_eq!(first.cover(80), Ok(()));
@@ -426,5 +432,32 @@ mod tests {
         assert_eq!(second.cover(70), Ok(()));
         drop((first, second, other));
         assert_eq!((web.memory(), db.memory(), quota.memory.used()), (0, 0, 0));
+    }
+
+    /// A reload. A rate that stays brings no second's worth anew; one that changes does; memory that is in use stays so.
+    #[test]
+    fn other_bounds_are_for_those_who_come_after() {
+        let bounds = Bounds {
+            per_second: 1,
+            memory: 100,
+            ..Bounds::default()
+        };
+        let mut admission = admission(bounds, &Quota::default());
+        let now = Instant::now();
+        let rule = outbound();
+        assert!(admission.admit(now, &rule).is_ok());
+        let mut held = admission.account();
+        assert_eq!(held.cover(80), Ok(()));
+        admission.set_bounds(Bounds { memory: 50, ..bounds });
+        assert_eq!(admission.admit(now, &rule).err(), Some(RefuseReason::RateLimit));
+        assert_eq!(admission.account().cover(1), Err(MemoryFull::Guest));
+        assert_eq!((held.cover(60), admission.memory()), (Ok(()), 60));
+        admission.set_bounds(Bounds {
+            per_second: 2,
+            memory: 200,
+            ..Bounds::default()
+        });
+        assert!(admission.admit(now, &rule).is_ok());
+        assert_eq!(held.cover(200), Ok(()));
     }
 }

@@ -44,6 +44,11 @@ impl Lingering {
         }
     }
 
+    /// At most so many from now on; those that linger may.
+    pub(super) fn set_most(&mut self, most: usize) {
+        self.most = most;
+    }
+
     /// Takes a socket that is registered under another token.
     pub(super) fn add(&mut self, now: Instant, stream: HostStream, registry: &Registry) {
         if stream.shutdown_write().is_err() || at_end(&stream) || self.streams.len() >= self.most {

@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use super::flow::RuleRef;
+use super::rules::RuleId;
 use crate::vsock::{Misbehavior, RefuseReason};
 
 /// Ports remembered for [`Logbook::no_rule`]; more different ones are a scan, and one line says as much as a thousand.
@@ -20,9 +20,9 @@ const SILENCE: Duration = Duration::from_secs(60);
 pub(super) struct Logbook {
     ports: HashSet<u32>,
     kinds: HashSet<Misbehavior>,
-    failing_rules: HashMap<usize, Failing>,
+    failing_rules: HashMap<RuleId, Failing>,
     /// When a bound was last said to be in the way, by rule where it is the rule's: no more than there are rules and reasons.
-    bounds: HashMap<(Bound, Option<RuleRef>), Instant>,
+    bounds: HashMap<(Bound, Option<RuleId>), Instant>,
 }
 
 /// A rule whose target could not be reached.
@@ -55,8 +55,7 @@ impl Logbook {
     }
 
     /// Whether the failure of a rule's target is news: the first one after a success is, but for [`SILENCE`] after the last.
-    pub(super) fn target_failed(&mut self, now: Instant, rule: Option<usize>) -> bool {
-        let Some(rule) = rule else { return false };
+    pub(super) fn target_failed(&mut self, now: Instant, rule: RuleId) -> bool {
         let news = self
             .failing_rules
             .get(&rule)
@@ -74,20 +73,27 @@ impl Logbook {
     }
 
     /// A rule's target was reached.
-    pub(super) fn target_reached(&mut self, rule: Option<usize>) {
-        if let Some(failing) = rule.and_then(|rule| self.failing_rules.get_mut(&rule)) {
+    pub(super) fn target_reached(&mut self, rule: RuleId) {
+        if let Some(failing) = self.failing_rules.get_mut(&rule) {
             failing.told = false;
         }
     }
 
     /// Whether it is news that a bound is in the way; `rule` says whose bound it is, if it is a rule's.
-    pub(super) fn bound(&mut self, now: Instant, bound: Bound, rule: Option<RuleRef>) -> bool {
+    pub(super) fn bound(&mut self, now: Instant, bound: Bound, rule: Option<RuleId>) -> bool {
         let last = self.bounds.get(&(bound, rule));
         let news = last.is_none_or(|last| now.saturating_duration_since(*last) >= SILENCE);
         if news {
             self.bounds.insert((bound, rule), now);
         }
         news
+    }
+
+    /// Other rules and limits: what is in the way of them is news again, and nothing is remembered of rules that are gone.
+    pub(super) fn reconfigured(&mut self) {
+        self.ports.clear();
+        self.failing_rules.clear();
+        self.bounds.clear();
     }
 
     /// A new session: what its guest does is news again.
@@ -105,14 +111,10 @@ mod tests {
     fn a_bound_is_told_once_a_minute() {
         let mut logbook = Logbook::default();
         let begin = Instant::now();
-        let one = Some(RuleRef::outbound(Some(1)));
+        let one = Some(RuleId::new());
         let full = Bound::Connections(RefuseReason::RuleLimit);
         assert!(logbook.bound(begin, full, one));
-        assert!(logbook.bound(begin, full, Some(RuleRef::outbound(Some(2)))));
-        assert!(
-            logbook.bound(begin, full, Some(RuleRef::inbound(1))),
-            "the first of either list are two rules"
-        );
+        assert!(logbook.bound(begin, full, Some(RuleId::new())));
         assert!(logbook.bound(begin, Bound::Memory, None));
         for n in 0..60_000 {
             assert!(!logbook.bound(begin + Duration::from_millis(n), full, one));
@@ -128,19 +130,19 @@ mod tests {
     fn a_target_that_fails_and_is_reached_in_turn_is_told_once_a_minute() {
         let mut logbook = Logbook::default();
         let begin = Instant::now();
-        assert!(logbook.target_failed(begin, Some(0)));
+        let (one, other) = (RuleId::new(), RuleId::new());
+        assert!(logbook.target_failed(begin, one));
         assert!(
-            logbook.target_failed(begin, Some(1)),
+            logbook.target_failed(begin, other),
             "another rule is another cause"
         );
         for n in 0..60_000 {
-            logbook.target_reached(Some(0));
-            assert!(!logbook.target_failed(begin + Duration::from_millis(n), Some(0)));
+            logbook.target_reached(one);
+            assert!(!logbook.target_failed(begin + Duration::from_millis(n), one));
         }
         // It has failed ever since it was reached, and nobody was told: now they are.
-        assert!(logbook.target_failed(begin + SILENCE, Some(0)));
+        assert!(logbook.target_failed(begin + SILENCE, one));
         // Without a success between, it is no news however long it lasts.
-        assert!(!logbook.target_failed(begin + 10 * SILENCE, Some(0)));
-        assert!(!logbook.target_failed(begin, None));
+        assert!(!logbook.target_failed(begin + 10 * SILENCE, one));
     }
 }

@@ -107,16 +107,16 @@ mod linger;
 mod logbook;
 mod messages;
 mod reports;
-mod router;
+mod rules;
 pub mod sibling;
 pub mod snapshot;
 mod switchboard;
 mod token;
 mod translation;
 
-pub use handle::{Command, DeviceEvent, DeviceGone, DeviceHandle};
-pub use router::Router;
-pub use sibling::Siblings;
+pub use handle::{Command, DeviceEvent, DeviceGone, DeviceHandle, Settings};
+pub use rules::{Rule, Rules};
+pub use sibling::{Sibling, Siblings};
 pub use snapshot::DeviceSnapshot;
 
 use busy_poll::BusyPoll;
@@ -148,16 +148,12 @@ pub struct DeviceConfig {
     pub cid: u32,
     /// Bounds.
     pub limits: Limits,
-    /// Where the guest may connect.
-    pub router: Router,
+    /// Where the guest may connect, and what may connect to it.
+    pub rules: Arc<Rules>,
     /// Reaches targets.
     pub dialer: Dialer,
     /// The other guests of the sidecar.
     pub siblings: Siblings,
-    /// How many inbound rules there are. Behind their metrics stand those of guests that may dial this one ([`Siblings::add`]).
-    pub inbound_rules: usize,
-    /// Connections at once of each inbound rule, in their order; none: as many as `limits` lets through.
-    pub inbound_limits: Vec<Option<usize>>,
     /// What all guests share.
     pub quota: Quota,
     /// What is counted.
@@ -305,24 +301,9 @@ impl Device {
     /// A switchboard without connections.
     fn switchboard(config: &DeviceConfig, registry: Registry, handle: DeviceHandle) -> Switchboard {
         let config = config.clone();
-        let muxer = Muxer::new(MuxerConfig {
-            guest_cid: Cid(u64::from(config.cid)),
-            buf_alloc: config.limits.buffer,
-            max_connections: config.limits.connections,
-            connect_timeout: config.limits.connect_timeout + DIAL_GRACE,
-            guest_timeout: config.limits.guest_timeout,
-            idle_timeout: config.limits.idle_timeout,
-        });
-        let admission = Admission::new(
-            &Bounds {
-                connections: config.limits.connections,
-                outbound: config.router.limits(),
-                inbound: config.inbound_limits,
-                per_second: config.limits.connections_per_second,
-                memory: config.limits.memory,
-            },
-            config.quota,
-        );
+        let muxer = Muxer::new(muxer_config(config.cid, &config.limits));
+        let admission = Admission::new(bounds(&config.limits), config.quota);
+        config.rules.come_into_force();
         config
             .metrics
             .set_limits(config.limits.connections, config.limits.memory);
@@ -331,13 +312,11 @@ impl Device {
             cid: config.cid,
             muxer,
             metrics: config.metrics,
-            router: config.router,
+            rules: config.rules,
             dialer: config.dialer,
             admission,
             siblings: config.siblings,
-            inbound_rules: config.inbound_rules,
             dial_timeout: config.limits.connect_timeout,
-            buf_alloc: config.limits.buffer,
             max_lingering: config.limits.connections,
             registry,
             handle,
@@ -537,6 +516,26 @@ impl Device {
             connections: self.switchboard.connections(now, DeviceSnapshot::MAX_CONNECTIONS),
             connection_count: self.switchboard.open(),
         }
+    }
+}
+
+/// What the law is told of a guest.
+fn muxer_config(cid: u32, limits: &Limits) -> MuxerConfig {
+    MuxerConfig {
+        guest_cid: Cid(u64::from(cid)),
+        buf_alloc: limits.buffer,
+        max_connections: limits.connections,
+        connect_timeout: limits.connect_timeout + DIAL_GRACE,
+        guest_timeout: limits.guest_timeout,
+        idle_timeout: limits.idle_timeout,
+    }
+}
+
+fn bounds(limits: &Limits) -> Bounds {
+    Bounds {
+        connections: limits.connections,
+        per_second: limits.connections_per_second,
+        memory: limits.memory,
     }
 }
 

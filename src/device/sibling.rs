@@ -23,41 +23,47 @@ use crate::vsock::RefuseReason;
 
 use super::handle::DeviceHandle;
 use super::limits;
+use super::rules::{Rule, Rules};
 
-/// The guests of the sidecar, for those who may dial them. Clones share the list, which grows while guests start.
+/// The guests of the sidecar, for those who may dial them. Clones share the list, which is replaced as a whole when guests or
+/// rules come and go.
 #[derive(Clone, Default)]
 pub struct Siblings {
     by_name: Arc<Mutex<HashMap<String, Sibling>>>,
 }
 
-/// A guest that can be dialled.
-#[derive(Clone)]
-struct Sibling {
+/// A guest that others dial.
+pub struct Sibling {
     handle: DeviceHandle,
-    /// Who may dial it. Their metrics stand behind those of its inbound rules, in this order.
-    from: Arc<[String]>,
+    /// Who may dial it, and what their connections count into, is among these.
+    rules: Arc<Rules>,
+}
+
+impl Sibling {
+    /// A guest that the callers among `rules` may dial.
+    pub fn new(handle: DeviceHandle, rules: Arc<Rules>) -> Sibling {
+        Sibling { handle, rules }
+    }
 }
 
 impl Siblings {
-    /// Makes a guest known. `from` are the names of the guests whose rules may lead to it.
-    pub fn add(&self, name: &str, handle: DeviceHandle, from: &[String]) {
-        let sibling = Sibling {
-            handle,
-            from: from.into(),
-        };
-        self.lock().insert(name.to_owned(), sibling);
+    /// Makes these guests known, and no others.
+    pub fn replace(&self, siblings: HashMap<String, Sibling>) {
+        let before = std::mem::replace(&mut *self.lock(), siblings);
+        // Not under the lock: what it holds may end with it.
+        drop(before);
     }
 
-    /// How to reach the guest `name`, and by which number it knows the guest `from`.
-    pub(super) fn find(&self, name: &str, from: &str) -> Option<(DeviceHandle, usize)> {
+    /// How to reach the guest `name`, and what allows the guest `from` to.
+    pub(super) fn find(&self, name: &str, from: &str) -> Option<(DeviceHandle, Arc<Rule>)> {
         let siblings = self.lock();
         let sibling = siblings.get(name)?;
-        let index = sibling.from.iter().position(|known| known == from)?;
-        Some((sibling.handle.clone(), index))
+        let rule = sibling.rules.callers().get(from)?;
+        Some((sibling.handle.clone(), Arc::clone(rule)))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Sibling>> {
-        // An insertion is all that ever happens under it.
+        // A replacement is all that ever happens under it.
         self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -114,8 +120,8 @@ impl Drop for Ears {
 /// A guest that wants a connection to another one.
 #[derive(Debug)]
 pub struct SiblingRequest {
-    /// Its number among those who may.
-    pub(super) from: usize,
+    /// What allows it.
+    pub(super) rule: Arc<Rule>,
     /// Its name.
     pub(super) peer: Arc<str>,
     /// Its CID and port.

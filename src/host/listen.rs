@@ -1,7 +1,8 @@
 //! Listeners of inbound rules.
 //!
 //! Bound before the program says it is ready, so that a taken port is an error at start; served by one task each on the
-//! control runtime, which hands every client to a sink as soon as its guest port is known.
+//! control runtime, which hands every client to a sink as soon as its guest port is known. On which terms ([`Terms`]) may change
+//! while a listener is served: a reload that changes a rule closes no socket.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,6 +18,7 @@ use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::Interest;
+use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
@@ -44,8 +46,6 @@ const UNIX_MODE: u32 = 0o660;
 /// A client of an inbound listener that wants to reach a guest port.
 #[derive(Debug)]
 pub struct Incoming {
-    /// Index of the inbound rule in the guest's configuration.
-    pub rule: usize,
     /// Port in the guest.
     pub port: u32,
     /// The client's socket.
@@ -67,19 +67,47 @@ pub struct Incoming {
 /// A client that was closed before the guest heard of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Rejected {
-    /// Index of the inbound rule in the guest's configuration.
-    pub rule: usize,
     /// The client, as [`Incoming::peer`].
     pub peer: String,
     /// Why.
     pub why: Rejection,
 }
 
+/// On which terms a listener takes clients. They may be replaced while it is served: who was accepted before keeps those that
+/// were in force then, to its end.
+pub struct Terms {
+    /// Peers that are let in, by their IP address; empty means all. A peer without an IP address is in no range.
+    pub allow: Vec<Cidr>,
+    /// What clients get.
+    pub spec: InboundSpec,
+    /// Where they go; called on the control runtime, and must not block.
+    pub sink: Sink,
+}
+
+/// Where clients of a listener go.
+pub type Sink = Box<dyn Fn(Result<Incoming, Rejected>) + Send + Sync>;
+
+impl Terms {
+    fn tell(&self, outcome: Result<Incoming, Rejected>) {
+        if let Err(Rejected { peer, why }) = &outcome {
+            tracing::debug!(peer, %why, "closed an inbound client");
+        }
+        (self.sink)(outcome);
+    }
+}
+
+impl fmt::Debug for Terms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Terms")
+            .field("allow", &self.allow)
+            .field("spec", &self.spec)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What the clients of a listener get.
 #[derive(Clone, Copy, Debug)]
 pub struct InboundSpec {
-    /// Index of the inbound rule in the guest's configuration.
-    pub rule: usize,
     /// How the guest port is found.
     pub protocol: InboundProtocol,
     /// Time for the CONNECT line, from accept to newline.
@@ -153,8 +181,6 @@ pub enum ListenError {
 pub struct Listener {
     socket: OwnedFd,
     address: ListenAddress,
-    /// Peers that are let in; empty means all. For TCP only.
-    allow: Vec<Cidr>,
     /// What its clients are.
     kind: Kind,
     /// Of which every client takes one; `None`: they are not counted.
@@ -173,7 +199,6 @@ impl Listener {
                 Ok(Listener {
                     socket: socket.into(),
                     address: ListenAddress::Tcp(address),
-                    allow: Vec::new(),
                     kind: Kind::stream(Transport::Tcp),
                     descriptors: None,
                     file: None,
@@ -182,7 +207,6 @@ impl Listener {
             ListenAddress::Vsock(port) => Ok(Listener {
                 socket: af_vsock::bind(*port)?,
                 address: address.clone(),
-                allow: Vec::new(),
                 kind: af_vsock::KIND,
                 descriptors: None,
                 file: None,
@@ -199,18 +223,12 @@ impl Listener {
                 Ok(Listener {
                     socket,
                     address: address.clone(),
-                    allow: Vec::new(),
                     kind,
                     descriptors: None,
                     file: Some(file),
                 })
             }
         }
-    }
-
-    /// Lets in only peers of these ranges; all if there are none. A peer without an IP address is in no range.
-    pub fn only_from(self, allow: Vec<Cidr>) -> Listener {
-        Listener { allow, ..self }
     }
 
     /// Takes the descriptor of each client from `descriptors`. When none is left clients are closed at once: who was left in the
@@ -228,7 +246,7 @@ impl Listener {
     }
 
     /// Accepts clients until `stop` ends, then closes the listener and the clients whose guest port is not known yet. Runs on the
-    /// current tokio runtime; `sink` is called on it and must not block.
+    /// current tokio runtime. Each client is judged by the `terms` of the moment at which it is accepted.
     ///
     /// Running out of descriptors or memory pauses it (invariant 8); nothing ends it but `stop`.
     ///
@@ -236,14 +254,12 @@ impl Listener {
     /// The socket could not be registered with the runtime's poller.
     pub async fn serve(
         self,
-        spec: InboundSpec,
-        sink: impl Fn(Result<Incoming, Rejected>) + Send + Sync,
+        terms: watch::Receiver<Arc<Terms>>,
         stop: impl Future<Output = ()> + Send,
     ) -> io::Result<()> {
         let Listener {
             socket,
             address,
-            allow,
             kind,
             descriptors,
             file,
@@ -253,27 +269,22 @@ impl Listener {
         let mut handshakes = Handshakes::new(MAX_HANDSHAKES);
         let mut pause = Pause::default();
         let mut stop = pin!(stop);
-        let tell = |outcome: Result<Incoming, Rejected>| {
-            if let Err(Rejected { rule, peer, why }) = &outcome {
-                tracing::debug!(rule, peer, %why, "closed an inbound client");
-            }
-            sink(outcome);
-        };
         loop {
             tokio::select! {
                 biased;
                 () = &mut stop => break,
-                Some(outcome) = handshakes.next() => if let Some(outcome) = outcome {
-                    tell(outcome);
+                Some(outcome) = handshakes.next() => if let Some((terms, outcome)) = outcome {
+                    terms.tell(outcome);
                 },
                 () = sleep_until(pause.until.unwrap_or_else(Instant::now)), if pause.until.is_some() => {
                     pause.until = None;
                 }
                 accepted = socket.when_readable(|fd| accept(fd, &address, kind)), if pause.until.is_none() => {
+                    let terms = Arc::clone(&terms.borrow());
                     match accepted {
-                        Ok(client) if !client.is_allowed(&allow) => {
+                        Ok(client) if !client.is_allowed(&terms.allow) => {
                             pause.end(&address);
-                            tell(Err(client.refuse(spec, Rejection::NotAllowed)));
+                            terms.tell(Err(client.refuse(Rejection::NotAllowed)));
                         }
                         Ok(mut client) => {
                             pause.end(&address);
@@ -281,17 +292,19 @@ impl Listener {
                                 client.descriptor = Share::take(pool, 1);
                                 if client.descriptor.is_none() {
                                     shortage.tell(&address);
-                                    tell(Err(client.refuse(spec, Rejection::NoDescriptors)));
+                                    terms.tell(Err(client.refuse(Rejection::NoDescriptors)));
                                     continue;
                                 }
                             }
-                            match spec.protocol {
+                            match terms.spec.protocol {
                                 InboundProtocol::Plain { port } => {
                                     let wanted = Wanted { port, preface: Vec::new() };
-                                    tell(Ok(client.incoming(spec, wanted)));
+                                    terms.tell(Ok(client.incoming(terms.spec, wanted)));
                                 }
                                 InboundProtocol::Connect => {
-                                    handshakes.begin(spec, client).into_iter().for_each(&tell);
+                                    if let Some((terms, outcome)) = handshakes.begin(&terms, client) {
+                                        terms.tell(outcome);
+                                    }
                                 }
                             }
                         }
@@ -361,16 +374,12 @@ impl Client {
     }
 
     /// Closes it at once. By reset: an orderly end would leave a socket in FIN_WAIT or TIME_WAIT for each stranger who knocks.
-    fn refuse(self, spec: InboundSpec, why: Rejection) -> Rejected {
+    fn refuse(self, why: Rejection) -> Rejected {
         let Client {
             socket, kind, peer, ..
         } = self;
         HostStream::configured(socket.into(), kind, String::new()).abort();
-        Rejected {
-            rule: spec.rule,
-            peer,
-            why,
-        }
+        Rejected { peer, why }
     }
 
     fn incoming(self, spec: InboundSpec, wanted: Wanted) -> Incoming {
@@ -386,7 +395,6 @@ impl Client {
             stream.hold(descriptor);
         }
         Incoming {
-            rule: spec.rule,
             port: wanted.port,
             stream,
             preface: wanted.preface,
@@ -461,11 +469,14 @@ fn is_clients_fault(error: &io::Error) -> bool {
     )
 }
 
+/// What became of a client, and on which terms it came.
+type Outcome = (Arc<Terms>, Result<Incoming, Rejected>);
+
 /// Clients that have not sent their whole line yet, each with a task that reads it.
 struct Handshakes {
-    tasks: JoinSet<(u64, Result<Incoming, Rejected>)>,
+    tasks: JoinSet<(u64, Outcome)>,
     /// The tasks whose outcome is still wanted, in the order of their clients' arrival; at most `limit`.
-    open: BTreeMap<u64, (AbortHandle, String)>,
+    open: BTreeMap<u64, (AbortHandle, String, Arc<Terms>)>,
     /// Number of the next client.
     next: u64,
     /// How many may be open; [`MAX_HANDSHAKES`] but in tests.
@@ -484,38 +495,42 @@ impl Handshakes {
 
     /// Reads what `client` has sent; if the line is not whole yet, waits for the rest in a task. Returns what is decided by it:
     /// this client, or the oldest of too many.
-    fn begin(&mut self, spec: InboundSpec, client: Client) -> Option<Result<Incoming, Rejected>> {
+    fn begin(&mut self, terms: &Arc<Terms>, client: Client) -> Option<Outcome> {
         let mut line = ConnectLine::default();
-        let rejected = |peer: &str, why| Rejected {
-            rule: spec.rule,
-            peer: peer.to_owned(),
-            why,
+        let peer = client.peer.clone();
+        let decided = match line.read_from(&client.socket) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(error) => Some(Err(Rejection::Failed(error.kind()))),
+            Ok(line) => Some(line),
         };
-        match line.read_from(&client.socket) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Some(Err(rejected(&client.peer, Rejection::Failed(error.kind())))),
-            Ok(Err(why)) => return Some(Err(rejected(&client.peer, why))),
-            Ok(Ok(wanted)) => return Some(Ok(client.incoming(spec, wanted))),
+        if let Some(line) = decided {
+            let outcome = match line {
+                Ok(wanted) => Ok(client.incoming(terms.spec, wanted)),
+                Err(why) => Err(Rejected { peer, why }),
+            };
+            return Some((Arc::clone(terms), outcome));
         }
         let crowded = match self.open.len() < self.limit {
             true => None,
-            false => self.open.pop_first().map(|(_, (task, peer))| {
+            false => self.open.pop_first().map(|(_, (task, peer, terms))| {
                 task.abort();
-                Err(rejected(&peer, Rejection::Crowded))
+                let why = Rejection::Crowded;
+                (terms, Err(Rejected { peer, why }))
             }),
         };
         let number = self.next;
         self.next += 1;
-        let peer = client.peer.clone();
-        let task = self
-            .tasks
-            .spawn(async move { (number, read_line(spec, client, line).await) });
-        self.open.insert(number, (task, peer));
+        let of_client = Arc::clone(terms);
+        let task = self.tasks.spawn(async move {
+            let outcome = read_line(of_client.spec, client, line).await;
+            (number, (of_client, outcome))
+        });
+        self.open.insert(number, (task, peer, Arc::clone(terms)));
         crowded
     }
 
     /// The next one that ended; `None` when there are none. Cancelling it loses nothing.
-    async fn next(&mut self) -> Option<Option<Result<Incoming, Rejected>>> {
+    async fn next(&mut self) -> Option<Option<Outcome>> {
         let ended = self.tasks.join_next().await?;
         // An error is a task that was aborted, and so is one that ended just before: both were told of as crowded.
         let outcome = ended
@@ -536,7 +551,6 @@ async fn read_line(spec: InboundSpec, client: Client, mut line: ConnectLine) -> 
         descriptor,
     } = client;
     let rejected = |why| Rejected {
-        rule: spec.rule,
         peer: peer.clone(),
         why,
     };

@@ -6,12 +6,13 @@
 use std::sync::Arc;
 
 use prometheus::{
-    Counter, CounterVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts,
+    Counter, CounterVec, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
 };
 
 use super::Registry;
+use super::families::{OfGuests, Registrar};
 use super::iotlb::{IotlbFamilies, IotlbMetrics};
+use super::rules::{RuleFamilies, RuleMetrics};
 
 /// Which way bytes and packets go.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -50,12 +51,6 @@ pub const SOCKET_TYPE_LABELS: [&str; 3] = ["other", "stream", "seqpacket"];
 /// Labels of `queue`, in the order of the device's virtqueues.
 pub const QUEUE_LABELS: [&str; 3] = ["rx", "tx", "event"];
 
-/// How many rule names of one guest and direction get series of their own. A rule costs about 30 series, so a
-/// file with a thousand rules must not become a page with thirty thousand lines.
-pub const MAX_RULES: usize = 64;
-/// The rule label that all rules after the first [`MAX_RULES`] share.
-pub const OVERFLOW_RULE: &str = "_overflow";
-
 /// Label values that come from enums of other modules.
 #[derive(Clone, Copy, Debug)]
 pub struct LabelSets {
@@ -69,29 +64,12 @@ pub struct LabelSets {
     pub ring_errors: &'static [&'static str],
 }
 
-/// The names of one guest's rules, in the order of the configuration.
-#[derive(Clone, Default, Debug)]
-pub struct RuleNames {
-    /// Names of the `outbound` rules.
-    pub outbound: Vec<String>,
-    /// Names of the `inbound` rules.
-    pub inbound: Vec<String>,
-}
-
 /// Every family that has a `guest` label and is written by the device thread.
 pub(super) struct GuestFamilies {
     packets: IntCounterVec,
     payload_bytes: IntCounterVec,
     misbehavior: IntCounterVec,
-    opened: IntCounterVec,
-    active: IntGaugeVec,
-    refused: IntCounterVec,
-    closed: IntCounterVec,
     duration: HistogramVec,
-    dials: IntCounterVec,
-    dial_failures: IntCounterVec,
-    dial_duration: HistogramVec,
-    upstream_bytes: IntCounterVec,
     credit_stalls: IntCounterVec,
     credit_stall_seconds: CounterVec,
     backpressure_pauses: IntCounterVec,
@@ -110,196 +88,139 @@ pub(super) struct GuestFamilies {
     busy_poll_seconds: CounterVec,
     capture_dropped_packets: IntCounterVec,
     device_panics: IntCounterVec,
-    rules: IntGaugeVec,
     iotlb: IotlbFamilies,
+    rules: Arc<RuleFamilies>,
+    of_guests: OfGuests,
 }
 
 impl GuestFamilies {
     pub(super) fn register(to: &prometheus::Registry) -> prometheus::Result<GuestFamilies> {
-        let counters = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntCounterVec> {
-            let family = IntCounterVec::new(Opts::new(name, help), labels)?;
-            to.register(Box::new(family.clone()))?;
-            Ok(family)
-        };
-        let seconds = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<CounterVec> {
-            let family = CounterVec::new(Opts::new(name, help), labels)?;
-            to.register(Box::new(family.clone()))?;
-            Ok(family)
-        };
-        let gauges = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntGaugeVec> {
-            let family = IntGaugeVec::new(Opts::new(name, help), labels)?;
-            to.register(Box::new(family.clone()))?;
-            Ok(family)
-        };
-        let histograms =
-            |name: &str, help: &str, labels: &[&str], buckets: &[f64]| -> prometheus::Result<HistogramVec> {
-                let family =
-                    HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?;
-                to.register(Box::new(family.clone()))?;
-                Ok(family)
-            };
+        let mut to = Registrar::new(to);
+        let rules = RuleFamilies::register(&mut to)?;
+        // Those of rules end with their rules.
+        let _ = to.take_families();
         Ok(GuestFamilies {
-            packets: counters(
+            packets: to.counters(
                 "vsock_packets_total",
                 "vsock packets, by direction, operation and socket type.",
                 &["guest", "direction", "op", "socket_type"],
             )?,
-            payload_bytes: counters(
+            payload_bytes: to.counters(
                 "vsock_payload_bytes_total",
                 "Payload bytes of vsock RW packets.",
                 &["guest", "direction", "socket_type"],
             )?,
-            misbehavior: counters(
+            misbehavior: to.counters(
                 "vsock_misbehavior_total",
                 "Packets of the guest that break the virtio-vsock protocol, by what is wrong with them.",
                 &["guest", "kind"],
             )?,
-            opened: counters(
-                "vsock_connections_opened_total",
-                "Connections established; direction says who asked for them.",
-                &["guest", "direction", "rule"],
-            )?,
-            active: gauges(
-                "vsock_connections_active",
-                "Connections that are established now.",
-                &["guest", "direction", "rule"],
-            )?,
-            refused: counters(
-                "vsock_connections_refused_total",
-                "Connections that were asked for and not made, by reason.",
-                &["guest", "direction", "rule", "reason"],
-            )?,
-            closed: counters(
-                "vsock_connections_closed_total",
-                "Established connections that ended, by reason.",
-                &["guest", "direction", "rule", "reason"],
-            )?,
-            duration: histograms(
+            duration: to.histograms(
                 "vsock_connection_duration_seconds",
                 "How long established connections lasted.",
                 &["guest", "direction"],
                 &[0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0],
             )?,
-            dials: counters(
-                "vsock_tcp_dials_total",
-                "Attempts to reach the target of an outbound rule.",
-                &["guest", "rule"],
-            )?,
-            dial_failures: counters(
-                "vsock_tcp_dial_failures_total",
-                "Attempts to reach the target of an outbound rule that failed.",
-                &["guest", "rule"],
-            )?,
-            dial_duration: histograms(
-                "vsock_tcp_dial_duration_seconds",
-                "Time to connect to the target of an outbound rule, name resolution included, successes only.",
-                &["guest", "rule"],
-                &[
-                    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-                ],
-            )?,
-            upstream_bytes: counters(
-                "vsock_upstream_bytes_total",
-                "Bytes written to and read from host sockets.",
-                &["guest", "direction", "rule"],
-            )?,
-            credit_stalls: counters(
+            credit_stalls: to.counters(
                 "vsock_credit_stalls_total",
                 "Times a sender had data and no credit from its peer.",
                 &["guest", "direction"],
             )?,
-            credit_stall_seconds: seconds(
+            credit_stall_seconds: to.seconds(
                 "vsock_credit_stall_seconds_total",
                 "Time senders waited for credit, summed over connections.",
                 &["guest", "direction"],
             )?,
-            backpressure_pauses: counters(
+            backpressure_pauses: to.counters(
                 "vsock_backpressure_pauses_total",
                 "Times a receiver took less than it was given, so that the sender had to wait.",
                 &["guest", "direction"],
             )?,
-            buffered_bytes: gauges(
+            buffered_bytes: to.gauges(
                 "vsock_buffered_bytes",
                 "Bytes held in buffers of the sidecar because their receiver does not take them.",
                 &["guest", "direction"],
             )?,
-            buffer_memory: gauges(
+            buffer_memory: to.gauges(
                 "vsock_buffer_memory_bytes",
                 "Memory of buffers for bytes that services do not take, all connections of the guest together.",
                 &["guest"],
             )?,
-            buffer_memory_limit: gauges(
+            buffer_memory_limit: to.gauges(
                 "vsock_buffer_memory_limit_bytes",
                 "Memory that such buffers of the guest may have (limits.memory).",
                 &["guest"],
             )?,
-            connections_limit: gauges(
+            connections_limit: to.gauges(
                 "vsock_connections_limit",
                 "Connections that the guest may have at once (limits.connections).",
                 &["guest"],
             )?,
-            ring_full: counters(
+            ring_full: to.counters(
                 "vsock_vring_full_total",
                 "Times a packet waited because the guest offered no buffer.",
                 &["guest", "queue"],
             )?,
-            ring_full_seconds: seconds(
+            ring_full_seconds: to.seconds(
                 "vsock_vring_full_seconds_total",
                 "Time packets waited for a buffer of the guest.",
                 &["guest", "queue"],
             )?,
-            ring_errors: counters(
+            ring_errors: to.counters(
                 "vsock_vring_errors_total",
                 "Malformed descriptor chains and rings, by what is wrong with them.",
                 &["guest", "queue", "reason"],
             )?,
-            kicks: counters(
+            kicks: to.counters(
                 "vsock_kicks_total",
                 "Notifications received from the guest.",
                 &["guest", "queue"],
             )?,
-            kicks_suppressed: counters(
+            kicks_suppressed: to.counters(
                 "vsock_kicks_suppressed_total",
                 "Rounds that found work in a ring without a notification.",
                 &["guest", "queue"],
             )?,
-            interrupts: counters(
+            interrupts: to.counters(
                 "vsock_interrupts_total",
                 "Interrupts sent to the guest.",
                 &["guest", "queue"],
             )?,
-            interrupts_suppressed: counters(
+            interrupts_suppressed: to.counters(
                 "vsock_interrupts_suppressed_total",
                 "Bursts after which the guest wanted no interrupt.",
                 &["guest", "queue"],
             )?,
-            busy_polls: counters(
+            busy_polls: to.counters(
                 "vsock_busy_polls_total",
                 "Times the device looked for the guest's next packet before it slept (limits.busyPoll).",
                 &["guest", "result"],
             )?,
-            busy_poll_seconds: seconds(
+            busy_poll_seconds: to.seconds(
                 "vsock_busy_poll_seconds_total",
                 "Processor time spent looking for the guest's next packet.",
                 &["guest"],
             )?,
-            capture_dropped_packets: counters(
+            capture_dropped_packets: to.counters(
                 "vsock_capture_dropped_packets_total",
                 "Packets that are missing in captures because their reader was too slow.",
                 &["guest"],
             )?,
-            device_panics: counters(
+            device_panics: to.counters(
                 "vsock_device_panics_total",
                 "Panics of the guest's device thread, each of which ended the guest's session and nothing else.",
                 &["guest"],
             )?,
-            rules: gauges(
-                "vsock_rules",
-                "Rules of the configuration.",
-                &["guest", "direction"],
-            )?,
-            iotlb: IotlbFamilies::register(to)?,
+            iotlb: IotlbFamilies::register(&mut to)?,
+            rules,
+            of_guests: to.take_families(),
         })
+    }
+
+    /// Removes every series of a guest, but for those of rules that somebody still holds.
+    pub(super) fn forget(&self, guest: &str) {
+        self.of_guests.forget(guest);
+        self.rules.forget_guest(guest);
     }
 }
 
@@ -333,31 +254,6 @@ pub struct BusyPollMetrics {
     pub seconds: Counter,
 }
 
-/// Counters of one rule of the configuration.
-///
-/// Rules past [`MAX_RULES`] hold the same counters and gauges as each other, so gauges are added to, never set.
-#[derive(Clone, Debug)]
-pub struct RuleMetrics {
-    /// The rule's name in the configuration, also when its label is [`OVERFLOW_RULE`].
-    pub name: String,
-    /// Connections established.
-    pub opened: IntCounter,
-    /// Connections open now.
-    pub active: IntGauge,
-    /// Connections refused, indexed by the refuse reason.
-    pub refused: Vec<IntCounter>,
-    /// Connections ended, indexed by the close reason.
-    pub closed: Vec<IntCounter>,
-    /// Host-socket bytes, indexed by [`Direction`].
-    pub upstream_bytes: [IntCounter; 2],
-    /// Attempts to reach the target (outbound rules).
-    pub dials: Option<IntCounter>,
-    /// Failed attempts (outbound rules).
-    pub dial_failures: Option<IntCounter>,
-    /// Time of successful attempts in seconds (outbound rules).
-    pub dial_duration: Option<Histogram>,
-}
-
 /// Everything that one guest's device thread counts. Cheap to share; every method is a relaxed atomic add.
 #[derive(Debug)]
 pub struct GuestMetrics {
@@ -365,12 +261,11 @@ pub struct GuestMetrics {
     payload_bytes: Vec<IntCounter>,
     /// Packets that break the protocol, indexed by the misbehavior enum.
     pub misbehavior: Vec<IntCounter>,
-    /// Outbound rules in the order of the configuration.
-    pub outbound: Vec<RuleMetrics>,
-    /// Inbound rules in the order of the configuration.
-    pub inbound: Vec<RuleMetrics>,
     /// Requests of the guest that no rule matches (`rule=""`); only `refused` is exported, the rest cannot happen.
-    pub no_rule: RuleMetrics,
+    pub no_rule: Arc<RuleMetrics>,
+    name: Arc<str>,
+    rules: Arc<RuleFamilies>,
+    labels: LabelSets,
     /// Lifetime of established connections in seconds, indexed by [`Direction`].
     pub duration: [Histogram; 2],
     /// Senders that ran out of credit, indexed by [`Direction`].
@@ -399,18 +294,19 @@ pub struct GuestMetrics {
 
 impl GuestMetrics {
     /// A guest's metrics that no registry exports, for tests and benches.
-    pub fn detached(rules: &RuleNames, labels: &LabelSets) -> Arc<GuestMetrics> {
+    pub fn detached(labels: &LabelSets) -> Arc<GuestMetrics> {
         Registry::new()
             .expect("families have valid names")
-            .guest("detached", rules, labels)
+            .guest("detached", labels)
     }
 
-    pub(super) fn resolve(
-        f: &GuestFamilies,
-        guest: &str,
-        rules: &RuleNames,
-        labels: &LabelSets,
-    ) -> GuestMetrics {
+    /// The metrics of rules, in the order of `names`, every known label value initialised to 0. A rule that somebody still
+    /// holds is the same one. Locks, and may be called by any thread.
+    pub fn rules(&self, opened_by: Direction, names: &[String]) -> Vec<Arc<RuleMetrics>> {
+        self.rules.resolve(&self.name, opened_by, names, &self.labels)
+    }
+
+    pub(super) fn resolve(f: &GuestFamilies, guest: &str, labels: &LabelSets) -> GuestMetrics {
         let mut packets = Vec::new();
         let mut payload_bytes = Vec::new();
         for direction in Direction::LABELS {
@@ -426,41 +322,6 @@ impl GuestMetrics {
                 );
             }
         }
-        f.rules
-            .with_label_values(&[guest, Direction::GuestToHost.label()])
-            .set(rules.outbound.len() as i64);
-        f.rules
-            .with_label_values(&[guest, Direction::HostToGuest.label()])
-            .set(rules.inbound.len() as i64);
-        let rule = |(index, name): (usize, &String), opened_by: Direction, dials: bool| {
-            let by = opened_by.label();
-            let config_name = name.clone();
-            let name = if index < MAX_RULES {
-                name.as_str()
-            } else {
-                OVERFLOW_RULE
-            };
-            RuleMetrics {
-                name: config_name,
-                opened: f.opened.with_label_values(&[guest, by, name]),
-                active: f.active.with_label_values(&[guest, by, name]),
-                refused: labels
-                    .refused
-                    .iter()
-                    .map(|reason| f.refused.with_label_values(&[guest, by, name, reason]))
-                    .collect(),
-                closed: labels
-                    .closed
-                    .iter()
-                    .map(|reason| f.closed.with_label_values(&[guest, by, name, reason]))
-                    .collect(),
-                upstream_bytes: Direction::LABELS
-                    .map(|direction| f.upstream_bytes.with_label_values(&[guest, direction, name])),
-                dials: dials.then(|| f.dials.with_label_values(&[guest, name])),
-                dial_failures: dials.then(|| f.dial_failures.with_label_values(&[guest, name])),
-                dial_duration: dials.then(|| f.dial_duration.with_label_values(&[guest, name])),
-            }
-        };
         let queue = |name: &str| QueueMetrics {
             kicks: f.kicks.with_label_values(&[guest, name]),
             kicks_suppressed: f.kicks_suppressed.with_label_values(&[guest, name]),
@@ -484,19 +345,10 @@ impl GuestMetrics {
                 .iter()
                 .map(|kind| f.misbehavior.with_label_values(&[guest, kind]))
                 .collect(),
-            outbound: rules
-                .outbound
-                .iter()
-                .enumerate()
-                .map(|r| rule(r, Direction::GuestToHost, true))
-                .collect(),
-            inbound: rules
-                .inbound
-                .iter()
-                .enumerate()
-                .map(|r| rule(r, Direction::HostToGuest, false))
-                .collect(),
-            no_rule: no_rule(f, guest, labels),
+            no_rule: Arc::new(f.rules.no_rule(guest, labels)),
+            name: guest.into(),
+            rules: Arc::clone(&f.rules),
+            labels: *labels,
             duration: Direction::LABELS.map(|d| f.duration.with_label_values(&[guest, d])),
             credit_stalls: by_direction(&f.credit_stalls),
             credit_stall_seconds: Direction::LABELS
@@ -557,29 +409,5 @@ impl GuestMetrics {
         {
             counter.inc_by(bytes);
         }
-    }
-}
-
-/// Requests that match no rule are refused and nothing else: only that family gets a series with `rule=""`, so
-/// that no sum over rules shows a row without a name.
-fn no_rule(f: &GuestFamilies, guest: &str, labels: &LabelSets) -> RuleMetrics {
-    let unexported = || IntCounter::new("unexported", "Not exported.").expect("a valid name");
-    RuleMetrics {
-        name: String::new(),
-        opened: unexported(),
-        active: IntGauge::new("unexported", "Not exported.").expect("a valid name"),
-        refused: labels
-            .refused
-            .iter()
-            .map(|reason| {
-                f.refused
-                    .with_label_values(&[guest, Direction::GuestToHost.label(), "", reason])
-            })
-            .collect(),
-        closed: labels.closed.iter().map(|_| unexported()).collect(),
-        upstream_bytes: Direction::LABELS.map(|_| unexported()),
-        dials: None,
-        dial_failures: None,
-        dial_duration: None,
     }
 }

@@ -3,9 +3,9 @@
 //! The IOTLB counts for itself; its owner brings these up to date at the end of a turn in which something has changed.
 //! A guest without translations keeps all of them at 0.
 
-use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-};
+use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+
+use super::families::Registrar;
 
 /// Labels of `access`: what an access was for.
 pub const ACCESS_LABELS: [&str; 2] = ["read", "write"];
@@ -32,68 +32,60 @@ pub(super) struct IotlbFamilies {
 }
 
 impl IotlbFamilies {
-    pub(super) fn register(to: &prometheus::Registry) -> prometheus::Result<IotlbFamilies> {
-        let counters = |name: &str, help: &str, labels: &[&str]| -> prometheus::Result<IntCounterVec> {
-            let family = IntCounterVec::new(Opts::new(name, help), labels)?;
-            to.register(Box::new(family.clone()))?;
-            Ok(family)
-        };
-        let gauges = |name: &str, help: &str| -> prometheus::Result<IntGaugeVec> {
-            let family = IntGaugeVec::new(Opts::new(name, help), &["guest"])?;
-            to.register(Box::new(family.clone()))?;
-            Ok(family)
-        };
-        let miss_duration = HistogramVec::new(
-            HistogramOpts::new(
-                "vsock_iotlb_miss_duration_seconds",
-                "Time from asking the VMM for a translation to its answer, refusals included.",
-            )
-            .buckets(MISS_BUCKETS.to_vec()),
-            &["guest"],
-        )?;
-        to.register(Box::new(miss_duration.clone()))?;
+    pub(super) fn register(to: &mut Registrar<'_>) -> prometheus::Result<IotlbFamilies> {
         Ok(IotlbFamilies {
-            entries: gauges("vsock_iotlb_entries", "Translations that are held now.")?,
-            mapped_bytes: gauges(
+            entries: to.gauges(
+                "vsock_iotlb_entries",
+                "Translations that are held now.",
+                &["guest"],
+            )?,
+            mapped_bytes: to.gauges(
                 "vsock_iotlb_mapped_bytes",
                 "Bytes of I/O virtual addresses that the translations cover.",
+                &["guest"],
             )?,
-            lookups: counters(
+            lookups: to.counters(
                 "vsock_iotlb_lookups_total",
                 "Lookups of I/O virtual addresses, those that found a translation and those that did not.",
                 &["guest"],
             )?,
-            misses: counters(
+            misses: to.counters(
                 "vsock_iotlb_misses_total",
                 "Lookups of I/O virtual addresses that found no translation.",
                 &["guest"],
             )?,
-            unanswered: gauges(
+            unanswered: to.gauges(
                 "vsock_iotlb_unanswered_misses",
                 "Translations that the VMM was asked for and has not answered.",
+                &["guest"],
             )?,
-            miss_duration,
-            updates: counters(
+            miss_duration: to.histograms(
+                "vsock_iotlb_miss_duration_seconds",
+                "Time from asking the VMM for a translation to its answer, refusals included.",
+                &["guest"],
+                MISS_BUCKETS,
+            )?,
+            updates: to.counters(
                 "vsock_iotlb_updates_total",
                 "IOTLB UPDATE messages of the VMM that were carried out.",
                 &["guest"],
             )?,
-            invalidations: counters(
+            invalidations: to.counters(
                 "vsock_iotlb_invalidations_total",
                 "IOTLB INVALIDATE messages of the VMM that were carried out.",
                 &["guest"],
             )?,
-            flushes: counters(
+            flushes: to.counters(
                 "vsock_iotlb_flushes_total",
                 "Times all translations were dropped because rings stopped or features or memory changed.",
                 &["guest"],
             )?,
-            evictions: counters(
+            evictions: to.counters(
                 "vsock_iotlb_evictions_total",
                 "Translations that were dropped to make room for others.",
                 &["guest"],
             )?,
-            faults: counters(
+            faults: to.counters(
                 "vsock_iotlb_faults_total",
                 "Translations that the VMM refused, by what the access was for.",
                 &["guest", "access"],

@@ -6,8 +6,9 @@
 //! - the rest (build, rules, log messages, process) is set once or read from `/proc`.
 //!
 //! What bounds the number of series: labels take values from closed lists and from the configuration, never
-//! from a guest or a peer, and at most [`MAX_RULES`] rule names of a guest and direction are told apart. (The
-//! one exception is the hint which VMM is connected: one short value for a guest at a time.)
+//! from a guest or a peer, and at most [`MAX_RULES`] rule names of a guest and direction are told apart, and as many of earlier
+//! configurations whose connections have not ended. (The one exception is the hint which VMM is connected: one short value for
+//! a guest at a time.) Series of rules and guests that a reload has removed disappear.
 //!
 //! `docs/metrics.md` lists every family; a test holds it against this module.
 
@@ -15,11 +16,14 @@ use std::sync::Arc;
 
 use prometheus::{IntCounter, IntCounterVec, IntGaugeVec, Opts};
 
+mod families;
 mod guest;
 mod iotlb;
 pub mod names;
 mod page;
 mod process;
+mod reload;
+mod rules;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -27,11 +31,12 @@ mod totals;
 mod webhook;
 
 pub use guest::{
-    BusyPollMetrics, Direction, GuestMetrics, LabelSets, MAX_RULES, OP_LABELS, OVERFLOW_RULE, QUEUE_LABELS,
-    QueueMetrics, RuleMetrics, RuleNames, SOCKET_TYPE_LABELS,
+    BusyPollMetrics, Direction, GuestMetrics, LabelSets, OP_LABELS, QUEUE_LABELS, QueueMetrics, SOCKET_TYPE_LABELS,
 };
 pub use iotlb::{ACCESS_LABELS, IotlbMetrics};
 pub use process::open_descriptors;
+pub use reload::ReloadMetrics;
+pub use rules::{MAX_RULES, OVERFLOW_RULE, RuleMetrics};
 pub use session::{MemoryMapChanges, RingSample, SESSION_ERROR_REASONS, SessionSample, SessionState};
 pub use totals::{TotalsSample, Used};
 pub use webhook::{CONNECTION_FAILURES, REVIEW_RESULTS, WebhookRegistry};
@@ -46,6 +51,7 @@ pub struct Registry {
     config_info: IntGaugeVec,
     confinement: IntGaugeVec,
     refused_system_calls: IntCounter,
+    reloads: ReloadMetrics,
 }
 
 impl Registry {
@@ -82,6 +88,7 @@ impl Registry {
             "System calls of this process that its seccomp filter refused.",
         )?;
         registry.register(Box::new(refused_system_calls.clone()))?;
+        let reloads = ReloadMetrics::register(&registry)?;
         Ok(Registry {
             registry,
             guests,
@@ -91,12 +98,26 @@ impl Registry {
             config_info,
             confinement,
             refused_system_calls,
+            reloads,
         })
     }
 
-    /// The metrics of one guest, every known label value initialised to 0.
-    pub fn guest(&self, name: &str, rules: &RuleNames, labels: &LabelSets) -> Arc<GuestMetrics> {
-        Arc::new(GuestMetrics::resolve(&self.guests, name, rules, labels))
+    /// The metrics of one guest, every known label value initialised to 0; those of its rules come with
+    /// [`GuestMetrics::rules`].
+    pub fn guest(&self, name: &str, labels: &LabelSets) -> Arc<GuestMetrics> {
+        Arc::new(GuestMetrics::resolve(&self.guests, name, labels))
+    }
+
+    /// Removes the series of a guest that is no more. Nothing may count for it any longer; series of its rules end when nobody
+    /// holds them.
+    pub fn remove_guest(&self, name: &str) {
+        self.sessions.remove(name);
+        self.guests.forget(name);
+    }
+
+    /// The families of reloads.
+    pub fn reloads(&self) -> ReloadMetrics {
+        self.reloads.clone()
     }
 
     /// Exports a guest's session: `sample` is called at each scrape, on the scraping thread, one call at a

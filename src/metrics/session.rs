@@ -353,6 +353,14 @@ impl Sessions {
     }
 }
 
+impl Sessions {
+    /// Exports `guest` no more. Its counters begin anew should it come back.
+    pub(super) fn remove(&self, guest: &str) {
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|session| session.guest != guest);
+    }
+}
+
 impl Collector for Sessions {
     fn desc(&self) -> Vec<&Desc> {
         self.descs.iter().collect()

@@ -1,3 +1,4 @@
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use super::*;
@@ -238,22 +239,18 @@ fn a_hint_of_any_length_and_content_is_one_short_label() {
 #[test]
 fn rules_past_the_cap_share_one_label() {
     let registry = Registry::new().unwrap();
-    let rules = RuleNames {
-        outbound: (0..MAX_RULES + 10).map(|n| format!("rule{n}")).collect(),
-        inbound: vec!["ssh".to_owned()],
-    };
-    let guest = registry.guest("web", &rules, &LABELS);
-    guest.outbound[MAX_RULES - 1].opened.inc();
-    guest.outbound[MAX_RULES].opened.inc();
-    guest.outbound[MAX_RULES + 9].opened.inc();
-    guest.outbound[MAX_RULES].active.inc();
-    guest.outbound[MAX_RULES + 9].active.inc();
-    guest.outbound[MAX_RULES].active.dec();
-    assert_eq!(
-        guest.outbound[MAX_RULES + 9].name,
-        "rule73",
-        "the log still says which"
-    );
+    let names: Vec<String> = (0..MAX_RULES + 10).map(|n| format!("rule{n}")).collect();
+    let guest = registry.guest("web", &LABELS);
+    let outbound = guest.rules(Direction::GuestToHost, &names);
+    let _inbound = guest.rules(Direction::HostToGuest, &["ssh".to_owned()]);
+    outbound[MAX_RULES - 1].opened.inc();
+    outbound[MAX_RULES].opened.inc();
+    outbound[MAX_RULES + 9].opened.inc();
+    outbound[MAX_RULES].active.inc();
+    outbound[MAX_RULES + 9].active.inc();
+    outbound[MAX_RULES].active.dec();
+    assert_eq!(outbound[MAX_RULES + 9].name, "rule73", "the log still says which");
+    assert!(outbound[MAX_RULES].is_shared() && !outbound[MAX_RULES - 1].is_shared());
     let text = registry.encode().unwrap();
     let opened = |rule: &str| {
         value(
@@ -287,7 +284,7 @@ fn rules_past_the_cap_share_one_label() {
 #[test]
 fn no_rule_is_an_empty_label_in_one_family_only() {
     let registry = Registry::new().unwrap();
-    let guest = registry.guest("web", &RuleNames::default(), &LABELS);
+    let guest = registry.guest("web", &LABELS);
     guest.no_rule.refused[0].inc();
     guest.no_rule.opened.inc();
     let text = registry.encode().unwrap();
@@ -345,4 +342,120 @@ fn build_and_configuration_say_what_runs() {
         build.contains("linux") && !build.contains(r#"rustc="""#),
         "{build}"
     );
+}
+
+/// The samples of rules and guests, without their values.
+fn series(registry: &Registry, of: &str) -> Vec<String> {
+    let text = registry.encode().unwrap();
+    let lines = text
+        .lines()
+        .filter(|line| !line.starts_with('#') && line.contains(of));
+    lines
+        .map(|line| line.rsplit_once(' ').unwrap().0.to_owned())
+        .collect()
+}
+
+fn names(names: &[&str]) -> Vec<String> {
+    names.iter().map(|name| (*name).to_owned()).collect()
+}
+
+/// What a reload does: the new list is asked for while the old one is held.
+#[test]
+fn a_rule_that_keeps_its_name_keeps_its_counters_and_one_that_goes_takes_its_series_along() {
+    let registry = Registry::new().unwrap();
+    let guest = registry.guest("web", &LABELS);
+    let before = guest.rules(Direction::GuestToHost, &names(&["db", "cache"]));
+    let inbound = guest.rules(Direction::HostToGuest, &names(&["cache"]));
+    before[0].opened.inc();
+    let connection = Arc::clone(&before[1]);
+    let after = guest.rules(Direction::GuestToHost, &names(&["queue", "db"]));
+    drop(before);
+    after[1].opened.inc();
+    assert_eq!(after[1].opened.get(), 2);
+    let text = registry.encode().unwrap();
+    let opened = r#"vsock_connections_opened_total{direction="guest_to_host",guest="web",rule="db"}"#;
+    assert_eq!(value(&text, opened), 2.0);
+
+    // A connection of a rule that is gone holds its series, and counts into them.
+    connection.closed[0].inc();
+    let closed = r#"vsock_connections_closed_total{direction="guest_to_host",guest="web",reason="guest_shutdown",rule="cache"}"#;
+    assert_eq!(value(&registry.encode().unwrap(), closed), 1.0);
+    drop(connection);
+    let left = series(&registry, r#"rule="cache""#);
+    assert!(
+        left.iter()
+            .all(|line| !line.contains(r#"direction="guest_to_host""#) || line.contains("upstream")),
+        "{left:?}"
+    );
+    assert!(
+        left.iter().any(|line| line.contains("upstream")),
+        "the inbound rule of that name has these too"
+    );
+    drop(inbound);
+    assert_eq!(series(&registry, r#"rule="cache""#), [""; 0]);
+    drop(after);
+    assert_eq!(series(&registry, r#"rule="db""#), [""; 0]);
+}
+
+/// An operator who renames a rule a thousand times, with a connection that is left of each, gets no page of a thousand rules.
+#[test]
+fn rules_of_the_past_are_bounded_and_leave_room_for_those_of_today() {
+    let registry = Registry::new().unwrap();
+    let guest = registry.guest("web", &LABELS);
+    let mut connections = Vec::new();
+    let mut most = 0;
+    for n in 0..10 * MAX_RULES {
+        let rules = guest.rules(Direction::GuestToHost, &names(&[&format!("rule{n}")]));
+        connections.extend(rules);
+        let lines = series(&registry, "vsock_connections_opened_total{");
+        most = most.max(lines.len());
+    }
+    assert_eq!(most, 2 * MAX_RULES + 1, "and the one that they share");
+    // They end, and the next reload finds room for a name that had none.
+    let last = connections.pop().unwrap();
+    assert!(last.is_shared());
+    drop(connections);
+    let rules = guest.rules(Direction::GuestToHost, std::slice::from_ref(&last.name));
+    assert!(!rules[0].is_shared());
+    drop(last);
+    assert_eq!(series(&registry, "vsock_connections_opened_total{").len(), 1);
+}
+
+#[test]
+fn a_guest_that_is_removed_leaves_no_series() {
+    let registry = Registry::new().unwrap();
+    let stays = registry.guest("web", &LABELS);
+    let before = series(&registry, "guest=");
+    let goes = registry.guest("db", &LABELS);
+    registry.add_session("db", SessionSample::default);
+    let rules = goes.rules(Direction::HostToGuest, &names(&["ssh"]));
+    assert!(!series(&registry, r#"guest="db""#).is_empty());
+    drop((goes, rules));
+    registry.remove_guest("db");
+    assert_eq!(series(&registry, r#"guest="db""#), [""; 0]);
+    assert_eq!(series(&registry, "guest="), before);
+    drop(stays);
+}
+
+#[test]
+fn a_reload_that_is_refused_shows_until_one_is_not() {
+    let registry = Registry::new().unwrap();
+    let read = |name: &str| value(&registry.encode().unwrap(), name);
+    let state = || {
+        (
+            read("vsock_config_reloads_total"),
+            read("vsock_config_reload_failures_total"),
+            read("vsock_config_last_reload_successful"),
+            read("vsock_config_last_reload_success_timestamp_seconds"),
+        )
+    };
+    let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+    let reloads = registry.reloads();
+    reloads.started(at(1000));
+    assert_eq!(state(), (0.0, 0.0, 1.0, 1000.0));
+    reloads.refused();
+    reloads.refused();
+    assert_eq!(state(), (2.0, 2.0, 0.0, 1000.0));
+    reloads.succeeded(at(2000));
+    assert_eq!(state(), (3.0, 2.0, 1.0, 2000.0));
 }

@@ -102,6 +102,7 @@ pub mod negotiation;
 pub mod private_socket;
 pub mod relay;
 mod session;
+mod terms;
 pub mod translation;
 mod vring;
 pub mod wire;
@@ -111,6 +112,7 @@ pub use features::Features;
 pub use findings::{Finding, FindingCode, Severity};
 pub use negotiation::{Negotiation, NegotiationWatch, Record, SessionError, SessionState};
 pub use session::{Session, SessionHandle};
+pub use terms::{SessionTerms, Terms};
 pub use translation::{AccessPlatform, Evidence, Translation, TranslationMode};
 
 #[cfg(test)]

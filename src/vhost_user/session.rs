@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -30,6 +30,7 @@ use super::gate::{Gate, IotlbOperation};
 use super::link::{DeviceLink, Pending, WakeFd};
 use super::negotiation::{NegotiationWatch, Peer, SessionEnd, SessionError};
 use super::relay::{Relay, RelayEnd};
+use super::terms::{SessionTerms, Terms};
 use super::vring::Vring;
 use super::{Mode, SessionConfig};
 
@@ -58,9 +59,17 @@ impl Session {
         device: DeviceHandle,
         watch: Arc<NegotiationWatch>,
     ) -> io::Result<SessionHandle> {
+        let terms = Terms::new(
+            SessionTerms {
+                cid: endpoint.config.cid,
+                access_platform: endpoint.config.access_platform,
+            },
+            Arc::clone(&watch),
+        );
         let wake = Arc::new(WakeFd::new()?);
         let stop = Arc::new(AtomicBool::new(false));
         let name = format!("vhost {}", endpoint.config.guest);
+        let endpoint_cid = endpoint.config.cid;
         let server = Server {
             guest: endpoint.config.guest.as_str().into(),
             endpoint,
@@ -68,11 +77,14 @@ impl Session {
             watch,
             wake: wake.clone(),
             stop: stop.clone(),
+            device_cid: AtomicU32::new(endpoint_cid),
+            terms: Arc::clone(&terms),
         };
         let thread = std::thread::Builder::new()
             .name(name)
             .spawn(move || server.run())?;
         Ok(SessionHandle {
+            terms,
             wake,
             stop,
             thread: Some(thread),
@@ -82,6 +94,7 @@ impl Session {
 
 /// A running session thread. Dropping it shuts it down, too.
 pub struct SessionHandle {
+    terms: Arc<Terms>,
     wake: Arc<WakeFd>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -92,6 +105,11 @@ impl SessionHandle {
     /// milliseconds: as long as the device thread takes to let go.
     pub fn shutdown(mut self) {
         self.end();
+    }
+
+    /// What sessions are told when they begin.
+    pub fn terms(&self) -> &Arc<Terms> {
+        &self.terms
     }
 
     /// Whether the thread has ended without having been asked to, which it never should.
@@ -123,6 +141,9 @@ struct Server {
     watch: Arc<NegotiationWatch>,
     wake: Arc<WakeFd>,
     stop: Arc<AtomicBool>,
+    terms: Arc<Terms>,
+    /// The CID that the device has, which it was made with.
+    device_cid: AtomicU32,
 }
 
 impl Server {
@@ -308,6 +329,7 @@ impl Server {
     /// What a session ends with that could not end by itself: this thread has panicked outside of [`Server::pump`], and all that
     /// it held is closed.
     fn after_panic(&self, panic: &Panic) -> Option<SessionError> {
+        self.terms.end();
         let end = End::panicked(&self.guest, panic);
         // An error was told.
         let _ = self
@@ -333,13 +355,34 @@ impl Server {
     }
 
     fn run_session(&self, vmm: UnixStream) -> End {
+        let terms = self.terms.begin();
+        let end = self.run_session_on(terms, vmm);
+        self.terms.end();
+        end
+    }
+
+    fn run_session_on(&self, terms: SessionTerms, vmm: UnixStream) -> End {
         let link = Arc::new(self.link());
-        let (mut daemon, private) = match self.start_daemon(&link) {
+        let device_has = self.device_cid.load(Ordering::Relaxed);
+        if device_has != terms.cid {
+            let told = link.call("take another CID", |done| Command::SetCid {
+                cid: terms.cid,
+                done,
+            });
+            if told.is_err() {
+                return End::error(
+                    SessionError::Io,
+                    "the device has not taken its new CID".to_owned(),
+                );
+            }
+            self.device_cid.store(terms.cid, Ordering::Relaxed);
+        }
+        let (mut daemon, private) = match self.start_daemon(terms, &link) {
             Ok(started) => started,
             Err(error) => return End::error(SessionError::Io, error),
         };
         let events = self.listen_to_device();
-        let gate = Gate::new(self.config().mode, self.config().access_platform);
+        let gate = Gate::new(self.config().mode, terms.access_platform);
         let notes = link.clone();
         let mut relay = Relay::new(vmm, private, gate, move |note| notes.note(note));
         let end = unwind::contain(|| self.pump(&mut relay, &link, &events)).unwrap_or_else(PumpEnd::Panicked);
@@ -376,13 +419,14 @@ impl Server {
 
     fn start_daemon(
         &self,
+        terms: SessionTerms,
         link: &Arc<DeviceLink>,
     ) -> Result<(VhostUserDaemon<Arc<Backend>>, UnixStream), String> {
         let (listener, private) = self.endpoint.private_pair()?;
         let backend = Arc::new(Backend::new(
-            self.config().cid,
+            terms.cid,
             self.config().mode,
-            self.config().access_platform,
+            terms.access_platform,
             link.clone(),
         ));
         let memory = GuestMemoryAtomic::new(Memory::new());

@@ -241,6 +241,11 @@ impl Connection {
         }
     }
 
+    /// The receive buffer that the guest was promised, in bytes; the same for the connection's whole life.
+    pub fn buf_alloc(&self) -> u32 {
+        self.recv.window()
+    }
+
     /// The guest has forgotten the REQUEST, or never kept it: the next one begins as if there had been none.
     pub(super) fn forget_request(&mut self) {
         self.introduced = false;

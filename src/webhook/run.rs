@@ -98,7 +98,7 @@ impl Error {
 /// If it cannot start.
 pub fn run(options: Options) -> Result<(), Error> {
     let (keeper, not_after) = Keeper::new(options.certificate.clone())?;
-    let mut confined = confine::enter_with(WANTED, || policy(&options));
+    let mut confined = confine::enter_with(&WANTED, || policy(&options));
     let metrics = WebhookRegistry::new()?;
     let _written_at_the_end = logging::init(options.log_format, &options.log_level, metrics.log_messages())
         .map_err(|error| match error {
@@ -142,6 +142,7 @@ const WANTED: config::Confinement = config::Confinement {
     no_new_privileges: true,
     seccomp: SeccompMode::Enforce,
     landlock: LandlockMode::Enforce,
+    paths: Vec::new(),
 };
 
 fn policy(options: &Options) -> Policy {

@@ -409,8 +409,8 @@ fn check_prints_the_effective_configuration() {
     let output = case.check();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let expected = format!(
-        "admin:\n  listen: []\nlog:\n  format: json\n  level: info\ndrain:\n  timeout: 25s\nlimits: {{}}\nconfinement:\n  \
-         noNewPrivileges: true\n  seccomp: enforce\n  landlock: enforce\nguests:\n- name: web\n  cid: 3\n  vhostUser:\n    socket: {}/web.sock\n    mode: server\n    accessPlatform: auto\n  outbound:\n  - name: port-5432\n    \
+        "admin:\n  listen: []\nlog:\n  format: json\n  level: info\ndrain:\n  timeout: 25s\n  linger: 3s\nreadiness:\n  requireSession: false\nlimits: {{}}\nconfinement:\n  \
+         noNewPrivileges: true\n  seccomp: enforce\n  landlock: files\n  paths: []\nguests:\n- name: web\n  cid: 3\n  vhostUser:\n    socket: {}/web.sock\n    mode: server\n    accessPlatform: auto\n  outbound:\n  - name: port-5432\n    \
          cid: 2\n    port: 5432\n    to: tcp://db:5432\n  inbound: []\n  limits:\n    connections: 4096\n    connectionsPerSecond: 0\n    \
          buffer: 256KiB\n    memory: 256MiB\n    \
          connectTimeout: 1500ms\n    guestTimeout: 5s\n    idleTimeout: 0s\n    busyPoll: 0s\n",

@@ -193,149 +193,171 @@ fn configurations() -> impl Strategy<Value = config::Config> {
             .prop_map(|(seccomp, landlock)| Confinement {
                 no_new_privileges: true,
                 seccomp,
-                landlock
+                landlock,
+                paths: vec!["/run/vm".into()],
             }),
         Just(Confinement {
             no_new_privileges: false,
             seccomp: SeccompMode::Off,
             landlock: LandlockMode::Off,
+            paths: Vec::new(),
         }),
     ];
     (
         guests,
-        millis(0..=3_600_000),
+        (millis(0..=3_600_000), millis(0..=3_600_000), any::<bool>()),
         any::<bool>(),
         0..3usize,
         confinement,
         total,
     )
-        .prop_map(|(guests, drain_timeout, text, admin, confinement, total)| {
-            let count = guests.len();
-            let unix = |name: String| ListenAddress::Unix(format!("/run/{name}").into());
-            let guests = guests
-                .into_iter()
-                .zip(0u32..)
-                .map(|((outbound, inbound, limits, server), n)| {
-                    let mut next = 0;
-                    let (
-                        (connections, connections_per_second),
-                        (buffer, memory),
-                        connect_timeout,
-                        guest_timeout,
-                        (idle_timeout, busy_poll),
-                    ) = limits;
-                    Guest {
-                        name: format!("guest-{n}"),
-                        cid: 3 + n * 1_000_000,
-                        vhost_user: VhostUser {
-                            socket: format!("/run/{n}.sock").into(),
-                            mode: if server {
-                                VhostUserMode::Server
-                            } else {
-                                VhostUserMode::Client
-                            },
-                            access_platform: AccessPlatform::Auto,
-                        },
-                        outbound: outbound
-                            .into_iter()
-                            .zip(0..)
-                            .map(
-                                |((name, more, (cid, target), proxied, framed, connections), rule)| {
-                                    let ports = next + 1..=next + 1 + more;
-                                    next = *ports.end();
-                                    // Without another guest there is none to connect to.
-                                    let other = if n == 0 { 1 } else { 0 };
-                                    let target = match target {
-                                        Target::Guest { .. } if count == 1 => {
-                                            Target::Vsock { cid: 2, port: 1 }
-                                        }
-                                        Target::Guest { port, .. } => Target::Guest {
-                                            name: format!("guest-{other}"),
-                                            port,
+        .prop_map(
+            |(guests, (timeout, linger, require_session), text, admin, confinement, total)| {
+                let count = guests.len();
+                let unix = |name: String| ListenAddress::Unix(format!("/run/{name}").into());
+                let guests =
+                    guests
+                        .into_iter()
+                        .zip(0u32..)
+                        .map(|((outbound, inbound, limits, server), n)| {
+                            let mut next = 0;
+                            let (
+                                (connections, connections_per_second),
+                                (buffer, memory),
+                                connect_timeout,
+                                guest_timeout,
+                                (idle_timeout, busy_poll),
+                            ) = limits;
+                            Guest {
+                                name: format!("guest-{n}"),
+                                cid: 3 + n * 1_000_000,
+                                vhost_user: VhostUser {
+                                    socket: format!("/run/{n}.sock").into(),
+                                    mode: if server {
+                                        VhostUserMode::Server
+                                    } else {
+                                        VhostUserMode::Client
+                                    },
+                                    access_platform: AccessPlatform::Auto,
+                                },
+                                outbound: outbound
+                                    .into_iter()
+                                    .zip(0..)
+                                    .map(
+                                        |(
+                                            (name, more, (cid, target), proxied, framed, connections),
+                                            rule,
+                                        )| {
+                                            let ports = next + 1..=next + 1 + more;
+                                            next = *ports.end();
+                                            // Without another guest there is none to connect to.
+                                            let other = if n == 0 { 1 } else { 0 };
+                                            let target = match target {
+                                                Target::Guest { .. } if count == 1 => {
+                                                    Target::Vsock { cid: 2, port: 1 }
+                                                }
+                                                Target::Guest { port, .. } => Target::Guest {
+                                                    name: format!("guest-{other}"),
+                                                    port,
+                                                },
+                                                target => target,
+                                            };
+                                            let is_guest = matches!(target, Target::Guest { .. });
+                                            let is_tcp = matches!(target, Target::Tcp { .. });
+                                            let default = if is_guest { 3 + other * 1_000_000 } else { 2 };
+                                            OutboundRule {
+                                                name: format!("{name}-{rule}"),
+                                                cid: cid
+                                                    .filter(|cid| *cid != 3 + n * 1_000_000)
+                                                    .unwrap_or(default),
+                                                ports,
+                                                target,
+                                                proxy_protocol: proxied.filter(|_| !is_guest),
+                                                framing: framed
+                                                    .filter(|_| is_tcp)
+                                                    .map(|max_message| Framing { max_message }),
+                                                connections,
+                                            }
                                         },
-                                        target => target,
-                                    };
-                                    let is_guest = matches!(target, Target::Guest { .. });
-                                    let is_tcp = matches!(target, Target::Tcp { .. });
-                                    let default = if is_guest { 3 + other * 1_000_000 } else { 2 };
-                                    OutboundRule {
-                                        name: format!("{name}-{rule}"),
-                                        cid: cid.filter(|cid| *cid != 3 + n * 1_000_000).unwrap_or(default),
-                                        ports,
-                                        target,
-                                        proxy_protocol: proxied.filter(|_| !is_guest),
-                                        framing: framed
-                                            .filter(|_| is_tcp)
-                                            .map(|max_message| Framing { max_message }),
-                                        connections,
-                                    }
+                                    )
+                                    .collect(),
+                                inbound: inbound
+                                    .into_iter()
+                                    .zip(0..)
+                                    .map(
+                                        |(
+                                            (name, port, listen, wait_for_guest, framed, connections),
+                                            rule,
+                                        )| {
+                                            let framing = framed.map(|max_message| Framing { max_message });
+                                            let (listen, socket_type, allow, framing) = match listen {
+                                                Listen::Unix(of) => {
+                                                    // A CONNECT line comes over a stream.
+                                                    let of =
+                                                        if port.is_some() { of } else { SocketType::Stream };
+                                                    let framing =
+                                                        framing.filter(|_| of == SocketType::Stream);
+                                                    (unix(format!("{n}.{rule}")), of, Vec::new(), framing)
+                                                }
+                                                Listen::Tcp(ranges) => {
+                                                    let address = ([127, 0, 0, n as u8], 1000 + rule).into();
+                                                    (
+                                                        ListenAddress::Tcp(address),
+                                                        SocketType::Stream,
+                                                        ranges,
+                                                        framing,
+                                                    )
+                                                }
+                                                Listen::Vsock => {
+                                                    let address =
+                                                        ListenAddress::Vsock(1 + n * 100 + u32::from(rule));
+                                                    (address, SocketType::Stream, Vec::new(), None)
+                                                }
+                                            };
+                                            InboundRule {
+                                                name: format!("{name}-{rule}"),
+                                                listen,
+                                                allow,
+                                                wait_for_guest,
+                                                socket_type,
+                                                framing: framing.filter(|_| port.is_some()),
+                                                connections,
+                                                protocol: port.map_or(InboundProtocol::Connect, |port| {
+                                                    InboundProtocol::Plain { port }
+                                                }),
+                                            }
+                                        },
+                                    )
+                                    .collect(),
+                                limits: Limits {
+                                    connections,
+                                    connections_per_second,
+                                    buffer,
+                                    memory,
+                                    connect_timeout,
+                                    guest_timeout,
+                                    idle_timeout,
+                                    busy_poll,
                                 },
-                            )
-                            .collect(),
-                        inbound: inbound
-                            .into_iter()
-                            .zip(0..)
-                            .map(
-                                |((name, port, listen, wait_for_guest, framed, connections), rule)| {
-                                    let framing = framed.map(|max_message| Framing { max_message });
-                                    let (listen, socket_type, allow, framing) = match listen {
-                                        Listen::Unix(of) => {
-                                            // A CONNECT line comes over a stream.
-                                            let of = if port.is_some() { of } else { SocketType::Stream };
-                                            let framing = framing.filter(|_| of == SocketType::Stream);
-                                            (unix(format!("{n}.{rule}")), of, Vec::new(), framing)
-                                        }
-                                        Listen::Tcp(ranges) => {
-                                            let address = ([127, 0, 0, n as u8], 1000 + rule).into();
-                                            (ListenAddress::Tcp(address), SocketType::Stream, ranges, framing)
-                                        }
-                                        Listen::Vsock => {
-                                            let address = ListenAddress::Vsock(1 + n * 100 + u32::from(rule));
-                                            (address, SocketType::Stream, Vec::new(), None)
-                                        }
-                                    };
-                                    InboundRule {
-                                        name: format!("{name}-{rule}"),
-                                        listen,
-                                        allow,
-                                        wait_for_guest,
-                                        socket_type,
-                                        framing: framing.filter(|_| port.is_some()),
-                                        connections,
-                                        protocol: port.map_or(InboundProtocol::Connect, |port| {
-                                            InboundProtocol::Plain { port }
-                                        }),
-                                    }
-                                },
-                            )
-                            .collect(),
-                        limits: Limits {
-                            connections,
-                            connections_per_second,
-                            buffer,
-                            memory,
-                            connect_timeout,
-                            guest_timeout,
-                            idle_timeout,
-                            busy_poll,
-                        },
-                    }
-                });
-            Config {
-                admin: (0..admin).map(|n| unix(format!("admin.{n}"))).collect(),
-                log: Log {
-                    format: if text { LogFormat::Text } else { LogFormat::Json },
-                    level: "info".to_owned(),
-                },
-                drain_timeout,
-                limits: SidecarLimits {
-                    connections: total.0,
-                    memory: total.1,
-                },
-                confinement,
-                guests: guests.collect(),
-            }
-        })
+                            }
+                        });
+                Config {
+                    admin: (0..admin).map(|n| unix(format!("admin.{n}"))).collect(),
+                    log: Log {
+                        format: if text { LogFormat::Text } else { LogFormat::Json },
+                        level: "info".to_owned(),
+                    },
+                    drain: Drain { timeout, linger },
+                    readiness: Readiness { require_session },
+                    limits: SidecarLimits {
+                        connections: total.0,
+                        memory: total.1,
+                    },
+                    confinement,
+                    guests: guests.collect(),
+                }
+            },
+        )
 }
 
 proptest! {

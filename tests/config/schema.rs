@@ -212,6 +212,7 @@ fn sections(schema: &Value) -> Vec<(&'static str, &Value)> {
         ("`log`", of("Log")),
         ("`drain`", of("Drain")),
         ("`limits`", of("SidecarLimits")),
+        ("`readiness`", of("Readiness")),
         ("`confinement`", of("Confinement")),
         ("`guests[]`", of("Guest")),
         ("`guests[].vhostUser`", of("VhostUser")),

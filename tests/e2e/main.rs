@@ -15,6 +15,7 @@ mod limits;
 mod observability;
 mod proxy_header;
 mod reconnect;
+mod reload;
 mod seqpacket;
 mod shutdown;
 mod sibling_close;

@@ -43,11 +43,14 @@ fn nothing_is_left(sidecar: &Sidecar) {
     assert_eq!(left, ["sidecar.log", "sidecar.yaml"]);
 }
 
+/// As a native sidecar: the VMM is gone when SIGTERM comes.
 #[test]
 fn an_idle_sidecar_ends_at_once() {
-    let (mut sidecar, guest, stream, _) = busy("25s");
+    let (mut sidecar, guest, stream, _) = busy("25s, linger: 20s");
     drop(stream);
     until("the connection is over", || guest.open_connections() == 0);
+    drop(guest);
+    sidecar.until_metric("vsock_session_active", &[], 0.0);
     let asked = Instant::now();
     sidecar.terminate();
     assert_eq!(sidecar.wait(Duration::from_secs(10)).code(), Some(0));
@@ -127,6 +130,55 @@ fn a_drain_ends_in_time_and_says_what_it_cut_off() {
     let over = sidecar.events("drain period is over");
     assert_eq!(over.len(), 1, "{}", sidecar.log_tail());
     nothing_is_left(&sidecar);
+}
+
+/// As a plain container: SIGTERM comes to the VMM at the same time, and its guest, which shuts down, still has something to say.
+#[test]
+fn a_guest_that_shuts_down_with_the_sidecar_reaches_its_services_until_its_vmm_is_gone() {
+    let (mut sidecar, guest, stream, inbound) = busy("120s, linger: 100s");
+    drop(stream);
+    until("the connection is over", || guest.open_connections() == 0);
+    sidecar.terminate();
+    until("the drain has begun", || {
+        matches!(sidecar.try_get("/readyz"), Some((503, _)))
+    });
+    for _ in 0..3 {
+        let stream = guest.connect(7).unwrap();
+        stream.set_read_timeout(Some(LONG));
+        ping(&stream);
+    }
+    until("clients are refused", || {
+        TcpStream::connect(("127.0.0.1", inbound)).is_err()
+    });
+    assert!(!sidecar.has_ended());
+    drop(guest);
+    assert_eq!(sidecar.wait(Duration::from_secs(20)).code(), Some(0));
+    nothing_is_left(&sidecar);
+}
+
+#[test]
+fn a_vmm_that_stays_and_says_nothing_is_left_after_a_while() {
+    let (mut sidecar, guest, stream, _) = busy("120s, linger: 400ms");
+    ping(&stream);
+    let asked = Instant::now();
+    let (status, said) = sidecar.post("/-/drain");
+    assert_eq!((status, said.as_str()), (202, "draining\n"));
+    until("the drain has begun", || {
+        matches!(sidecar.try_get("/readyz"), Some((503, _)))
+    });
+    ping(&stream);
+    // It is not read again now.
+    sidecar.rewrite("guests: 7\n");
+    assert_eq!(sidecar.post("/-/reload").0, 503);
+    drop(stream);
+    assert_eq!(sidecar.wait(Duration::from_secs(20)).code(), Some(0));
+    assert!(
+        asked.elapsed() >= Duration::from_millis(400),
+        "{:?}",
+        asked.elapsed()
+    );
+    assert_eq!(sidecar.events("drained").len(), 1, "{}", sidecar.log_tail());
+    drop(guest);
 }
 
 #[test]

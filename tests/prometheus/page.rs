@@ -1,11 +1,12 @@
 //! Registries as a running program has them.
 
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use vsock_sidecar::guest::RingFault;
 use vsock_sidecar::metrics::{
-    Direction, LabelSets, MemoryMapChanges, Registry, RingSample, RuleNames, SessionSample, SessionState,
-    TotalsSample,
+    Direction, GuestMetrics, LabelSets, MemoryMapChanges, Registry, RingSample, RuleMetrics, SessionSample,
+    SessionState, TotalsSample,
 };
 use vsock_sidecar::vsock::misbehavior::Misbehavior;
 use vsock_sidecar::vsock::reason::{CloseReason, RefuseReason};
@@ -22,11 +23,10 @@ pub const LABELS: LabelSets = LabelSets {
 pub fn with(guests: usize, outbound_rules: usize) -> Registry {
     let registry = Registry::new().unwrap();
     for n in 0..guests {
-        let rules = RuleNames {
-            outbound: (0..outbound_rules).map(|rule| format!("rule{rule}")).collect(),
-            inbound: Vec::new(),
-        };
-        registry.guest(&format!("guest{n}"), &rules, &LABELS);
+        let guest = registry.guest(&format!("guest{n}"), &LABELS);
+        let names: Vec<String> = (0..outbound_rules).map(|rule| format!("rule{rule}")).collect();
+        // Series of rules end with whoever holds them, and the page is for the whole of a test.
+        std::mem::forget(guest.rules(Direction::GuestToHost, &names));
         registry.add_session(&format!("guest{n}"), || SessionSample {
             cid: 3,
             ..SessionSample::default()
@@ -38,7 +38,7 @@ pub fn with(guests: usize, outbound_rules: usize) -> Registry {
 /// A guest with a rule of each kind, before its VMM comes.
 pub fn fresh() -> Registry {
     let registry = Registry::new().unwrap();
-    registry.guest("web", &rules(), &LABELS);
+    std::mem::forget(rules(&registry.guest("web", &LABELS)));
     registry.add_session("web", || SessionSample {
         cid: 3,
         socket: "/run/web.sock".to_owned(),
@@ -50,6 +50,9 @@ pub fn fresh() -> Registry {
 /// A guest that has been busy: every family has a value.
 pub fn populated() -> Registry {
     let registry = Registry::new().unwrap();
+    registry
+        .reloads()
+        .succeeded(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
     registry.set_config("9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08");
     registry.log_messages().warn.inc();
     registry.set_totals(|| TotalsSample {
@@ -57,7 +60,8 @@ pub fn populated() -> Registry {
         memory: (4096, None),
         descriptors: (3, Some(900)),
     });
-    let guest = registry.guest("web", &rules(), &LABELS);
+    let guest = registry.guest("web", &LABELS);
+    let rules = rules(&guest);
     for direction in Direction::ALL {
         for op in 0..10 {
             guest.packet(direction, op, 1);
@@ -69,7 +73,7 @@ pub fn populated() -> Registry {
         guest.backpressure_pauses[direction as usize].inc();
         guest.buffered_bytes[direction as usize].set(512);
     }
-    for rule in guest.outbound.iter().chain(&guest.inbound) {
+    for rule in &rules {
         rule.opened.inc();
         rule.active.inc();
         rule.closed
@@ -85,6 +89,7 @@ pub fn populated() -> Registry {
             .iter()
             .for_each(|histogram| histogram.observe(0.003));
     }
+    std::mem::forget(rules);
     guest.no_rule.refused[RefuseReason::NoRule as usize].inc();
     guest.misbehavior.iter().for_each(|counter| counter.inc());
     for queue in &guest.queues {
@@ -129,9 +134,9 @@ pub fn populated() -> Registry {
     registry
 }
 
-fn rules() -> RuleNames {
-    RuleNames {
-        outbound: vec!["db".to_owned()],
-        inbound: vec!["ssh".to_owned()],
-    }
+/// One rule of each kind.
+fn rules(guest: &GuestMetrics) -> Vec<Arc<RuleMetrics>> {
+    let mut rules = guest.rules(Direction::GuestToHost, &["db".to_owned()]);
+    rules.extend(guest.rules(Direction::HostToGuest, &["ssh".to_owned()]));
+    rules
 }

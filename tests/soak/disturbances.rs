@@ -1,5 +1,6 @@
 //! What goes wrong meanwhile, on purpose.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
@@ -12,7 +13,7 @@ use vsock_sidecar::vsock::{Cid, HEADER_LEN, Header, Port};
 use crate::Stage;
 use crate::support::{Bytes, LONG, until};
 
-pub const ALL: [fn(&Stage); 4] = [reboot_web, kill_db, garbage, scrape];
+pub const ALL: [fn(&Stage); 5] = [reboot_web, kill_db, garbage, scrape, reload];
 
 /// A guest that can be rebooted and killed. What happened between two readings of [`Machine::age`] that differ is excused.
 pub struct Machine {
@@ -154,6 +155,62 @@ fn garbage(stage: &Stage) {
         }
         // As if its VMM had been killed.
         drop(rogue);
+    }
+}
+
+/// Somebody who edits: rules, a listener and a guest come and go, bounds change, and now and then the file is broken. The last word
+/// is what was there first.
+fn reload(stage: &Stage) {
+    let file = stage.sidecar.path("sidecar.yaml");
+    let first = fs::read_to_string(&file).expect("the configuration");
+    let more = first
+        .replacen(
+            "  - {name: dead,",
+            "  - {name: extra, port: 82, to: \"guest://db:80\", connections: 3}\n  - {name: dead,",
+            1,
+        )
+        .replacen(
+            "  inbound:\n",
+            &format!(
+                "  limits: {{connections: 3000, idleTimeout: 1h}}\n  inbound:\n  - {{name: more, listen: \"tcp://127.0.0.1:{}\", port: 22}}\n",
+                crate::support::free_port()
+            ),
+            1,
+        )
+        + &format!(
+            "- name: visitor\n  cid: 9\n  vhostUser: {{socket: \"{}\"}}\n  outbound: [{{port: 1, to: \"guest://web:22\"}}]\n",
+            stage.sidecar.path("visitor.sock").display()
+        );
+    let broken = first.replacen("cid: 3", "cid: three", 1);
+    assert!(more.contains("extra") && more.contains("idleTimeout") && broken != first);
+    let write = |text: &str, is_good: bool| {
+        let counted = |name: &str| stage.sidecar.metric(name, &[]);
+        let (family, kind) = match is_good {
+            true => ("vsock_config_reloads_total", "reloads"),
+            false => ("vsock_config_reload_failures_total", "reloads refused"),
+        };
+        let before = counted(family);
+        let new = file.with_extension("new");
+        fs::write(&new, text).expect("a file beside the configuration");
+        fs::rename(&new, &file).expect("the configuration is replaced");
+        until("the sidecar reads its configuration again", || {
+            counted(family) > before
+        });
+        if (counted("vsock_config_last_reload_successful") == 1.0) != is_good {
+            stage.ledger.fail(format!(
+                "a reload is taken as one that is {}",
+                if is_good { "bad" } else { "good" }
+            ));
+        }
+        stage.ledger.count(kind, 1);
+    };
+    while stage.goes_on() {
+        write(&more, true);
+        pause(stage, Duration::from_millis(1700));
+        write(&broken, false);
+        pause(stage, Duration::from_millis(300));
+        write(&first, true);
+        pause(stage, Duration::from_millis(1700));
     }
 }
 

@@ -56,6 +56,8 @@ impl Ledger {
             "VMMs killed",
             "packets of garbage",
             "scrapes",
+            "reloads",
+            "reloads refused",
         ] {
             assert!(
                 counts.get(path).is_some_and(|count| *count > 0),

@@ -16,9 +16,10 @@ use super::diagnostic::{Report, quoted};
 use super::document::{Document, NodeId};
 use super::files::Socket;
 use super::given::Given;
+use super::path::Directory;
 use super::{
-    Config, Confinement, Guest, LandlockMode, ListenAddress, Log, LogFormat, SeccompMode, Target, VhostUser,
-    schema,
+    Config, Confinement, Drain, Guest, LandlockMode, ListenAddress, Log, LogFormat, Readiness, SeccompMode,
+    Target, VhostUser, schema,
 };
 
 const MAX_DRAIN: Duration = Duration::from_secs(3600);
@@ -81,10 +82,12 @@ impl Resolver<'_, '_> {
     fn file(&mut self, file: &schema::File, at: NodeId) -> Option<Config> {
         let admin = file.admin.value().and_then(|admin| self.admin(admin));
         let log = file.log.value().and_then(log);
-        let drain_timeout = file
-            .drain
-            .value()
-            .and_then(|drain| self.bounded(&drain.timeout, Duration::ZERO..=MAX_DRAIN, "the drain period"));
+        let drain = file.drain.value().and_then(|drain| self.drain(drain));
+        let readiness = (file.readiness.value()).and_then(|readiness| {
+            Some(Readiness {
+                require_session: *readiness.require_session.value()?,
+            })
+        });
         let limits = file.limits.value().and_then(|limits| self.sidecar_limits(limits));
         let confinement = file
             .confinement
@@ -94,7 +97,8 @@ impl Resolver<'_, '_> {
         Some(Config {
             admin: admin?,
             log: log?,
-            drain_timeout: drain_timeout?,
+            drain: drain?,
+            readiness: readiness?,
             limits: limits?,
             confinement: confinement?,
             guests: guests?,
@@ -126,11 +130,35 @@ impl Resolver<'_, '_> {
         addresses.into_iter().collect()
     }
 
+    fn drain(&mut self, drain: &schema::Drain) -> Option<Drain> {
+        let timeout = self.bounded(&drain.timeout, Duration::ZERO..=MAX_DRAIN, "the drain period");
+        let linger = self.bounded(
+            &drain.linger,
+            Duration::ZERO..=MAX_DRAIN,
+            "the time that a VMM is served in a drain",
+        );
+        if let (Some((linger, at)), Some(timeout)) = (drain.linger.located(), timeout)
+            && linger.0 > timeout
+        {
+            let message = format!(
+                "{linger} is longer than the drain period ({})",
+                super::values::Period(timeout)
+            );
+            let help = "the drain period ends it: raise `drain.timeout`, or lower this";
+            self.report.warning(self.document, at, message, help);
+        }
+        Some(Drain {
+            timeout: timeout?,
+            linger: linger?,
+        })
+    }
+
     fn confinement(&mut self, confinement: &schema::Confinement) -> Option<Confinement> {
         let resolved = Confinement {
             no_new_privileges: *confinement.no_new_privileges.value()?,
             seccomp: *confinement.seccomp.value()?,
             landlock: *confinement.landlock.value()?,
+            paths: self.confinement_paths(&confinement.paths)?,
         };
         let on = match (resolved.seccomp, resolved.landlock) {
             (SeccompMode::Off, LandlockMode::Off) => None,
@@ -147,6 +175,19 @@ impl Resolver<'_, '_> {
             );
         }
         Some(resolved)
+    }
+
+    fn confinement_paths(&mut self, paths: &Given<Vec<Given<Directory>>>) -> Option<Vec<PathBuf>> {
+        let list = paths.value()?;
+        if let Some((_, at)) = paths.located()
+            && list.len() > schema::MAX_PATHS
+        {
+            let message = format!("{} directories are more than {}", list.len(), schema::MAX_PATHS);
+            self.error(at, message, "name a directory above them");
+            return None;
+        }
+        let paths = list.iter().map(|path| Some(PathBuf::from(&path.value()?.0)));
+        paths.collect()
     }
 
     fn guests(&mut self, guests: &Given<Vec<Given<schema::Guest>>>, file: NodeId) -> Option<Vec<Guest>> {

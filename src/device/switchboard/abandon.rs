@@ -8,6 +8,7 @@ use super::Switchboard;
 use crate::device::flow::Flows;
 use crate::device::handle::DeviceHandle;
 use crate::device::linger::Lingering;
+use crate::device::rules::Rules;
 use crate::metrics::GuestMetrics;
 use crate::vsock::{CloseReason, ConnectionId, Muxer, RefuseReason};
 
@@ -65,9 +66,9 @@ impl Switchboard {
 
     /// A guest without connections has
     /// none that are active and no bytes in buffers, whatever was counted.
-    pub(in crate::device) fn settle_gauges(metrics: &GuestMetrics) {
-        for rule in metrics.outbound.iter().chain(&metrics.inbound) {
-            rule.active.set(0);
+    pub(in crate::device) fn settle_gauges(metrics: &GuestMetrics, rules: &Rules) {
+        for rule in rules.iter() {
+            rule.metrics().active.set(0);
         }
         metrics.buffered_bytes.iter().for_each(|bytes| bytes.set(0));
     }

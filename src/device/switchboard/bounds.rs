@@ -5,19 +5,15 @@ use std::time::Instant;
 use tracing::{debug, warn};
 
 use super::Switchboard;
-use crate::device::flow::RuleRef;
 use crate::device::limits::{self, MemoryFull};
 use crate::device::logbook::Bound;
+use crate::device::rules::Rule;
 use crate::vsock::{CloseReason, ConnectionId, RefuseReason};
 
 impl Switchboard {
     /// There is no memory for more of the guest's bytes: ends the connection whose service did not read, and no other.
     pub(super) fn out_of_memory(&mut self, now: Instant, id: ConnectionId, full: MemoryFull) {
-        let rule = self
-            .flows
-            .get(id)
-            .map_or(RuleRef::outbound(None), |flow| flow.rule);
-        let name = rule.metrics(&self.metrics).name.as_str();
+        let name = self.flows.get(id).map_or("", |flow| flow.rule.name());
         let remedy = full.remedy();
         if self.logbook.bound(now, Bound::Memory, None) {
             warn!(
@@ -31,14 +27,10 @@ impl Switchboard {
     }
 
     /// Says that a bound is in the way of a connection, and which key of the configuration it is.
-    pub(super) fn log_bound(&mut self, now: Instant, rule: RuleRef, port: u32, reason: RefuseReason) {
-        let whose = (reason == RefuseReason::RuleLimit).then_some(rule);
+    pub(super) fn log_bound(&mut self, now: Instant, rule: &Rule, port: u32, reason: RefuseReason) {
+        let whose = (reason == RefuseReason::RuleLimit).then_some(rule.id);
         let news = self.logbook.bound(now, Bound::Connections(reason), whose);
-        let (rule, reason, remedy) = (
-            rule.metrics(&self.metrics).name.as_str(),
-            reason.label(),
-            limits::remedy(reason),
-        );
+        let (rule, reason, remedy) = (rule.name(), reason.label(), limits::remedy(reason));
         if news {
             warn!(
                 guest = %self.name, rule, port, reason, remedy,

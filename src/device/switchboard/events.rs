@@ -2,6 +2,7 @@
 //! metrics.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tracing::{debug, info, warn};
@@ -9,9 +10,10 @@ use tracing::{debug, info, warn};
 use super::Switchboard;
 use super::wire;
 use crate::config::{self, ProxyProtocol, Target};
-use crate::device::flow::{HostEnd, RuleRef};
+use crate::device::flow::HostEnd;
 use crate::device::handle::Command;
 use crate::device::messages::Messages;
+use crate::device::rules::Rule;
 use crate::host::HostStream;
 use crate::host::dial::DialRequest;
 use crate::host::listen::Incoming;
@@ -30,32 +32,26 @@ impl Switchboard {
         socket_type: SocketType,
     ) {
         let port = key.peer_port.0;
-        let Some((index, outbound)) = self.router.route(key.peer_cid, port) else {
-            let flow = self.new_flow(
-                id,
-                RuleRef::outbound(None),
-                key.guest_port.0,
-                port,
-                now,
-                String::new(),
-            );
+        let rules = Arc::clone(&self.rules);
+        let Some((outbound, rule)) = rules.route(key.peer_cid, port) else {
+            let no_rule = Arc::clone(rules.no_rule());
+            let flow = self.new_flow(id, no_rule, key.guest_port.0, port, now, String::new());
             self.flows.insert(flow);
             self.log_no_rule(key);
             self.muxer.refused(id, RefuseReason::NoRule);
             return;
         };
-        let rule = RuleRef::outbound(Some(index));
         let place = match self.admission.admit(now, rule) {
             Ok(place) => place,
             Err(reason) => {
-                let flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
+                let flow = self.new_flow(id, Arc::clone(rule), key.guest_port.0, port, now, String::new());
                 self.flows.insert(flow);
                 self.log_bound(now, rule, port, reason);
                 self.muxer.refused(id, reason);
                 return;
             }
         };
-        if let Some(dials) = &rule.metrics(&self.metrics).dials {
+        if let Some(dials) = &rule.metrics().dials {
             dials.inc();
         }
         let kind = match socket_type {
@@ -68,7 +64,7 @@ impl Switchboard {
                 socket_type == SocketType::Stream || outbound.framing.is_some()
             }
         };
-        let mut flow = self.new_flow(id, rule, key.guest_port.0, port, now, String::new());
+        let mut flow = self.new_flow(id, Arc::clone(rule), key.guest_port.0, port, now, String::new());
         let place = flow.place.insert(place);
         // With the dial's socket, which may be open for longer than the connection that it is for.
         let descriptor = match &outbound.target {
@@ -88,8 +84,7 @@ impl Switchboard {
         if let Target::Guest { name, port: to } = &outbound.target {
             let offset = port.saturating_sub(*outbound.ports.start());
             let to = to.map_or(port, |first| first.saturating_add(offset));
-            let name = name.clone();
-            self.dial_sibling(now, flow, &name, to);
+            self.dial_sibling(now, flow, name, to);
             return;
         }
         let greeting = match outbound.proxy_protocol {
@@ -150,7 +145,7 @@ impl Switchboard {
         };
         flow.established = true;
         flow.since = now;
-        let metrics = flow.rule.metrics(&self.metrics);
+        let metrics = flow.rule.metrics();
         metrics.opened.inc();
         metrics.active.inc();
         debug!(
@@ -171,10 +166,10 @@ impl Switchboard {
         }
     }
 
-    fn log_no_boundaries(&mut self, now: Instant, rule: RuleRef, port: u32, target: &str) {
+    fn log_no_boundaries(&mut self, now: Instant, rule: &Rule, port: u32, target: &str) {
         let reason = RefuseReason::UnsupportedType.label();
-        let news = self.logbook.target_failed(now, rule.index);
-        let rule = rule.metrics(&self.metrics).name.as_str();
+        let news = self.logbook.target_failed(now, rule.id);
+        let rule = rule.name();
         if news {
             warn!(
                 guest = %self.name, rule, port, target, reason,
@@ -188,21 +183,20 @@ impl Switchboard {
 
     pub(super) fn limit_reached(&mut self, now: Instant, key: ConnectionKey) {
         let port = key.peer_port.0;
-        let refused = |index: Option<usize>, reason: RefuseReason| {
-            RuleRef::outbound(index).metrics(&self.metrics).refused[reason as usize].inc();
-        };
-        let Some((index, _)) = self.router.route(key.peer_cid, port) else {
+        let rules = Arc::clone(&self.rules);
+        let refused = |rule: &Rule, reason: RefuseReason| rule.metrics().refused[reason as usize].inc();
+        let Some((_, rule)) = rules.route(key.peer_cid, port) else {
             // No limit would have let it through, so nobody should be told to raise one.
-            refused(None, RefuseReason::NoRule);
+            refused(rules.no_rule(), RefuseReason::NoRule);
             self.log_no_rule(key);
             return;
         };
-        refused(Some(index), RefuseReason::Limit);
-        self.log_bound(now, RuleRef::outbound(Some(index)), port, RefuseReason::Limit);
+        refused(rule, RefuseReason::Limit);
+        self.log_bound(now, rule, port, RefuseReason::Limit);
     }
 
-    pub(super) fn refuse_incoming(&mut self, rule: RuleRef, incoming: Incoming, reason: RefuseReason) {
-        let metrics = rule.metrics(&self.metrics);
+    pub(super) fn refuse_incoming(&mut self, rule: &Rule, incoming: Incoming, reason: RefuseReason) {
+        let metrics = rule.metrics();
         metrics.refused[reason as usize].inc();
         debug!(
             guest = %self.name, rule = metrics.name, port = incoming.port, peer = incoming.peer,
@@ -218,7 +212,7 @@ impl Switchboard {
         if let Some(asked_by) = flow.asked_by.take() {
             asked_by.refused(reason);
         }
-        let metrics = flow.rule.metrics(&self.metrics);
+        let metrics = flow.rule.metrics();
         metrics.refused[reason as usize].inc();
         debug!(
             guest = %self.name, rule = metrics.name, guest_port = flow.guest_port, host_port = flow.host_port,
@@ -270,7 +264,7 @@ impl Switchboard {
         };
         // Ahead of the socket, whose end wakes the other guest's device.
         drop(flow.ears.take());
-        let metrics = flow.rule.metrics(&self.metrics);
+        let metrics = flow.rule.metrics();
         metrics.active.dec();
         metrics.closed[reason as usize].inc();
         let lasted = now.saturating_duration_since(flow.since);

@@ -6,7 +6,7 @@ use std::time::Instant;
 use rustix::io::Errno;
 use tracing::{debug, warn};
 
-use super::{Gather, Switchboard, Unspilled};
+use super::{Gather, Switchboard, Unspilled, count_written};
 use crate::device::flow::{Flow, HostEnd};
 use crate::device::messages::{Message, Wire};
 use crate::host::Packet;
@@ -82,9 +82,9 @@ impl Switchboard {
         match gather.write_to(stream) {
             Ok(_) => {
                 flow.bytes_from_guest += bytes as u64;
-                let rule = flow.rule;
+                count_written(&flow.rule, bytes);
                 gather.slices.clear();
-                self.wrote(now, id, rule, bytes);
+                self.wrote(now, id, bytes);
             }
             Err(error) if waits(&error) => return false,
             Err(error) => {
@@ -135,13 +135,13 @@ impl Switchboard {
             let Some(flow) = self.flows.get_mut(id).filter(|flow| !flow.write_failed) else {
                 return;
             };
-            let rule = flow.rule;
             match send_first(flow) {
                 Ok(None) => break,
                 Ok(Some(taken)) => {
                     flow.settle();
                     self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(taken as i64);
-                    self.wrote(now, id, rule, taken);
+                    count_written(&flow.rule, taken);
+                    self.wrote(now, id, taken);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.metrics.backpressure_pauses[Direction::GuestToHost as usize].inc();
@@ -280,7 +280,7 @@ impl Switchboard {
         };
         flow.bytes_to_guest += u64::from(n);
         let direction = Direction::HostToGuest;
-        flow.rule.metrics(&self.metrics).upstream_bytes[direction as usize].inc_by(u64::from(n));
+        flow.rule.metrics().upstream_bytes[direction as usize].inc_by(u64::from(n));
         self.metrics
             .payload(direction, self.socket_type(id), u64::from(n));
         self.muxer.host_read(now, id, n, true);

@@ -26,20 +26,21 @@ use crate::host::{HostStream, SpillBuf};
 use crate::metrics::{Direction, GuestMetrics};
 use crate::sys::vectored::Received;
 use crate::vsock::{
-    Caller, CloseReason, ConnectionId, Event, Header, Muxer, Op, Port, RefuseReason, ShutdownFlags,
-    SocketType,
+    Caller, Cid, CloseReason, Connection, ConnectionId, Event, Header, Muxer, MuxerConfig, Op, Port,
+    RefuseReason, ShutdownFlags, SocketType,
 };
 
-use super::flow::{Flow, Flows, HostEnd, RuleRef};
-use super::handle::DeviceHandle;
+use super::flow::{Flow, Flows, HostEnd};
+use super::handle::{DeviceHandle, Settings};
 use super::limits::{self, Admission, Place};
 use super::linger::Lingering;
 use super::logbook::Logbook;
 use super::messages::{Messages, Outbox, Wire};
-use super::router::Router;
+use super::rules::{Rule, Rules};
 use super::sibling::Siblings;
 use super::snapshot::ConnectionSnapshot;
 use super::token;
+use super::{bounds, muxer_config};
 pub(super) use gather::Gather;
 use gather::Unspilled;
 
@@ -60,13 +61,11 @@ pub(super) struct Switchboard {
     pub(super) metrics: Arc<GuestMetrics>,
     flows: Flows,
     lingering: Lingering,
-    router: Router,
+    rules: Arc<Rules>,
     dialer: Dialer,
     admission: Admission,
     siblings: Siblings,
-    inbound_rules: usize,
     dial_timeout: Duration,
-    buf_alloc: u32,
     registry: Registry,
     /// Of our own thread: dials are answered through it.
     handle: DeviceHandle,
@@ -83,13 +82,11 @@ pub(super) struct SwitchboardParts {
     pub(super) cid: u32,
     pub(super) muxer: Muxer,
     pub(super) metrics: Arc<GuestMetrics>,
-    pub(super) router: Router,
+    pub(super) rules: Arc<Rules>,
     pub(super) dialer: Dialer,
     pub(super) admission: Admission,
     pub(super) siblings: Siblings,
-    pub(super) inbound_rules: usize,
     pub(super) dial_timeout: Duration,
-    pub(super) buf_alloc: u32,
     pub(super) max_lingering: usize,
     pub(super) registry: Registry,
     pub(super) handle: DeviceHandle,
@@ -104,13 +101,11 @@ impl Switchboard {
             metrics: parts.metrics,
             flows: Flows::default(),
             lingering: Lingering::new(parts.max_lingering),
-            router: parts.router,
+            rules: parts.rules,
             dialer: parts.dialer,
             admission: parts.admission,
             siblings: parts.siblings,
-            inbound_rules: parts.inbound_rules,
             dial_timeout: parts.dial_timeout,
-            buf_alloc: parts.buf_alloc,
             registry: parts.registry,
             handle: parts.handle,
             logbook: Logbook::default(),
@@ -174,10 +169,9 @@ impl Switchboard {
     }
 
     /// A client of an inbound rule wants a guest port.
-    pub(super) fn handle_incoming(&mut self, now: Instant, incoming: Incoming) {
-        let rule = RuleRef::inbound(incoming.rule);
+    pub(super) fn handle_incoming(&mut self, now: Instant, rule: Arc<Rule>, incoming: Incoming) {
         if self.draining {
-            self.refuse_incoming(rule, incoming, RefuseReason::Draining);
+            self.refuse_incoming(&rule, incoming, RefuseReason::Draining);
             return;
         }
         let caller = Caller {
@@ -189,13 +183,13 @@ impl Switchboard {
             address: None,
             waits: incoming.wait_for_guest,
         };
-        let (id, place) = match self.let_in(now, rule, caller) {
+        let (id, place) = match self.let_in(now, &rule, caller) {
             Ok(let_in) => let_in,
             Err(reason) => {
                 if limits::is_bound(reason) {
-                    self.log_bound(now, rule, incoming.port, reason);
+                    self.log_bound(now, &rule, incoming.port, reason);
                 }
-                self.refuse_incoming(rule, incoming, reason);
+                self.refuse_incoming(&rule, incoming, reason);
                 return;
             }
         };
@@ -229,7 +223,7 @@ impl Switchboard {
     fn let_in(
         &mut self,
         now: Instant,
-        rule: RuleRef,
+        rule: &Rule,
         caller: Caller,
     ) -> Result<(ConnectionId, Place), RefuseReason> {
         self.muxer.admits(caller.socket_type)?;
@@ -249,7 +243,7 @@ impl Switchboard {
         // The connection may have ended while its target was being reached; then the socket closes here.
         let Some(id) = self.dialing(token) else { return };
         let Some(flow) = self.flows.get(id) else { return };
-        let rule = flow.rule;
+        let rule = Arc::clone(&flow.rule);
         let port = flow.host_port;
         let outcome = result
             .map_err(|error| (refuse_reason(&error), error.to_string()))
@@ -257,14 +251,13 @@ impl Switchboard {
                 Ok(()) => Ok(stream),
                 Err(error) => Err((RefuseReason::Limit, format!("cannot watch the socket: {error}"))),
             });
-        let metrics = Arc::clone(&self.metrics);
-        let rule_metrics = rule.metrics(&metrics);
+        let rule_metrics = rule.metrics();
         match outcome {
             Ok(mut stream) => {
                 if let Some(histogram) = &rule_metrics.dial_duration {
                     histogram.observe(took.as_secs_f64());
                 }
-                self.logbook.target_reached(rule.index);
+                self.logbook.target_reached(rule.id);
                 if let Some(flow) = self.flows.get_mut(id) {
                     if let Some(descriptor) = flow.place.as_mut().and_then(|place| place.descriptor.take()) {
                         stream.hold(descriptor);
@@ -280,18 +273,25 @@ impl Switchboard {
                 if let Some(failures) = &rule_metrics.dial_failures {
                     failures.inc();
                 }
-                let (guest, rule) = (&*self.name, rule_metrics.name.as_str());
-                if self.logbook.target_failed(now, self.rule_index(id)) {
+                let (guest, name) = (&*self.name, rule.name());
+                if self.logbook.target_failed(now, rule.id) {
                     warn!(
                         guest,
-                        rule,
+                        rule = name,
                         port,
                         reason = reason.label(),
                         error,
                         "target of a rule cannot be reached"
                     );
                 } else {
-                    debug!(guest, rule, port, reason = reason.label(), error, "dial failed");
+                    debug!(
+                        guest,
+                        rule = name,
+                        port,
+                        reason = reason.label(),
+                        error,
+                        "dial failed"
+                    );
                 }
                 self.muxer.refused(id, reason);
             }
@@ -372,8 +372,8 @@ impl Switchboard {
         let rest = bytes - written;
         if rest > 0 {
             if let Err(full) = flow.make_room(rest) {
-                let rule = flow.rule;
-                self.wrote(now, id, rule, written);
+                count_written(&flow.rule, written);
+                self.wrote(now, id, written);
                 self.out_of_memory(now, id, full);
                 return;
             }
@@ -393,14 +393,12 @@ impl Switchboard {
                 }
             }
         }
-        let rule = flow.rule;
-        self.wrote(now, id, rule, written);
+        count_written(&flow.rule, written);
+        self.wrote(now, id, written);
     }
 
-    fn wrote(&mut self, now: Instant, id: ConnectionId, rule: RuleRef, written: usize) {
+    fn wrote(&mut self, now: Instant, id: ConnectionId, written: usize) {
         if written > 0 {
-            rule.metrics(&self.metrics).upstream_bytes[Direction::GuestToHost as usize]
-                .inc_by(written as u64);
             self.muxer.host_wrote(now, id, written as u32);
         }
     }
@@ -421,9 +419,9 @@ impl Switchboard {
         }
         let flush = flow.spill.write_to(stream);
         flow.settle();
-        let rule = flow.rule;
+        count_written(&flow.rule, flush.written);
         self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(flush.written as i64);
-        self.wrote(now, id, rule, flush.written);
+        self.wrote(now, id, flush.written);
         if let Some(error) = flush.error {
             self.write_failed(now, id, &error);
         }
@@ -464,8 +462,9 @@ impl Switchboard {
 
     /// Forgets what the socket has not taken.
     fn forget_held(&mut self, id: ConnectionId) {
+        let empty = self.spill_buffer(id);
         if let Some(flow) = self.flows.get_mut(id) {
-            let lost = std::mem::replace(&mut flow.spill, SpillBuf::new(self.buf_alloc as usize)).len();
+            let lost = std::mem::replace(&mut flow.spill, empty).len();
             flow.settle();
             self.metrics.buffered_bytes[Direction::GuestToHost as usize].sub(lost as i64);
             if let Some(messages) = &mut flow.messages {
@@ -492,7 +491,7 @@ impl Switchboard {
         flow.preface_sent += n as usize;
         flow.bytes_to_guest += u64::from(n);
         let direction = Direction::HostToGuest;
-        flow.rule.metrics(&self.metrics).upstream_bytes[direction as usize].inc_by(u64::from(n));
+        flow.rule.metrics().upstream_bytes[direction as usize].inc_by(u64::from(n));
         self.metrics
             .payload(direction, SocketType::Stream as u16, u64::from(n));
         if flow.preface_left().is_empty() {
@@ -523,8 +522,7 @@ impl Switchboard {
                 // A short read of a stream socket means that it is drained, and its next bytes will be an edge
                 // (epoll(7)), but for a read that was cut short. An end of file that is there already will be none.
                 let more = n == asked || cut_short || flow.read_on;
-                let rule = flow.rule;
-                rule.metrics(&self.metrics).upstream_bytes[Direction::HostToGuest as usize].inc_by(n as u64);
+                flow.rule.metrics().upstream_bytes[Direction::HostToGuest as usize].inc_by(n as u64);
                 self.metrics
                     .payload(Direction::HostToGuest, self.socket_type(id), n as u64);
                 self.muxer.host_read(now, id, n as u32, more);
@@ -558,6 +556,31 @@ impl Switchboard {
         self.handle_events(now);
     }
 
+    /// Other rules and limits, for connections that are asked for from now on. Those that there are keep the rule that let them
+    /// in, with its name and its counters, and the buffer that they were promised.
+    pub(super) fn reconfigure(&mut self, settings: Settings) {
+        let Settings { limits, rules } = settings;
+        rules.come_into_force();
+        self.rules = rules;
+        self.admission.set_bounds(bounds(&limits));
+        self.muxer.reconfigure(muxer_config(self.cid, &limits));
+        self.dial_timeout = limits.connect_timeout;
+        self.lingering.set_most(limits.connections);
+        self.metrics.set_limits(limits.connections, limits.memory);
+        self.logbook.reconfigured();
+        self.draining = false;
+    }
+
+    /// The CID of the guest in the session that begins.
+    pub(super) fn set_cid(&mut self, cid: u32) {
+        self.cid = cid;
+        let config = MuxerConfig {
+            guest_cid: Cid(u64::from(cid)),
+            ..self.muxer.config().clone()
+        };
+        self.muxer.reconfigure(config);
+    }
+
     /// What is open may go on, what is new is refused, and so is a client that still waits for its guest: it has nothing to
     /// lose, and might hold the drain up to its end.
     pub(super) fn drain(&mut self, now: Instant) {
@@ -584,7 +607,7 @@ impl Switchboard {
     fn describe(&self, now: Instant, flow: &Flow) -> ConnectionSnapshot {
         let connection = self.muxer.connection(flow.id);
         ConnectionSnapshot {
-            rule: flow.rule.metrics(&self.metrics).name.clone(),
+            rule: flow.rule.name().to_owned(),
             opened_by: flow.rule.opened_by.label(),
             guest_port: flow.guest_port,
             host_port: flow.host_port,
@@ -601,7 +624,7 @@ impl Switchboard {
     fn new_flow(
         &self,
         id: ConnectionId,
-        rule: RuleRef,
+        rule: Arc<Rule>,
         guest_port: u32,
         host_port: u32,
         now: Instant,
@@ -611,7 +634,7 @@ impl Switchboard {
             id,
             rule,
             end: HostEnd::Dialing { _task: None },
-            spill: SpillBuf::new(self.buf_alloc as usize),
+            spill: self.spill_buffer(id),
             account: self.admission.account(),
             place: None,
             messages: None,
@@ -641,8 +664,10 @@ impl Switchboard {
             .filter(|id| id.token() == token)
     }
 
-    fn rule_index(&self, id: ConnectionId) -> Option<usize> {
-        self.flows.get(id).and_then(|flow| flow.rule.index)
+    /// An empty buffer for as much as the connection's guest was promised, which later connections may not be.
+    fn spill_buffer(&self, id: ConnectionId) -> SpillBuf {
+        let promised = self.muxer.connection(id).map_or(0, Connection::buf_alloc);
+        SpillBuf::new(promised as usize)
     }
 
     /// One registration for the socket's life, edge-triggered in both directions: interest never changes, so nothing
@@ -659,6 +684,10 @@ impl Switchboard {
         // Closing the only descriptor removes it from the poll as well; this is for order.
         let _ = self.registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
     }
+}
+
+fn count_written(rule: &Rule, bytes: usize) {
+    rule.metrics().upstream_bytes[Direction::GuestToHost as usize].inc_by(bytes as u64);
 }
 
 /// How messages travel on a socket that is dialled or accepted.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, warn};
 
 use super::Switchboard;
-use crate::device::flow::{Flow, HostEnd, RuleRef};
+use crate::device::flow::{Flow, HostEnd};
 use crate::device::handle::Command;
 use crate::device::limits;
 use crate::device::messages::{Messages, Wire};
@@ -26,7 +26,7 @@ impl Switchboard {
         }
         let target = format!("guest://{name}:{to}");
         flow.peer.clone_from(&target);
-        let rule = flow.rule;
+        let rule = Arc::clone(&flow.rule);
         let guest_port = flow.guest_port;
         let (our_ears, ears) = Ears::pair();
         flow.ears = Some(our_ears);
@@ -38,7 +38,7 @@ impl Switchboard {
         let (waits, descriptor) = match waits.and_then(|waits| Ok((waits, self.admission.descriptor()?))) {
             Ok(shares) => shares,
             Err(reason) => {
-                self.log_bound(now, rule, to, reason);
+                self.log_bound(now, &rule, to, reason);
                 self.muxer.refused(id, reason);
                 return;
             }
@@ -50,7 +50,7 @@ impl Switchboard {
             Ok((HostStream::new(ours.into())?.with_peer(target.clone()), theirs))
         });
         let reason = match (found, pair) {
-            (Some((sibling, from)), Ok((ours, theirs))) => {
+            (Some((sibling, may)), Ok((ours, theirs))) => {
                 let handle = self.handle.clone();
                 let token = id.token();
                 let answer = SiblingAnswer::new(target.clone(), move |result| {
@@ -62,7 +62,7 @@ impl Switchboard {
                     flow.end = HostEnd::Asking(ours);
                 }
                 let request = SiblingRequest {
-                    from,
+                    rule: may,
                     peer: Arc::clone(&self.name),
                     address: (self.cid, guest_port),
                     port: to,
@@ -77,13 +77,13 @@ impl Switchboard {
                 return;
             }
             (None, _) => {
-                if self.logbook.target_failed(now, rule.index) {
+                if self.logbook.target_failed(now, rule.id) {
                     warn!(guest = %self.name, target, "a rule leads to a guest that does not run");
                 }
                 RefuseReason::Unreachable
             }
             (_, Err(error)) => {
-                if self.logbook.target_failed(now, rule.index) {
+                if self.logbook.target_failed(now, rule.id) {
                     warn!(guest = %self.name, target, %error, "no socket pair for a connection to another guest");
                 }
                 RefuseReason::Limit
@@ -113,7 +113,7 @@ impl Switchboard {
     /// Another guest wants a port of this one.
     pub(in crate::device) fn handle_sibling(&mut self, now: Instant, request: SiblingRequest) {
         let SiblingRequest {
-            from,
+            rule,
             peer,
             address: (cid, guest_port),
             port,
@@ -123,7 +123,6 @@ impl Switchboard {
             answer,
             _waits,
         } = request;
-        let rule = RuleRef::inbound(self.inbound_rules.saturating_add(from));
         let caller = Caller {
             guest_port: Port(port),
             socket_type: match seqpacket {
@@ -135,15 +134,15 @@ impl Switchboard {
         };
         let asked = match self.draining {
             true => Err(RefuseReason::Draining),
-            false => self.let_in(now, rule, caller),
+            false => self.let_in(now, &rule, caller),
         };
         let (id, place) = match asked {
             Ok(asked) => asked,
             Err(reason) => {
                 if limits::is_bound(reason) {
-                    self.log_bound(now, rule, port, reason);
+                    self.log_bound(now, &rule, port, reason);
                 }
-                let metrics = rule.metrics(&self.metrics);
+                let metrics = rule.metrics();
                 metrics.refused[reason as usize].inc();
                 debug!(guest = %self.name, rule = metrics.name, port, %peer, reason = reason.label(), "refused another guest");
                 answer.refused(reason);

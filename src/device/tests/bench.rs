@@ -123,10 +123,7 @@ impl Bench {
             framing,
             connections: None,
         };
-        let rules = RuleNames {
-            outbound: vec!["service".into()],
-            inbound: Vec::new(),
-        };
+        let metrics = GuestMetrics::detached(&labels());
         let second = Duration::from_secs(1000);
         let (device, handle) = Device::new(DeviceConfig {
             name: "web".into(),
@@ -140,13 +137,11 @@ impl Bench {
                 busy_poll: Duration::ZERO,
                 ..Limits::default()
             },
-            router: Router::new(vec![rule]),
+            rules: Arc::new(Rules::new(&[rule], &[], &[], &metrics, None)),
             siblings: siblings.unwrap_or_default(),
-            inbound_rules: 0,
-            inbound_limits: Vec::new(),
             quota: Default::default(),
             dialer: Dialer::new(control.handle().clone()),
-            metrics: GuestMetrics::detached(&rules, &labels()),
+            metrics,
         })
         .unwrap();
         let (file, memory) = shared_memory();

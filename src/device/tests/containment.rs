@@ -10,6 +10,7 @@ use crate::config::Framing;
 use crate::guest::{MemoryLoss, RingPosition};
 use crate::host::HostStream;
 use crate::host::listen::Incoming;
+use crate::metrics::Direction;
 use crate::vsock::{CloseReason, Op};
 
 /// Pages of guest memory that stay; rings, headers and [`GOOD`] are among them, [`LOST`] is not.
@@ -57,7 +58,8 @@ fn assert_ended(bench: &mut Bench) {
     assert!(snapshot.rings.is_empty());
     assert_eq!(snapshot.connection_count, 0);
     let metrics = Arc::clone(&bench.device.config.metrics);
-    let rule = &metrics.outbound[0];
+    let rules = Arc::clone(&bench.device.config.rules);
+    let rule = rules.outbound(0).unwrap().metrics();
     assert_eq!((rule.opened.get(), rule.active.get()), (1, 0));
     let closed: Vec<u64> = rule.closed.iter().map(|reason| reason.get()).collect();
     assert_eq!(closed[CloseReason::SessionLost as usize], 1);
@@ -343,7 +345,6 @@ fn a_drain_goes_on_after_a_panic() {
     bench.panic();
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let client = Incoming {
-        rule: 0,
         port: 22,
         stream: HostStream::new(ours.into()).unwrap(),
         socket_type: crate::config::SocketType::Stream,
@@ -353,7 +354,19 @@ fn a_drain_goes_on_after_a_panic() {
         wait_for_guest: false,
         peer: "client".into(),
     };
-    bench.handle.send(Command::Incoming(client)).unwrap();
+    let metrics = bench
+        .device
+        .config
+        .metrics
+        .rules(Direction::HostToGuest, &["ssh".to_owned()]);
+    let rule = Rule::new(Direction::HostToGuest, Arc::clone(&metrics[0]));
+    bench
+        .handle
+        .send(Command::Incoming {
+            rule,
+            incoming: client,
+        })
+        .unwrap();
     bench.crank();
     assert_eq!(theirs.read(&mut [0]).unwrap(), 0, "refused");
 }
@@ -365,7 +378,7 @@ fn a_panic_on_the_device_thread_costs_the_command_and_not_the_thread() {
         .enable_all()
         .build()
         .unwrap();
-    let metrics = GuestMetrics::detached(&RuleNames::default(), &labels());
+    let metrics = GuestMetrics::detached(&labels());
     let running = device_counting(&control, Arc::clone(&metrics));
     let handle = running.handle.clone();
     for round in 1..=5 {
@@ -409,4 +422,35 @@ fn a_panic_on_the_device_thread_costs_the_command_and_not_the_thread() {
         assert_eq!(metrics.device_panics.get(), round);
     }
     running.join().unwrap();
+}
+
+/// A reload that comes while the device is being put together anew is what it is put together from, and one that came before the
+/// panic is not forgotten by it.
+#[test]
+fn rules_and_limits_outlive_a_panic() {
+    let mut bench = Bench::new(Addresses::Iova);
+    let metrics = Arc::clone(&bench.device.config.metrics);
+    let before = Arc::clone(&bench.device.config.rules);
+    let reconfigure = |connections: usize| {
+        let limits = Limits {
+            connections,
+            ..Limits::default()
+        };
+        let rules = Arc::new(Rules::new(&[], &[], &[], &metrics, Some(&before)));
+        let (done, _) = tokio::sync::oneshot::channel();
+        let settings = Settings { limits, rules };
+        Command::Reconfigure { settings, done }
+    };
+    bench.handle.send(reconfigure(7)).unwrap();
+    bench.crank();
+    bench.panic();
+    let device = &bench.device;
+    assert_eq!(device.config.limits.connections, 7);
+    assert_eq!(device.switchboard.muxer.config().max_connections, 7);
+    assert!(device.config.rules.outbound(0).is_none());
+    // In the queue while it happens.
+    bench.handle.send(reconfigure(8)).unwrap();
+    bench.panic();
+    bench.crank();
+    assert_eq!(bench.device.switchboard.muxer.config().max_connections, 8);
 }

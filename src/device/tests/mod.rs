@@ -8,7 +8,7 @@ mod translation;
 
 use super::*;
 use crate::guest::{Access, RingFault, RingParts};
-use crate::metrics::{LabelSets, RuleNames};
+use crate::metrics::LabelSets;
 use crate::vsock::{CloseReason, Misbehavior, RefuseReason};
 
 fn labels() -> LabelSets {
@@ -21,7 +21,7 @@ fn labels() -> LabelSets {
 }
 
 fn device(control: &tokio::runtime::Runtime) -> RunningDevice {
-    device_counting(control, GuestMetrics::detached(&RuleNames::default(), &labels()))
+    device_counting(control, GuestMetrics::detached(&labels()))
 }
 
 fn device_counting(control: &tokio::runtime::Runtime, metrics: Arc<GuestMetrics>) -> RunningDevice {
@@ -38,10 +38,8 @@ fn device_counting(control: &tokio::runtime::Runtime, metrics: Arc<GuestMetrics>
             busy_poll: Duration::ZERO,
             ..Limits::default()
         },
-        router: Router::new(Vec::new()),
+        rules: Arc::new(Rules::new(&[], &[], &[], &metrics, None)),
         siblings: Default::default(),
-        inbound_rules: 0,
-        inbound_limits: Vec::new(),
         quota: Default::default(),
         dialer: Dialer::new(control.handle().clone()),
         metrics,

@@ -16,7 +16,10 @@ impl Busy {
         let waker = Arc::new(Waker::new(poll.registry(), token::WAKE).unwrap());
         let (commands, inbox) = mpsc::channel();
         let siblings = Siblings::default();
-        siblings.add("db", DeviceHandle::new(commands, waker), &["web".to_owned()]);
+        let metrics = GuestMetrics::detached(&labels());
+        let rules = Rules::new(&[], &[], &["web".to_owned()], &metrics, None);
+        let db = Sibling::new(DeviceHandle::new(commands, waker), Arc::new(rules));
+        siblings.replace([("db".to_owned(), db)].into());
         (Busy { inbox, _poll: poll }, siblings)
     }
 
@@ -68,8 +71,8 @@ fn a_guest_has_no_more_requests_waiting_with_another_than_it_may_have_connection
     }
     let asked = db.asked();
     assert_eq!(asked.len(), most);
-    let metrics = Arc::clone(&bench.device.config.metrics);
-    let refused = |reason: RefuseReason| metrics.outbound[0].refused[reason as usize].get();
+    let rule = Arc::clone(bench.device.config.rules.outbound(0).unwrap());
+    let refused = |reason: RefuseReason| rule.metrics().refused[reason as usize].get();
     assert_eq!(refused(RefuseReason::Limit), 2 * most as u64);
     // When the other device has seen to them, there is room again.
     drop(asked);

@@ -23,30 +23,50 @@ const PLAIN: InboundProtocol = InboundProtocol::Plain { port: 22 };
 struct Served {
     address: ListenAddress,
     out: mpsc::UnboundedReceiver<Result<Incoming, Rejected>>,
+    terms: watch::Sender<Arc<Terms>>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<io::Result<()>>,
 }
 
+/// Terms, and what comes out by them.
+fn terms(
+    protocol: InboundProtocol,
+    allow: Vec<Cidr>,
+) -> (Arc<Terms>, mpsc::UnboundedReceiver<Result<Incoming, Rejected>>) {
+    let (sink, out) = mpsc::unbounded_channel();
+    let spec = InboundSpec {
+        protocol,
+        handshake_timeout: Duration::from_secs(5),
+        wait_for_guest: false,
+        socket_type: SocketType::Stream,
+        framing: None,
+    };
+    let terms = Terms {
+        allow,
+        spec,
+        sink: Box::new(move |outcome| drop(sink.send(outcome))),
+    };
+    (Arc::new(terms), out)
+}
+
 impl Served {
     fn new(listener: Listener, protocol: InboundProtocol) -> Served {
-        let (sink, out) = mpsc::unbounded_channel();
+        Served::allowing(listener, Vec::new(), protocol)
+    }
+
+    fn allowing(listener: Listener, allow: Vec<Cidr>, protocol: InboundProtocol) -> Served {
         let (stop, stopped) = oneshot::channel();
         let address = listener.address().clone();
-        let spec = InboundSpec {
-            rule: 7,
-            protocol,
-            handshake_timeout: Duration::from_secs(5),
-            wait_for_guest: false,
-            socket_type: SocketType::Stream,
-            framing: None,
-        };
+        let (terms, out) = terms(protocol, allow);
+        let (terms, current) = watch::channel(terms);
         let stopped = async {
             let _ = stopped.await;
         };
-        let task = tokio::spawn(listener.serve(spec, move |outcome| drop(sink.send(outcome)), stopped));
+        let task = tokio::spawn(listener.serve(current, stopped));
         Served {
             address,
             out,
+            terms,
             stop,
             task,
         }
@@ -104,7 +124,7 @@ async fn a_plain_tcp_client_is_for_the_rules_port() {
     let mut served = Served::tcp(PLAIN);
     let client = served.connect();
     let incoming = served.next().await.unwrap();
-    assert_eq!((incoming.rule, incoming.port, incoming.wants_ok), (7, 22, false));
+    assert_eq!((incoming.port, incoming.wants_ok), (22, false));
     assert!(incoming.preface.is_empty());
     assert_eq!(incoming.peer, client.local_addr().unwrap().to_string());
     assert_eq!(incoming.stream.peer(), incoming.peer);
@@ -184,7 +204,6 @@ async fn bad_lines_are_closed_without_a_word() {
         assert_eq!(
             rejected,
             Rejected {
-                rule: 7,
                 peer: client.local_addr().unwrap().to_string(),
                 why
             }
@@ -224,14 +243,7 @@ async fn a_slow_line_times_out() {
 
 #[tokio::test]
 async fn of_too_many_without_a_line_the_oldest_goes() {
-    let spec = InboundSpec {
-        rule: 0,
-        protocol: InboundProtocol::Connect,
-        handshake_timeout: LONG,
-        wait_for_guest: false,
-        socket_type: SocketType::Stream,
-        framing: None,
-    };
+    let (terms, _out) = terms(InboundProtocol::Connect, Vec::new());
     let mut handshakes = Handshakes::new(2);
     let mut clients = Vec::new();
     for name in ["first", "second", "third", "fourth"] {
@@ -244,16 +256,18 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
             peer: name.to_owned(),
             descriptor: None,
         };
-        clients.push((theirs, handshakes.begin(spec, client)));
+        clients.push((theirs, handshakes.begin(&terms, client)));
         assert!(handshakes.open.len() <= 2);
     }
     let crowded: Vec<_> = clients
         .iter_mut()
         .filter_map(|(_, crowded)| crowded.take())
         .collect();
-    let told: Vec<_> = crowded.into_iter().map(|outcome| outcome.unwrap_err()).collect();
+    let told: Vec<_> = crowded
+        .into_iter()
+        .map(|(_, outcome)| outcome.unwrap_err())
+        .collect();
     let expected = |peer: &str| Rejected {
-        rule: 0,
         peer: peer.to_owned(),
         why: Rejection::Crowded,
     };
@@ -265,7 +279,7 @@ async fn of_too_many_without_a_line_the_oldest_goes() {
     // Long before the lines that do not come time out.
     let all = async {
         while let Some(outcome) = handshakes.next().await {
-            reached.extend(outcome.map(|outcome| outcome.unwrap().peer));
+            reached.extend(outcome.map(|(_, outcome)| outcome.unwrap().peer));
         }
     };
     timeout(LONG / 2, all)
@@ -516,17 +530,14 @@ fn allowing(ranges: &[(&str, u8)]) -> Vec<Cidr> {
 async fn a_client_that_is_not_allowed_is_closed_at_once() {
     for protocol in [PLAIN, InboundProtocol::Connect] {
         let listener = bind(&loopback()).unwrap();
-        let mut served = Served::new(
-            listener.only_from(allowing(&[("127.0.0.2", 32), ("::", 0)])),
-            protocol,
-        );
+        let allow = allowing(&[("127.0.0.2", 32), ("::", 0)]);
+        let mut served = Served::allowing(listener, allow, protocol);
         let mut stranger = served.connect();
         let _ = stranger.write_all(b"CONNECT 22\n");
         let rejected = served.next().await.unwrap_err();
         assert_eq!(
             rejected,
             Rejected {
-                rule: 7,
                 peer: stranger.local_addr().unwrap().to_string(),
                 why: Rejection::NotAllowed
             }
@@ -556,7 +567,7 @@ async fn an_ipv6_client_is_held_against_the_ipv6_ranges() {
         (allowing(&[("10.0.0.0", 8), ("::1", 128)]), true),
         (allowing(&[("0.0.0.0", 0), ("fd00::", 8)]), false),
     ] {
-        let mut served = Served::new(bind(&address).unwrap().only_from(ranges), PLAIN);
+        let mut served = Served::allowing(bind(&address).unwrap(), ranges, PLAIN);
         let _client = served.connect();
         assert_eq!(served.next().await.is_ok(), is_allowed);
         served.stop().await;
@@ -649,7 +660,7 @@ async fn a_client_beyond_the_budget_of_descriptors_is_closed_and_named() {
 
     let mut second = served.connect();
     let refused = served.next().await.unwrap_err();
-    assert_eq!((refused.rule, refused.why), (7, Rejection::NoDescriptors));
+    assert_eq!(refused.why, Rejection::NoDescriptors);
     second.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let error = second.read(&mut [0; 1]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
@@ -676,5 +687,32 @@ async fn a_client_without_a_line_holds_a_descriptor() {
     drop(silent);
     assert_eq!(served.next().await.unwrap_err().why, Rejection::Closed);
     assert_eq!(pool.used(), 0);
+    served.stop().await;
+}
+
+/// A reload: the socket stays, who is accepted from then on is judged anew, and who has not sent its line yet belongs to whom it
+/// came to.
+#[tokio::test]
+async fn other_terms_are_for_those_who_come_after() {
+    let mut served = Served::tcp(InboundProtocol::Connect);
+    let mut early = served.connect();
+    early.write_all(b"CONNECT ").unwrap();
+    // Handled in order: when this one is, the other one was accepted.
+    let mut first = served.connect();
+    first.write_all(b"CONNECT 1\n").unwrap();
+    assert_eq!(served.next().await.unwrap().port, 1);
+
+    let (other, mut out) = terms(PLAIN, Vec::new());
+    served.terms.send_replace(other);
+    let _plain = served.connect();
+    assert_eq!(out.recv().await.unwrap().unwrap().port, 22);
+    early.write_all(b"2\n").unwrap();
+    let incoming = served.next().await.unwrap();
+    assert_eq!((incoming.port, incoming.wants_ok), (2, true));
+
+    let (strict, mut out) = terms(PLAIN, allowing(&[("10.0.0.0", 8)]));
+    served.terms.send_replace(strict);
+    let _stranger = served.connect();
+    assert_eq!(out.recv().await.unwrap().unwrap_err().why, Rejection::NotAllowed);
     served.stop().await;
 }

@@ -52,6 +52,16 @@ impl AccessPlatformState {
         self.evidence = translation.evidence;
         self.why = why(self.policy, translation);
     }
+
+    /// What the configuration allows from now on, while no session is under way.
+    pub(super) fn set_policy(&mut self, policy: AccessPlatform) {
+        self.policy = policy;
+        let translation = Translation {
+            mode: self.mode,
+            evidence: self.evidence,
+        };
+        self.why = why(policy, translation);
+    }
 }
 
 fn why(policy: AccessPlatform, translation: Translation) -> &'static str {

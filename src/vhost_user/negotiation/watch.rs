@@ -14,7 +14,7 @@ use crate::guest::Miss;
 use crate::vhost_user::features::{Features, PROTOCOL_F_REPLY_ACK};
 use crate::vhost_user::link::lock;
 use crate::vhost_user::message::{self, Message, request};
-use crate::vhost_user::{FindingCode, SessionConfig, Translation, TranslationMode};
+use crate::vhost_user::{FindingCode, SessionConfig, SessionTerms, Translation, TranslationMode};
 
 /// How long after its first message a VMM may take to start a ring before it is told.
 pub(super) const DRIVER_PATIENCE: Duration = Duration::from_secs(60);
@@ -87,6 +87,29 @@ impl NegotiationWatch {
     /// What keeps a guest whose VMM is connected from ever being served as the configuration demands, in a sentence.
     pub fn unready(&self) -> Option<&'static str> {
         lock(&self.inner).unready()
+    }
+
+    /// The guest's CID in the session under way, or in the next one.
+    pub fn cid(&self) -> u32 {
+        lock(&self.inner).now.cid
+    }
+
+    /// Whether a VMM is connected.
+    pub fn is_connected(&self) -> bool {
+        lock(&self.inner).now.connected
+    }
+
+    /// Whether the rings run: features are agreed and a driver has started.
+    pub fn is_running(&self) -> bool {
+        lock(&self.inner).now.state == SessionState::Running
+    }
+
+    /// What the session that begins is told, or would be told if one began.
+    pub(in crate::vhost_user) fn set_terms(&self, terms: SessionTerms) {
+        self.change(|inner| {
+            inner.now.cid = terms.cid;
+            inner.now.access_platform.set_policy(terms.access_platform);
+        });
     }
 
     /// Client mode: connected, nothing said yet.

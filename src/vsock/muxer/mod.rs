@@ -256,6 +256,17 @@ impl Muxer {
         self.next_generation = before.next_generation;
     }
 
+    /// Other bounds from now on. What connections were promised and have begun to wait for stays as it was; the idle time is
+    /// looked at anew when something moves, or when the one before is over.
+    pub fn reconfigure(&mut self, config: MuxerConfig) {
+        self.config = config;
+    }
+
+    /// What it was told.
+    pub fn config(&self) -> &MuxerConfig {
+        &self.config
+    }
+
     /// Ends what has taken too long.
     pub fn handle_timeout(&mut self, now: Instant) {
         while let Some(id) = self.deadlines.pop_due(now) {
@@ -498,6 +509,11 @@ impl Muxer {
                 let Some(connection) = self.connection(id) else {
                     return;
                 };
+                // There was one when this was armed.
+                if idle.is_zero() {
+                    self.clear_deadline(id);
+                    return;
+                }
                 let due = connection.last_activity + idle;
                 if due > now {
                     self.set_deadline(id, due);

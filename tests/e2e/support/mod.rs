@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 pub use bytes::Bytes;
 pub use host::{
-    Service, accept_tcp, accept_unix, echo, free_port, raise_descriptor_limit, read_to_end, serve,
+    Service, accept_tcp, accept_unix, echo, exists, free_port, raise_descriptor_limit, read_to_end, serve,
 };
 pub use messages::{PacketListener, Packets, Sequence, echo_frames, echo_packets, frame, read_frame};
 pub use process::{Sidecar, field, run_to_end, samples};

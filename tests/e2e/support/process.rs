@@ -51,20 +51,11 @@ impl Sidecar {
     }
 
     fn spawn_by(mut command: Command, dir: tempfile::TempDir, configuration: &str) -> Sidecar {
-        let admin = dir.path().join("admin.sock");
-        let head = if configuration.contains("admin:") {
-            String::new()
-        } else {
-            format!("admin: {{listen: [\"unix://{}\"]}}\n", admin.display())
-        };
-        let log = if configuration.contains("log:") {
-            ""
-        } else {
-            "log: {format: json, level: debug}\n"
-        };
-        let text = configuration.replace("{dir}", &dir.path().display().to_string());
         let file = dir.path().join("sidecar.yaml");
-        fs::write(&file, head + log + &text).unwrap();
+        // A test may have put a link there.
+        if !file.exists() {
+            fs::write(&file, text(dir.path(), configuration)).unwrap();
+        }
         let output = File::create(dir.path().join("sidecar.log")).unwrap();
         let child = command
             .args(["run", "--config"])
@@ -111,6 +102,47 @@ impl Sidecar {
         stream.read_to_string(&mut response).ok()?;
         let status = response.split(' ').nth(1)?.parse().ok()?;
         Some((status, response.split_once("\r\n\r\n")?.1.to_owned()))
+    }
+
+    /// A POST to the admin server: status and body.
+    #[track_caller]
+    pub fn post(&self, path: &str) -> (u16, String) {
+        let mut stream = UnixStream::connect(self.path("admin.sock")).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        write!(
+            stream,
+            "POST {path} HTTP/1.1\r\nHost: sidecar\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
+        .unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        let status = response.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, response.split_once("\r\n\r\n").unwrap().1.to_owned())
+    }
+
+    /// The file as the sidecar would have been started with this configuration.
+    pub fn file_with(&self, configuration: &str) -> String {
+        text(self.dir.path(), configuration)
+    }
+
+    /// Another configuration in the file's place, by rename.
+    pub fn rewrite(&self, configuration: &str) {
+        let next = self.path("next.yaml");
+        fs::write(&next, self.file_with(configuration)).unwrap();
+        fs::rename(next, self.path("sidecar.yaml")).unwrap();
+    }
+
+    /// Another configuration, in use when this returns: what changed, as the sidecar says it.
+    #[track_caller]
+    pub fn reload(&self, configuration: &str) -> String {
+        self.rewrite(configuration);
+        let (status, said) = self.post("/-/reload");
+        assert_eq!(status, 200, "{said}\n{}", self.log_tail());
+        said
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// The body of a page that must be there.
@@ -295,6 +327,24 @@ pub fn samples(page: &str, family: &str, labels: &[(&str, &str)]) -> Option<f64>
         found = Some(found.unwrap_or(0.0) + value);
     }
     found
+}
+
+/// The text of a configuration: with an admin server and a log, unless it has them.
+fn text(dir: &Path, configuration: &str) -> String {
+    let head = if configuration.contains("admin:") {
+        String::new()
+    } else {
+        format!(
+            "admin: {{listen: [\"unix://{}\"]}}\n",
+            dir.join("admin.sock").display()
+        )
+    };
+    let log = if configuration.contains("log:") {
+        ""
+    } else {
+        "log: {format: json, level: debug}\n"
+    };
+    head + log + &configuration.replace("{dir}", &dir.display().to_string())
 }
 
 fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {

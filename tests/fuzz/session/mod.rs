@@ -12,10 +12,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vsock_sidecar::config::Limits;
-use vsock_sidecar::device::{self, Command, DeviceConfig, Router, RunningDevice};
+use vsock_sidecar::device::{self, Command, DeviceConfig, Rules, RunningDevice};
 use vsock_sidecar::guest::RingFault;
 use vsock_sidecar::host::dial::Dialer;
-use vsock_sidecar::metrics::{GuestMetrics, LabelSets, RuleNames};
+use vsock_sidecar::metrics::{GuestMetrics, LabelSets};
 use vsock_sidecar::vhost_user::{
     AccessPlatform, Endpoint, Mode, NegotiationWatch, Session, SessionConfig, SessionHandle,
 };
@@ -79,7 +79,7 @@ impl Live {
             misbehavior: Misbehavior::LABELS,
             ring_errors: RingFault::LABELS,
         };
-        let metrics = GuestMetrics::detached(&RuleNames::default(), &labels);
+        let metrics = GuestMetrics::detached(&labels);
         let device = device::spawn(DeviceConfig {
             name: "web".into(),
             cid: 3,
@@ -92,10 +92,8 @@ impl Live {
                 busy_poll: Duration::ZERO,
                 ..Limits::default()
             },
-            router: Router::new(Vec::new()),
+            rules: Arc::new(Rules::new(&[], &[], &[], &metrics, None)),
             siblings: Default::default(),
-            inbound_rules: 0,
-            inbound_limits: Vec::new(),
             quota: Default::default(),
             dialer: Dialer::new(runtime.handle().clone()),
             metrics: Arc::clone(&metrics),
