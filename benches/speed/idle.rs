@@ -67,6 +67,9 @@ impl Idle {
         flows.run(driver, Instant::now() + Duration::from_millis(50), None)?;
         let before = (process::memory(device), process::descriptors(device));
         flows.connect(driver, connections, PORT + 1, GUEST_BUFFER)?;
+        if before.1 == 0 || process::descriptors(device) == 0 {
+            return Err("its /proc entry cannot be read".into());
+        }
         let grown = |now: u64, before: u64| now.saturating_sub(before) as f64 / connections as f64;
         let each = (
             grown(process::memory(device), before.0),

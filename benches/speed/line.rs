@@ -97,6 +97,8 @@ pub struct Line {
     pub what: String,
     /// Whether quick runs have it.
     pub quick: bool,
+    /// Whether contenders live through all of it, rather than for a turn each.
+    lasting: bool,
     pub figures: Vec<Figure>,
     contenders: Vec<(Who, Start)>,
 }
@@ -118,6 +120,7 @@ impl Line {
             name: name.into(),
             what: what.into(),
             quick: false,
+            lasting: false,
             figures,
             contenders: Vec::new(),
         }
@@ -125,6 +128,12 @@ impl Line {
 
     pub fn quick(mut self, quick: bool) -> Line {
         self.quick = quick;
+        self
+    }
+
+    /// Contenders that are slow to start live through all turns.
+    pub fn lasting(mut self) -> Line {
+        self.lasting = true;
         self
     }
 
@@ -141,6 +150,10 @@ impl Line {
     }
 
     /// Everybody's turns, interleaved. Who fails is out, and the reason is kept.
+    ///
+    /// Processes and connections are new for each turn, as far as that is quick: on which processor the kernel puts a thread that
+    /// wakes another is a matter of luck that lasts, and differs by as much as a factor of four. So each turn throws the dice
+    /// anew, and the spread shows it.
     pub fn measure(&self, setting: &Setting) -> Result {
         eprint!("{:28} ", self.name);
         let mut result = Result {
@@ -150,28 +163,25 @@ impl Line {
             samples: BTreeMap::new(),
             absent: BTreeMap::new(),
         };
-        let mut playing: Vec<(Who, Box<dyn Contender>)> = Vec::new();
-        for (who, start) in &self.contenders {
-            let warm = start(setting).and_then(|mut contender| {
-                contender.turn(setting.warm_up)?;
-                Ok(contender)
-            });
-            match warm {
-                Ok(contender) => playing.push((*who, contender)),
-                Err(error) => drop(result.absent.insert(*who, error.to_string())),
-            }
-        }
+        let mut lasting: BTreeMap<Who, Box<dyn Contender>> = BTreeMap::new();
         for _ in 0..setting.rounds {
-            playing.retain_mut(|(who, contender)| match contender.turn(setting.window) {
-                Ok(measures) => {
-                    result.keep(*who, measures);
-                    true
+            for (who, start) in &self.contenders {
+                if result.absent.contains_key(who) {
+                    continue;
                 }
-                Err(error) => {
-                    result.absent.insert(*who, error.to_string());
-                    false
+                let contender = lasting.remove(who).map_or_else(|| start(setting), Ok);
+                let turn =
+                    contender.and_then(|mut contender| Ok((contender.turn(setting.window)?, contender)));
+                match turn {
+                    Ok((measures, contender)) => {
+                        result.keep(*who, measures);
+                        if self.lasting {
+                            lasting.insert(*who, contender);
+                        }
+                    }
+                    Err(error) => drop(result.absent.insert(*who, error.to_string())),
                 }
-            });
+            }
             eprint!(".");
             let _ = std::io::stderr().flush();
         }

@@ -222,6 +222,7 @@ fn idle(kind: Kind, connections: usize) -> Line {
         figures,
     )
     .quick(kind == Kind::Unix && connections == 10_000)
+    .lasting()
     .contender(Who::Ours, move |_| Idle::ours(kind, connections))
     .contender(Who::Without, move |_| RoundTrips::ours(kind, 1));
     if connections > 10_000 {
@@ -255,6 +256,7 @@ fn memory() -> Line {
         vec![figure("start"), figure("guest"), figure("busy")],
     )
     .quick(true)
+    .lasting()
     .contender(Who::Ours, |_| Memory::ours())
     .contender(Who::Peer, |setting| Memory::peer(&setting.peer))
 }

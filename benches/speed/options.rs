@@ -48,7 +48,6 @@ pub struct Options {
 pub struct Setting {
     pub rounds: usize,
     pub window: Duration,
-    pub warm_up: Duration,
     pub quick: bool,
     pub peer: PathBuf,
 }
@@ -63,11 +62,10 @@ impl Options {
     }
 
     pub fn setting(&self) -> Setting {
-        let (rounds, window, warm_up) = if self.quick { (3, 300, 100) } else { (7, 1000, 300) };
+        let (rounds, window) = if self.quick { (5, 200) } else { (9, 1000) };
         Setting {
             rounds: self.rounds.unwrap_or(rounds).max(1),
             window: Duration::from_millis(self.window.unwrap_or(window).max(10)),
-            warm_up: Duration::from_millis(warm_up),
             quick: self.quick,
             peer: self.peer.clone(),
         }

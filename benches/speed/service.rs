@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
@@ -78,6 +78,8 @@ pub struct Service {
 
 #[derive(Default)]
 struct Shared {
+    /// Nobody is to be served any more.
+    over: AtomicBool,
     /// Bytes read so far, by connection in the order in which they came.
     received: Mutex<Vec<Arc<AtomicU64>>>,
     held: Mutex<Vec<Stream>>,
@@ -96,6 +98,9 @@ impl Service {
                 let port = listener.local_addr()?.port();
                 thread::spawn(move || {
                     for stream in listener.incoming().flatten() {
+                        if serving.over.load(Ordering::Relaxed) {
+                            break;
+                        }
                         let _ = stream.set_nodelay(true);
                         serving.begin(Stream::Tcp(stream), work);
                     }
@@ -106,6 +111,9 @@ impl Service {
                 let listener = UnixListener::bind(path)?;
                 thread::spawn(move || {
                     for stream in listener.incoming().flatten() {
+                        if serving.over.load(Ordering::Relaxed) {
+                            break;
+                        }
                         serving.begin(Stream::Unix(stream), work);
                     }
                 });
@@ -116,16 +124,23 @@ impl Service {
     }
 
     fn start_brief(place: &Place, shared: Arc<Shared>) -> Outcome<Service> {
+        let serving = shared.clone();
         let address = match place {
             Place::Tcp => {
                 let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
                 let port = listener.local_addr()?.port();
-                thread::spawn(move || brief(&listener, || Ok(Stream::Tcp(listener.accept()?.0))));
+                thread::spawn(move || {
+                    brief(&listener, &serving.over, || Ok(Stream::Tcp(listener.accept()?.0)))
+                });
                 Address::Tcp(port)
             }
             Place::Unix(path) => {
                 let listener = UnixListener::bind(path)?;
-                thread::spawn(move || brief(&listener, || Ok(Stream::Unix(listener.accept()?.0))));
+                thread::spawn(move || {
+                    brief(&listener, &serving.over, || {
+                        Ok(Stream::Unix(listener.accept()?.0))
+                    })
+                });
                 Address::Unix(path.clone())
             }
         };
@@ -145,7 +160,9 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        // The thread that accepts lives on, and what it keeps open would.
+        // The thread that accepts sleeps; a last connection wakes it to see that it is over.
+        self.shared.over.store(true, Ordering::Relaxed);
+        let _ = self.address.connect();
         self.shared
             .held
             .lock()
@@ -205,8 +222,8 @@ fn source(mut stream: Stream) -> io::Result<()> {
     }
 }
 
-/// Accepts, reads what comes, and closes at the end: for as long as the program lives.
-fn brief(listener: impl AsFd, accept: impl Fn() -> io::Result<Stream>) -> io::Result<()> {
+/// Accepts, reads what comes, and closes at the end, until it is over.
+fn brief(listener: impl AsFd, over: &AtomicBool, accept: impl Fn() -> io::Result<Stream>) -> io::Result<()> {
     const LISTENER: u64 = u64::MAX;
     let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     epoll::add(&poller, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
@@ -217,6 +234,9 @@ fn brief(listener: impl AsFd, accept: impl Fn() -> io::Result<Stream>) -> io::Re
         for event in events.drain(..) {
             let data = event.data;
             if data.u64() == LISTENER {
+                if over.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
                 let Ok(stream) = accept() else { continue };
                 let entry = streams.vacant_entry();
                 let data = EventData::new_u64(entry.key() as u64);
