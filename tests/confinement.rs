@@ -385,7 +385,7 @@ fn has_landlock(came: &BTreeMap<String, String>) -> bool {
 
 #[test]
 fn a_confined_process_works_and_an_intruder_in_it_gets_nowhere() {
-    let came = try_with("{}");
+    let came = try_with("{landlock: enforce}");
     hold(&came, &[("no_new_privs", "active"), ("seccomp", "active")]);
     hold(&came, WORK);
     hold(&came, SYSTEM_CALLS);

@@ -232,7 +232,7 @@ pub fn run(program: Program) -> Result<(), Error> {
     });
     if let Some(file) = &file {
         let events = sidecar.events().sender();
-        sidecar.control.handle.spawn(watch::watch(file.clone(), events));
+        watch::spawn(file.clone(), events).map_err(starting("the thread that watches the configuration"))?;
     }
     let policy = confined.policy.zip(file.as_deref().map(Surroundings::look));
     let reloader = Reloader {

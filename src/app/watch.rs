@@ -7,20 +7,23 @@
 //! Whether anything has really changed is for who reads the file to see, by its content: events are many and mean little. So they
 //! are waited out ([`QUIET`]), and lost ones cost [`LOOK_AGAIN`] at most. A directory that cannot be watched, or is gone, is
 //! asked for again and again ([`SLOW`]), and the log says so once.
+//!
+//! It has a thread of its own, which nobody waits for, and one inotify descriptor for life: to close one waits for a grace period of
+//! the kernel (`fsnotify_wait_marks_destroyed` in Linux's fs/notify/mark.c), which is seconds on a machine that is
+//! starved, and dials and clients would wait with it.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use tokio::io::Interest;
-use tokio::time::{Instant, timeout, timeout_at};
-use tracing::{debug, info, warn};
+use rustix::io::Errno;
+use tracing::{info, warn};
 
 use super::events::{Cause, Event};
-use crate::sys::readiness::PolledFd;
 
 /// Events that follow each other so closely are one change: an editor makes five of one save.
 const QUIET: Duration = Duration::from_millis(100);
@@ -41,38 +44,37 @@ const CHANGES: WatchFlags = WatchFlags::CREATE
     .union(WatchFlags::MOVE_SELF)
     .union(WatchFlags::ONLYDIR);
 
-/// Watches the configuration's file for as long as the control runtime runs, on which it is to be spawned.
-pub(super) async fn watch(file: PathBuf, events: Sender<Event>) {
+/// Watches the configuration's file for as long as the process runs.
+pub(super) fn spawn(file: PathBuf, events: Sender<Event>) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("watch".into())
+        .spawn(move || watch(&file, &events))
+        .map(drop)
+}
+
+fn watch(file: &Path, events: &Sender<Event>) {
+    let mut directories = None;
     let mut told = false;
     loop {
-        // Made anew each time: a watch belongs to an inode, and ConfigMaps, editors and operators replace those.
-        match Directories::of(&file) {
-            Ok(directories) => {
-                if std::mem::take(&mut told) {
-                    info!(file = %file.display(), "the configuration's directory is watched again");
-                }
-                // What has changed while nobody watched.
-                if !ask(&events) {
-                    return;
-                }
-                match timeout(LOOK_AGAIN, directories.changed()).await {
-                    Ok(Err(error)) => debug!(%error, "the watch on the configuration has failed"),
-                    Ok(Ok(())) | Err(_) => continue,
-                }
+        let looked = Directories::look(&mut directories, file);
+        match &looked {
+            Ok(_) if std::mem::take(&mut told) => {
+                info!(file = %file.display(), "the configuration's directory is watched again");
             }
-            Err(error) => {
-                if !std::mem::replace(&mut told, true) {
-                    warn!(
-                        file = %file.display(), %error, every = ?SLOW,
-                        "the configuration's directory cannot be watched: the file is read every few seconds instead"
-                    );
-                }
-                if !ask(&events) {
-                    return;
-                }
-            }
+            Err(error) if !std::mem::replace(&mut told, true) => warn!(
+                file = %file.display(), %error, every = ?SLOW,
+                "the configuration's directory cannot be watched: the file is read every few seconds instead"
+            ),
+            _ => {}
         }
-        tokio::time::sleep(SLOW).await;
+        // What has changed while nobody watched.
+        if !ask(events) {
+            return;
+        }
+        match looked.and_then(Directories::changed) {
+            Ok(()) => {}
+            Err(_) => std::thread::sleep(SLOW),
+        }
     }
 }
 
@@ -87,55 +89,75 @@ fn ask(events: &Sender<Event>) -> bool {
 
 /// The directories in which a change of the file shows.
 struct Directories {
-    inotify: PolledFd,
+    inotify: OwnedFd,
+    watches: Vec<i32>,
 }
 
 impl Directories {
-    fn of(file: &Path) -> io::Result<Directories> {
-        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-        watch_directory(&inotify, directory_of(file))?;
+    /// Watches the directories that the file has now: a watch belongs to an inode, and ConfigMaps, editors and operators replace
+    /// those. What comes of changes before this is forgotten.
+    fn look<'d>(place: &'d mut Option<Directories>, file: &Path) -> io::Result<&'d Directories> {
+        let directories = match place {
+            Some(directories) => directories,
+            None => place.insert(Directories {
+                inotify: inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?,
+                watches: Vec::new(),
+            }),
+        };
+        let inotify = &directories.inotify;
+        // The same number again for a directory that is watched already.
+        let mut watches = vec![inotify::add_watch(inotify, directory_of(file), CHANGES)?];
         // Where the file is not there yet, its directory is all that there is.
         if let Ok(real) = file.canonicalize() {
-            watch_directory(&inotify, directory_of(&real))?;
+            watches.push(inotify::add_watch(inotify, directory_of(&real), CHANGES)?);
         }
-        Ok(Directories {
-            inotify: PolledFd::new(inotify, Interest::READABLE)?,
-        })
+        let before = std::mem::replace(&mut directories.watches, watches);
+        for watch in before {
+            if !directories.watches.contains(&watch) {
+                // One whose directory is gone went with it.
+                let _ = inotify::remove_watch(inotify, watch);
+            }
+        }
+        // That a watch has ended is an event as well.
+        directories.take_events()?;
+        Ok(directories)
     }
 
-    /// Completes when something has happened, and then nothing for a while.
-    async fn changed(&self) -> io::Result<()> {
-        self.inotify.when_readable(take_events).await?;
+    /// Waits until something has happened, and then nothing for a while; or for [`LOOK_AGAIN`].
+    fn changed(&self) -> io::Result<()> {
+        if !self.wait(LOOK_AGAIN)? {
+            return Ok(());
+        }
         let end = Instant::now() + PATIENCE;
         loop {
-            let quiet = (Instant::now() + QUIET).min(end);
-            match timeout_at(quiet, self.inotify.when_readable(take_events)).await {
-                Ok(more) => more?,
-                Err(_) => return Ok(()),
-            }
-            if Instant::now() >= end {
+            self.take_events()?;
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || !self.wait(QUIET.min(left))? {
                 return Ok(());
             }
         }
     }
-}
 
-fn watch_directory(inotify: &OwnedFd, directory: &Path) -> io::Result<()> {
-    // The same number again for a directory that is watched already.
-    inotify::add_watch(inotify, directory, CHANGES)?;
-    Ok(())
-}
+    /// Whether something happens within this time.
+    fn wait(&self, most: Duration) -> io::Result<bool> {
+        let timeout = Timespec::try_from(most).map_err(io::Error::other)?;
+        let mut inotify = [PollFd::new(&self.inotify, PollFlags::IN)];
+        match poll(&mut inotify, Some(&timeout)) {
+            Ok(ready) => Ok(ready > 0),
+            Err(Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
 
-/// Reads all events, of which none is looked at. `WouldBlock` when there is none.
-fn take_events(inotify: BorrowedFd<'_>) -> io::Result<()> {
-    let mut buffer = [0; 4096];
-    let mut any = false;
-    loop {
-        match rustix::io::read(inotify.as_fd(), &mut buffer) {
-            Ok(_) => any = true,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::AGAIN) if any => return Ok(()),
-            Err(error) => return Err(error.into()),
+    /// Reads all events, of which none is looked at.
+    fn take_events(&self) -> io::Result<()> {
+        let mut buffer = [0; 4096];
+        loop {
+            match rustix::io::read(self.inotify.as_fd(), &mut buffer) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 }

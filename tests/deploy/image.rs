@@ -369,6 +369,9 @@ fn it_serves_under_its_seccomp_profile_and_answers_what_is_executed_beside_it() 
         assert_eq!(socket.permissions().mode() & 0o777, 0o660);
         assert_eq!((socket.uid(), socket.gid()), (user, user));
 
+        for kind in ["startup", "ready", "live"] {
+            success(container.runc(&["exec", &container.name, "/vsock-sidecar", "probe", kind]));
+        }
         let state = container.runc(&["exec", &container.name, "/vsock-sidecar", "state", "--json"]);
         let said = String::from_utf8_lossy(&state.stdout).into_owned();
         assert!(
