@@ -31,7 +31,8 @@ mod totals;
 mod webhook;
 
 pub use guest::{
-    BusyPollMetrics, Direction, GuestMetrics, LabelSets, OP_LABELS, QUEUE_LABELS, QueueMetrics, SOCKET_TYPE_LABELS,
+    BusyPollMetrics, Direction, GuestMetrics, LabelSets, OP_LABELS, QUEUE_LABELS, QueueMetrics,
+    SOCKET_TYPE_LABELS,
 };
 pub use iotlb::{ACCESS_LABELS, IotlbMetrics};
 pub use process::open_descriptors;

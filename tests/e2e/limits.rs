@@ -616,7 +616,9 @@ fn clients_whom_the_guest_has_no_room_for_do_not_use_up_its_rate() {
     assert_eq!((refused("limit"), refused("rate_limit")), (5.0, 0.0));
     drop(only);
     sidecar.until_metric("vsock_connections_active", &[], 0.0);
-    until("there is room", || sidecar.metric("vsock_sidecar_connections", &[]) == 0.0);
+    until("there is room", || {
+        sidecar.metric("vsock_sidecar_connections", &[]) == 0.0
+    });
     let _client = TcpStream::connect(("127.0.0.1", inbound)).unwrap();
     let _server = listener.accept_timeout(LONG).unwrap();
     assert_lawful(&guest);
