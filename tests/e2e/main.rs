@@ -4,6 +4,7 @@
 mod support;
 
 mod bad_start;
+mod busy_poll;
 mod capture;
 mod confinement;
 mod containment;

@@ -301,3 +301,28 @@ pub(super) fn no_wake_up_is_lost() {
         assert!(started.elapsed() < Duration::from_secs(60));
     }
 }
+
+/// While entries are looked for, none of them is told of; the first one after that is.
+#[test]
+fn a_driver_that_is_hushed_kicks_for_nothing_until_it_is_asked_to() {
+    for event_idx in [true, false] {
+        // Also where the index that stands behind the driver's is that of the lap before.
+        for start in [0, 1, 65535] {
+            let mut driver = Driver::at(8, event_idx, start);
+            let (mut ring, ram) = (driver.ring(), driver.ram.clone());
+            ring.enable_notifications(&ram).unwrap();
+            ring.hush(&ram).unwrap();
+            for n in 0..3 {
+                let before = driver.avail_idx;
+                offer(&mut driver, 1);
+                assert!(!driver.must_kick(before), "{event_idx} {start} {n}");
+                serve(&mut ring, &ram);
+                ring.hush(&ram).unwrap();
+            }
+            assert!(!ring.enable_notifications(&ram).unwrap());
+            let before = driver.avail_idx;
+            offer(&mut driver, 1);
+            assert!(driver.must_kick(before), "{event_idx} {start}");
+        }
+    }
+}
