@@ -11,7 +11,7 @@ use std::time::Instant;
 use socket2::{Domain, Socket, Type};
 
 use crate::vm::pattern::{Digest, Pattern};
-use crate::vm::service::{Behavior, Report, receive};
+use crate::vm::service::{Behavior, Report};
 use crate::{PATIENCE, wait_until};
 
 /// Behaves so on every connection to this port of the network that the calling thread is in. It ends with the test's process; the port with
@@ -128,9 +128,4 @@ fn check(mut socket: &Socket, report: &mut Report, moved: &AtomicU64) -> std::io
             .map_err(|at| std::io::Error::other(format!("byte {at} differs")))?;
         moved.fetch_add(n as u64, Ordering::Relaxed);
     }
-}
-
-/// Reads until the peer's end.
-pub fn sink() -> Behavior {
-    Arc::new(|socket, report| receive(socket, None, &mut report.received))
 }

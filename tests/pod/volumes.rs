@@ -22,7 +22,7 @@ impl Volumes {
             fs::create_dir(&path).unwrap();
             if volume["emptyDir"].is_object() {
                 // What kubelet makes of an emptyDir and fsGroup.
-                chown(&path, None, Some(u32::try_from(group).unwrap())).unwrap();
+                chown(&path, None, Some(u32::try_from(group).unwrap())).expect("root, as containers want");
                 fs::set_permissions(&path, fs::Permissions::from_mode(0o2777)).unwrap();
             } else {
                 assert!(volume["configMap"].is_object(), "{volume}");
