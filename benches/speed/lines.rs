@@ -48,6 +48,7 @@ pub fn all() -> Vec<Line> {
         confined(Direction::In, 4096),
     ]);
     lines.push(confined_trips());
+    lines.extend(KINDS.map(polled_trips));
     lines
 }
 
@@ -300,6 +301,19 @@ fn calls(kind: Kind) -> Vec<Line> {
             Ok(RoundTrips::peer(kind, 1, &setting.peer)?.counted())
         }),
     );
+    lines.push(
+        Line::new(
+            format!("calls-polled-trip-1b-{}", kind.name()),
+            format!(
+                "system calls: question and answer of a byte each, {}, with limits.busyPoll 50us",
+                kind.name()
+            ),
+            vec![Figure::new("calls/trip", "", Less).own(AtMost(4.0))],
+        )
+        .contender(Who::Ours, move |_| {
+            Ok(RoundTrips::ours_with(kind, 1, POLLED)?.counted())
+        }),
+    );
     lines
 }
 
@@ -320,6 +334,8 @@ fn scraped() -> Line {
     })
     .contender(Who::Without, move |_| Bulk::ours(load, ""))
 }
+
+const POLLED: &str = "limits, busyPoll: 50us";
 
 const UNCONFINED: &str = "confinement: {noNewPrivileges: false, seccomp: off, landlock: off}\n";
 
@@ -354,6 +370,20 @@ fn confined_trips() -> Line {
     )
     .contender(Who::Ours, |_| RoundTrips::ours(Kind::Unix, 1))
     .contender(Who::Without, |_| RoundTrips::ours_with(Kind::Unix, 1, UNCONFINED))
+}
+
+/// What busy polling is worth; it is off as a rule.
+fn polled_trips(kind: Kind) -> Line {
+    Line::new(
+        format!("polled-trip-1b-{}", kind.name()),
+        format!(
+            "question and answer of a byte each, {}, with limits.busyPoll 50us; and without",
+            kind.name()
+        ),
+        vec![Figure::new("p50", "us", Less), Figure::new("p99", "us", Less)],
+    )
+    .contender(Who::Ours, move |_| RoundTrips::ours_with(kind, 1, POLLED))
+    .contender(Who::Without, move |_| RoundTrips::ours(kind, 1))
 }
 
 fn names(name: &str, load: &Load) -> (String, String) {

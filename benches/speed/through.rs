@@ -53,6 +53,9 @@ impl Device {
     }
 }
 
+/// How more of the guests' limits begins.
+pub const LIMITS: &str = "limits";
+
 /// How a device is set up.
 #[derive(Clone)]
 pub struct Wish<'w> {
@@ -61,7 +64,7 @@ pub struct Wish<'w> {
     pub works: &'w [Work],
     pub guests: u32,
     pub driver: DriverOptions,
-    /// More of the configuration; ours only.
+    /// More of the configuration, or of every guest's limits if it begins with [`LIMITS`]; ours only.
     pub more: &'w str,
 }
 
@@ -77,12 +80,16 @@ impl Through {
     pub fn ours(wish: &Wish<'_>) -> Outcome<Through> {
         let dir = tempfile::tempdir()?;
         let services = services(wish, dir.path())?;
-        let mut text = format!("{}log: {{format: json, level: info}}\nguests:\n", wish.more);
+        let (more, limits) = match wish.more.strip_prefix(LIMITS) {
+            Some(limits) => ("", limits),
+            None => (wish.more, ""),
+        };
+        let mut text = format!("{more}log: {{format: json, level: info}}\nguests:\n");
         for guest in 0..wish.guests {
             let cid = CID + guest;
             text += &format!(
                 "- name: g{guest}\n  cid: {cid}\n  vhostUser: {{socket: \"{{dir}}/g{guest}.sock\"}}\n  \
-                 limits: {{connections: 200000}}\n  outbound:\n"
+                 limits: {{connections: 200000{limits}}}\n  outbound:\n"
             );
             for (index, service) in services.iter().enumerate() {
                 let port = PORT + index as u32;
