@@ -17,6 +17,7 @@ mod steps;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{PoisonError, RwLock};
 
 use steps::Case;
 
@@ -66,6 +67,7 @@ impl Drop for Running<'_> {
 
 #[test]
 fn the_gate_keeps_its_promises_on_every_sequence_of_the_corpus_and_its_neighbours() {
+    let _beside = OPEN.read().unwrap_or_else(PoisonError::into_inner);
     for (path, bytes) in corpus() {
         let name = path.display().to_string();
         for bytes in under_every_policy(&bytes) {
@@ -91,8 +93,12 @@ const TARGETS: &[Target] = &[
     ("tx_chains", rings::tx::run, 1500),
 ];
 
+/// Held by who opens descriptors, and alone by who counts those of the process.
+static OPEN: RwLock<()> = RwLock::new(());
+
 /// Every case of a target's corpus with some changes to each, and noise.
 fn short_run(target: &str) {
+    let _beside = OPEN.read().unwrap_or_else(PoisonError::into_inner);
     let (_, run, cases) = TARGETS
         .iter()
         .find(|(name, ..)| *name == target)
@@ -156,6 +162,7 @@ static PANICS: AtomicUsize = AtomicUsize::new(0);
 
 #[test]
 fn every_session_of_the_corpus_and_its_neighbours_ends_and_the_next_one_works() {
+    let _alone = OPEN.write().unwrap_or_else(PoisonError::into_inner);
     // Its own hook, which is silent about what is contained, goes below this one.
     let _ = vsock_sidecar::sys::unwind::contain(|| ());
     let report = std::panic::take_hook();
