@@ -32,7 +32,7 @@ use crate::vsock::{
 
 use super::flow::{Flow, Flows, HostEnd};
 use super::handle::{DeviceHandle, Settings};
-use super::limits::{self, Admission, Place};
+use super::limits::{self, Admission};
 use super::linger::Lingering;
 use super::logbook::Logbook;
 use super::messages::{Messages, Outbox, Wire};
@@ -216,20 +216,6 @@ impl Switchboard {
             }
         }
         self.handle_events(now);
-    }
-
-    /// Asks the guest for a connection that is not its own idea, if no bound is in the way. What the muxer would refuse is asked
-    /// before the bounds, as it is for the guest's own: it must not use up the rate.
-    fn let_in(
-        &mut self,
-        now: Instant,
-        rule: &Rule,
-        caller: Caller,
-    ) -> Result<(ConnectionId, Place), RefuseReason> {
-        self.muxer.admits(caller.socket_type)?;
-        let place = self.admission.admit(now, rule)?;
-        let id = self.muxer.request(now, caller)?;
-        Ok((id, place))
     }
 
     /// A dial ended.
