@@ -233,18 +233,18 @@ impl Channels {
         }
     }
 
-    /// Waits until the misses so far are such and such.
+    /// Waits until the misses so far are such and such, and returns those.
     pub(super) fn wait_seen(
         &self,
         timeout: Duration,
         mut enough: impl FnMut(&[SeenMiss]) -> bool,
-    ) -> Result<()> {
+    ) -> Result<Vec<SeenMiss>> {
         let waiting = self
             .changed
             .wait_timeout_while(lock(&self.seen), timeout, |seen| !enough(seen));
-        let (_seen, result) = waiting.unwrap_or_else(PoisonError::into_inner);
+        let (seen, result) = waiting.unwrap_or_else(PoisonError::into_inner);
         match result.timed_out() {
-            false => Ok(()),
+            false => Ok(seen.clone()),
             true => Err(Error::Timeout {
                 what: "waiting for the back-end to ask for translations",
             }),

@@ -471,8 +471,12 @@ impl FrontEnd {
         self.channels.forget_seen();
     }
 
-    /// Waits until the misses so far are such and such.
-    pub fn wait_misses(&self, timeout: Duration, enough: impl FnMut(&[SeenMiss]) -> bool) -> Result<()> {
+    /// Waits until the misses so far are such and such, and returns those: the next one may come at any time.
+    pub fn wait_misses(
+        &self,
+        timeout: Duration,
+        enough: impl FnMut(&[SeenMiss]) -> bool,
+    ) -> Result<Vec<SeenMiss>> {
         self.channels.wait_seen(timeout, enough)
     }
 

@@ -115,11 +115,10 @@ pub fn echo_through(guest: &Sockets, seed: u64, len: u64) {
 #[track_caller]
 pub fn assert_modest(guest: &Sockets) {
     let seen = guest.with_front_end(|f| {
-        let f = f.unwrap();
-        // The last bytes may be here before the last answers are written down.
-        f.wait_misses(LONG, |seen| seen.iter().all(|s| s.outcome != Outcome::Pending))
-            .unwrap();
-        f.misses()
+        // The last bytes may be here before the last answers are written down, and a device that looks ahead may ask again.
+        f.unwrap()
+            .wait_misses(LONG, |seen| seen.iter().all(|s| s.outcome != Outcome::Pending))
+            .unwrap()
     });
     for seen in seen {
         assert!(
@@ -275,10 +274,9 @@ fn every_kind_of_iommu_carries_every_byte() {
         } else {
             assert!(misses > 100, "{name}: {misses} misses");
             sidecar.until_metric("vsock_iotlb_unanswered_misses", &[], 0.0);
-            assert!(
-                sidecar.metric("vsock_iotlb_updates_total", &[]) - before >= misses as f64,
-                "{name}"
-            );
+            until("each was answered", || {
+                sidecar.metric("vsock_iotlb_updates_total", &[]) - before >= misses as f64
+            });
             assert!(
                 sidecar.metric("vsock_iotlb_invalidations_total", &[]) > 0.0,
                 "{name}"
