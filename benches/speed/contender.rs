@@ -13,6 +13,8 @@ pub enum Who {
     Plain,
     /// A client of the service through a thread that passes on: as many wake-ups as through a device.
     Relay,
+    /// A client of the service that reads into as many buffers, one after the other, as the guest has posted.
+    Spread,
     /// The sidecar without what the line is about.
     Without,
     /// vhost-device-vsock.
@@ -20,13 +22,21 @@ pub enum Who {
 }
 
 impl Who {
-    pub const ALL: [Who; 5] = [Who::Ours, Who::Plain, Who::Relay, Who::Without, Who::Peer];
+    pub const ALL: [Who; 6] = [
+        Who::Ours,
+        Who::Plain,
+        Who::Relay,
+        Who::Spread,
+        Who::Without,
+        Who::Peer,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Who::Ours => "ours",
             Who::Plain => "plain",
             Who::Relay => "relay",
+            Who::Spread => "spread",
             Who::Without => "without",
             Who::Peer => "vhost-device-vsock",
         }

@@ -92,7 +92,10 @@ fn into(kind: Kind, size: u32) -> Line {
         65536 => rate = rate.plain(AtLeast(0.85)).peer(AtLeast(2.5)),
         _ => {}
     }
-    bulk("in", Load::new(Direction::In, kind, size), vec![rate, cpu]).quick(size == 4096 || size == 65536)
+    let load = Load::new(Direction::In, kind, size);
+    bulk("in", load, vec![rate, cpu])
+        .quick(size == 4096 || size == 65536)
+        .contender(Who::Spread, move |_| Clients::spread(load))
 }
 
 /// A line of bulk work; its name says what is not usual about it.

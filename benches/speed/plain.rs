@@ -16,6 +16,8 @@ pub struct Clients {
     streams: Vec<Stream>,
     service: Service,
     load: Load,
+    /// What each reads into: its buffers, one behind the other.
+    memory: Vec<Vec<u8>>,
     _dir: tempfile::TempDir,
 }
 
@@ -23,7 +25,17 @@ pub struct Clients {
 type Job<'j> = Box<dyn FnOnce() -> std::io::Result<(u64, Duration)> + Send + 'j>;
 
 impl Clients {
+    /// Each with one buffer, which stays in the processor's cache.
     pub fn start(load: Load) -> Outcome<Clients> {
+        Clients::with_buffers(load, 1)
+    }
+
+    /// Each with as many buffers as the guest posts: what a ring of them costs, whoever fills it.
+    pub fn spread(load: Load) -> Outcome<Clients> {
+        Clients::with_buffers(load, load.ring.into())
+    }
+
+    fn with_buffers(load: Load, buffers: usize) -> Outcome<Clients> {
         let dir = tempfile::tempdir()?;
         let service = Service::start(&load.kind.place(dir.path(), PORT), load.work())?;
         let count = load.streams * load.guests as usize;
@@ -34,6 +46,8 @@ impl Clients {
             streams,
             service,
             load,
+            // Touched before there is a clock.
+            memory: vec![vec![0x55; load.size as usize * buffers]; count],
             _dir: dir,
         })
     }
@@ -42,7 +56,7 @@ impl Clients {
     fn run(&mut self, until: Instant) -> Outcome<(Vec<u64>, Duration)> {
         let size = self.load.size as usize;
         let mut jobs: Vec<Job<'_>> = Vec::new();
-        for stream in &mut self.streams {
+        for (stream, memory) in self.streams.iter_mut().zip(&mut self.memory) {
             let direction = self.load.direction;
             if direction == Direction::Both {
                 let mut other = stream.try_clone()?;
@@ -50,7 +64,7 @@ impl Clients {
             }
             jobs.push(Box::new(move || match direction {
                 Direction::Out => write_until(stream, size, until),
-                Direction::In | Direction::Both => read_until(stream, size, until),
+                Direction::In | Direction::Both => read_until(stream, size, memory, until),
             }));
         }
         let done = if jobs.len() == 1 {
@@ -113,10 +127,16 @@ fn write_until(stream: &mut Stream, size: usize, until: Instant) -> std::io::Res
     Ok((0, process::cpu_of_this_thread() - began))
 }
 
-fn read_until(stream: &mut Stream, size: usize, until: Instant) -> std::io::Result<(u64, Duration)> {
-    let (began, mut chunk, mut bytes) = (process::cpu_of_this_thread(), vec![0; size], 0);
+fn read_until(
+    stream: &mut Stream,
+    size: usize,
+    memory: &mut [u8],
+    until: Instant,
+) -> std::io::Result<(u64, Duration)> {
+    let (began, mut bytes, mut next) = (process::cpu_of_this_thread(), 0, 0);
     while Instant::now() < until {
-        let len = stream.read(&mut chunk)?;
+        let len = stream.read(&mut memory[next..next + size])?;
+        next = (next + size) % memory.len();
         if len == 0 {
             return Err(std::io::ErrorKind::UnexpectedEof.into());
         }

@@ -40,7 +40,11 @@ impl Report {
     pub fn add(&mut self, result: Result) {
         for figure in &result.figures {
             row(&result, figure, Who::Plain, figure.plain);
-            for (who, target) in [(Who::Relay, None), (Who::Without, figure.without)] {
+            for (who, target) in [
+                (Who::Relay, None),
+                (Who::Spread, None),
+                (Who::Without, figure.without),
+            ] {
                 if result.summary(who, figure.key).is_some() {
                     row(&result, figure, who, target);
                 }
