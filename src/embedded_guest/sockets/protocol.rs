@@ -43,6 +43,8 @@ enum Ended {
     Reset,
     /// The device had shut both directions down and we confirmed: nothing may come.
     Confirmed,
+    /// Both had shut both directions down before either heard of the other: we confirmed, and so may the device, once.
+    ConfirmedByBoth,
     /// The device reset it: nothing may come.
     ByPeer,
     /// The device reset it in answer to our SHUTDOWN of both directions. What we had said behind that, such as a

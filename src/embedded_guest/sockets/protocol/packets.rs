@@ -152,8 +152,12 @@ impl Protocol {
             return;
         }
         if c.unread.used() == 0 {
+            let ended = match c.our_shutdown {
+                ShutdownFlags::BOTH => Ended::ConfirmedByBoth,
+                _ => Ended::Confirmed,
+            };
             self.reply_on(id, Op::Rst, ShutdownFlags::NONE);
-            self.finish(id, Ended::Confirmed);
+            self.finish(id, ended);
         }
         // With unread bytes the RST goes out at close(): virtio_transport_close.
     }
@@ -183,6 +187,7 @@ impl Protocol {
                 self.ended.insert(tuple, Ended::ByPeer);
             }
             (Some(Op::Rst), Some(Ended::Closed)) => self.crossed_resets += 1,
+            (Some(Op::Rst), Some(Ended::ConfirmedByBoth)) => drop(self.ended.insert(tuple, Ended::ByPeer)),
             (Some(Op::Rst), _) => self.violations.record(Violation::UnexpectedRst),
             (Some(Op::Response), None) => self.violations.record(Violation::UnexpectedResponse),
             (_, Some(Ended::Reset | Ended::GaveUp)) => {}
