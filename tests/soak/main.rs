@@ -55,7 +55,8 @@ impl Stage {
     }
 }
 
-fn configuration(echo: u16, dead: u16, packets: &str, framed: u16, inbound: [u16; 2]) -> String {
+/// The dead port is none that the kernel gives away: in an hour, somebody else on the machine was given one that was free.
+fn configuration(echo: u16, packets: &str, framed: u16, inbound: [u16; 2]) -> String {
     format!(
         r#"
 # At debug an hour's log is 20 GB.
@@ -66,7 +67,7 @@ guests:
   vhostUser: {{socket: "{{dir}}/web.sock"}}
   outbound:
   - {{name: echo, port: 80, to: "tcp://127.0.0.1:{echo}"}}
-  - {{name: dead, port: 81, to: "tcp://127.0.0.1:{dead}"}}
+  - {{name: dead, port: 81, to: "tcp://127.77.0.1:9"}}
   - {{name: packets, port: 90, to: "unix://{packets}"}}
   - {{name: framed, port: 91, to: "tcp://127.0.0.1:{framed}", framing: length-prefixed}}
   - {{name: peer, ports: 1-65535, to: "guest://db"}}
@@ -97,7 +98,6 @@ fn soak() {
     let packets = dir.path().join("packets");
     let echo_port = serve(echo);
     let framed = serve(actors::echo_frames);
-    let dead = free_port();
     actors::serve_packets(&packets);
     // A path that was a listener: dials of it are refused.
     drop(UnixListener::bind(dir.path().join("gone")).unwrap());
@@ -105,7 +105,6 @@ fn soak() {
     let inbound = [free_port(), free_port()];
     let sidecar = Sidecar::start(&configuration(
         echo_port,
-        dead,
         packets.to_str().unwrap(),
         framed,
         inbound,
