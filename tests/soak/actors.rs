@@ -141,8 +141,15 @@ fn outbound(stage: &Stage) {
 fn refused(stage: &Stage) {
     again_and_again(stage, "refusals", &[&stage.web], |seed| {
         let guest = stage.web.sockets();
-        match guest.connect([81, 82][(seed % 2) as usize]) {
-            Ok(_) => return Err("connected to nothing".to_owned()),
+        let port = [81, 82][(seed % 2) as usize];
+        match guest.connect(port) {
+            Ok(stream) => {
+                stream.set_read_timeout(Some(Duration::from_millis(500)));
+                let said = (&stream).read(&mut [0; 100]);
+                return Err(format!(
+                    "connected to port {port}, where nothing is; it said {said:?}"
+                ));
+            }
             Err(error) if error.kind() == ErrorKind::ConnectionReset => {
                 stage.ledger.count("refusals seen by the guest", 1);
             }
