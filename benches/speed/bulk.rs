@@ -38,6 +38,8 @@ pub struct Load {
     pub ring: u16,
     pub streams: usize,
     pub guests: u32,
+    /// Bytes that the guest's sockets take ahead of their readers.
+    pub buffer: u32,
 }
 
 impl Load {
@@ -49,6 +51,7 @@ impl Load {
             ring: 128,
             streams: 1,
             guests: 1,
+            buffer: GUEST_BUFFER,
         }
     }
 
@@ -124,7 +127,7 @@ impl Bulk {
         let mut flows = Vec::new();
         for (index, guest) in through.guests.iter_mut().enumerate() {
             let mut these = Flows::new(u64::from(CID) + index as u64, 10_000, Wait::Interrupt);
-            these.connect(&mut guest.driver, load.streams, PORT, GUEST_BUFFER)?;
+            these.connect(&mut guest.driver, load.streams, PORT, load.buffer)?;
             flows.push(these);
         }
         Ok(Bulk {

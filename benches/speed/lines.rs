@@ -27,6 +27,7 @@ pub fn all() -> Vec<Line> {
         }
         lines.push(both(kind));
         lines.extend(rings(kind));
+        lines.extend(windows(kind));
         lines.extend(streams(kind));
     }
     lines.extend(guests());
@@ -124,6 +125,34 @@ fn rings(kind: Kind) -> Vec<Line> {
             ..Load::new(direction, kind, size)
         };
         bulk(name, load, vec![Figure::new("rate", "GB/s", More)])
+    };
+    loads.map(line).into()
+}
+
+const WIDE: &str = "limits, buffer: 4MiB";
+
+/// Buffers of 4 MiB on both sides, in place of the 256 KiB that Linux has, which are four packets of 64 KiB.
+fn windows(kind: Kind) -> Vec<Line> {
+    let loads = [(Direction::Out, "out"), (Direction::In, "in")];
+    let line = |(direction, name)| {
+        let usual = Load::new(direction, kind, 65536);
+        let load = Load {
+            buffer: 4 << 20,
+            ..usual
+        };
+        let (short, long) = names(name, &usual);
+        let figures = vec![
+            Figure::new("rate", "GB/s", More),
+            Figure::new("cpu", "s/GB", Less),
+        ];
+        let (short, long) = (
+            format!("{short}-4mbuffer"),
+            format!("{long}, buffers of 4 MiB at both ends; and without"),
+        );
+        Line::new(short, long, figures)
+            .contender(Who::Ours, move |_| Bulk::ours(load, WIDE))
+            .contender(Who::Plain, move |_| Clients::start(load))
+            .contender(Who::Without, move |_| Bulk::ours(usual, ""))
     };
     loads.map(line).into()
 }
