@@ -1,5 +1,7 @@
 //! All lines.
 
+use vsock_sidecar::demo::vm::qemu;
+
 use crate::contender::Who;
 use crate::line::Better::{Less, More};
 use crate::line::{Figure, Line};
@@ -24,13 +26,14 @@ const KERNELS: [(&str, &[Work]); 2] = [
 ];
 
 pub fn all() -> Vec<Line> {
+    let qemu = qemu::version().unwrap_or_else(|| "that is not installed".into());
     let mut lines = Vec::new();
     for (kernel, works) in KERNELS {
         let places = [Who::Ours, Who::Peer].map(|who| (who, Place::new(kernel, who)));
         for work in works {
             let line = Line::new(
                 format!("{kernel}-{}", name(*work)),
-                format!("{}, Linux {kernel}", what(*work)),
+                format!("{}, Linux {kernel} under QEMU {qemu}", what(*work)),
                 figures(*work),
             );
             // Connections are new for each turn; machines would take most of the time.

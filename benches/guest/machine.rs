@@ -5,7 +5,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
-use vsock_sidecar::demo::vm::qemu::{Answer, Options, Vm, complaint};
+use vsock_sidecar::demo::vm::qemu::{Accelerator, Answer, Options, Vm, complaint};
 
 use crate::contender::{Outcome, Who};
 use crate::options::Setting;
@@ -98,6 +98,11 @@ impl Machine {
             Some(complaint) => format!("the guest's kernel complains: {complaint}").into(),
             None => error.into(),
         })
+    }
+
+    /// Whether a processor runs the guest, rather than QEMU's emulation of one.
+    pub fn has_kvm(&self) -> bool {
+        self.vm.accelerator() == Accelerator::Kvm
     }
 
     /// The device's process.

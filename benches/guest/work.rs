@@ -60,7 +60,9 @@ impl Contender for Worker {
             };
             let warm = work.lap(machine, fill(window / 5, &warm))?;
             let lap = work.lap(machine, fill(window, &warm))?;
-            Ok(lap.measures(work))
+            let mut measures = lap.measures(work);
+            measures.push(("kvm", f64::from(machine.has_kvm())));
+            Ok(measures)
         })
     }
 }
