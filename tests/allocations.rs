@@ -3,13 +3,16 @@
 #[path = "e2e/support/mod.rs"]
 #[allow(dead_code, unused_imports)]
 mod support;
+#[path = "locks/talk.rs"]
+mod talk;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
-use support::{LONG, echo, linux, serve, talk};
+use support::{LONG, echo, linux, serve};
+use talk::talk;
 use vsock_sidecar::app::Sidecar;
 use vsock_sidecar::config;
 use vsock_sidecar::embedded_guest::GuestStream;

@@ -9,13 +9,15 @@ mod futexes;
 #[path = "../e2e/support/mod.rs"]
 #[allow(dead_code, unused_imports)]
 mod support;
+mod talk;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 use futexes::{Futexes, counted};
-use support::{LONG, StopOnDrop, echo, linux, serve, talk, until};
+use support::{LONG, StopOnDrop, echo, linux, serve, until};
+use talk::talk;
 use vsock_sidecar::app::Sidecar;
 use vsock_sidecar::config::{self, LogFormat};
 use vsock_sidecar::embedded_guest::GuestStream;

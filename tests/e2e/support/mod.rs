@@ -5,7 +5,6 @@ mod host;
 mod messages;
 pub mod pcapng;
 mod process;
-mod talk;
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +16,6 @@ pub use host::{
 };
 pub use messages::{PacketListener, Packets, Sequence, echo_frames, echo_packets, frame, read_frame};
 pub use process::{Sidecar, field, run_to_end, samples};
-pub use talk::talk;
 use vsock_sidecar::embedded_guest::{DriverOptions, EmbeddedGuest, Profile, SocketOptions, Sockets};
 
 /// How long anything may take on a machine that does other things as well.

@@ -1,11 +1,11 @@
-//! Steady work on a connection, for tests of what it costs.
+//! Steady work on a connection, for this test and `tests/allocations.rs`.
 
 use std::io::{Read, Write};
 use std::thread;
 
 use vsock_sidecar::embedded_guest::GuestStream;
 
-use super::Bytes;
+use crate::support::Bytes;
 
 /// 8 MiB to an echo service and back, compared, then short questions with their answers.
 #[track_caller]
