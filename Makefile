@@ -19,7 +19,7 @@ TOOLS := $(CURDIR)/target/tools
 ONLY ?=
 ARGS ?=
 
-.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories bench bench-quick bench-micro peer demo fuzz fuzz-all hostile-figures soak
+.PHONY: all setup test unit vsock-test check fmt clippy doc deny advisories bench bench-quick bench-guest bench-micro peer demo fuzz fuzz-all hostile-figures soak
 
 all: check
 
@@ -75,6 +75,10 @@ bench: peer
 ## bench-quick: the most important lines of it, in less than three minutes
 bench-quick: peer
 	$(CARGO) bench --locked --bench speed -- --quick $(addprefix --only ,$(ONLY)) $(ARGS)
+
+## bench-guest: against vhost-device-vsock with real Linux guests under QEMU; less than five minutes
+bench-guest: peer
+	$(CARGO) bench --locked --bench guest -- $(addprefix --only ,$(ONLY)) $(ARGS)
 
 ## bench-micro: headers, the muxer, the ring, credit; each by itself
 bench-micro:

@@ -3,14 +3,16 @@
 #[path = "e2e/support/mod.rs"]
 #[allow(dead_code, unused_imports)]
 mod support;
+#[path = "locks/talk.rs"]
+mod talk;
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
-use support::{Bytes, LONG, echo, linux, serve};
+use support::{LONG, echo, linux, serve};
+use talk::talk;
 use vsock_sidecar::app::Sidecar;
 use vsock_sidecar::config;
 use vsock_sidecar::embedded_guest::GuestStream;
@@ -61,21 +63,6 @@ unsafe impl GlobalAlloc for Counting {
         Counting::count(size);
         // SAFETY: the caller's promise is handed on.
         unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-/// Bulk to a service and back, and short questions with their answers.
-fn talk(stream: &GuestStream, seed: u64) {
-    const LEN: u64 = 8 << 20;
-    thread::scope(|scope| {
-        scope.spawn(|| Bytes::new(seed).write_to(stream, LEN).unwrap());
-        Bytes::new(seed).expect_from(stream, LEN);
-    });
-    for round in 0..200u8 {
-        (&*stream).write_all(&[round]).unwrap();
-        let mut answer = [0];
-        (&*stream).read_exact(&mut answer).unwrap();
-        assert_eq!(answer, [round]);
     }
 }
 

@@ -98,6 +98,111 @@ const FORBIDDEN: &[(&str, &[&str], &str)] = &[
     ),
 ];
 
+/// Rooms whose code the device's thread runs for packets.
+const PACKET_ROOMS: &[&str] = &[
+    "capture", "device", "guest", "host", "metrics", "quota", "sys", "vsock",
+];
+
+/// What takes a lock or waits for another thread. `with_label_values` and its kin take the lock of a metric's family, where a counter
+/// that was taken out of it beforehand is an atomic. A channel's `try_recv` takes none, hence `recv` is what is looked for.
+const LOCKS: &[&str] = &[
+    "Mutex",
+    "RwLock",
+    "ReentrantLock",
+    "Condvar",
+    "Barrier",
+    "Once",
+    "OnceLock",
+    "LazyLock",
+    "parking_lot",
+    ".with_label_values",
+    ".get_metric_with_label_values",
+    ".remove_label_values",
+    ".recv()",
+    ".recv_timeout",
+    ".blocking_recv",
+    ".blocking_send",
+    "sync_channel",
+    "block_on",
+    "thread::park",
+    "thread::sleep",
+];
+
+/// Files of these rooms that have one of them all the same, and when it is taken: never for a packet.
+const LOCKS_ASIDE: &[(&str, &[&str], &str)] = &[
+    (
+        "device/containment.rs",
+        &["thread::sleep"],
+        "a pause after a panic, before the device goes on without a session",
+    ),
+    (
+        "device/handle.rs",
+        &[".blocking_recv"],
+        "other threads wait for the device's answer",
+    ),
+    (
+        "device/sibling.rs",
+        &["Mutex"],
+        "the guests that can be dialled: asked when one dials another, and held to put a list in its place",
+    ),
+    (
+        "guest/dirty.rs",
+        &["RwLock"],
+        "the dirty log: taken while the VMM migrates the guest, and only an atomic is read otherwise",
+    ),
+    (
+        "host/resolve.rs",
+        &["Mutex"],
+        "names are looked up by the control runtime",
+    ),
+    (
+        "metrics/guest.rs",
+        &[".with_label_values"],
+        "counters are taken out of their families when a guest is made",
+    ),
+    (
+        "metrics/iotlb.rs",
+        &[".with_label_values"],
+        "counters are taken out of their families when a guest is made",
+    ),
+    (
+        "metrics/mod.rs",
+        &[".with_label_values"],
+        "at start, and when a configuration is taken over",
+    ),
+    (
+        "metrics/rules.rs",
+        &["Mutex", ".with_label_values", ".remove_label_values"],
+        "when rules come and go",
+    ),
+    (
+        "metrics/session.rs",
+        &["Mutex"],
+        "at scrapes, and when guests come",
+    ),
+    ("metrics/totals.rs", &["Mutex"], "at scrapes"),
+    (
+        "metrics/webhook.rs",
+        &[".with_label_values"],
+        "in the webhook, which has no devices",
+    ),
+    (
+        "sys/sigbus.rs",
+        &["Mutex", "OnceLock"],
+        "when a VMM shares memory and when it goes; the handler reads atomics",
+    ),
+    (
+        "sys/unix_socket.rs",
+        &["thread::sleep"],
+        "while a session binds its socket",
+    ),
+    (
+        "sys/unwind.rs",
+        &["Once"],
+        "the panic hook, at the start of a device's thread",
+    ),
+];
+
 struct Source {
     room: String,
     path: PathBuf,
@@ -132,9 +237,15 @@ fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-/// The code before the first test module, line comments cut off.
+/// The code before the first test module, line comments cut off. One that is a file of its own hides nothing but its name.
 fn code_only(text: &str) -> String {
-    let code = text.split("#[cfg(test)]\nmod").next().unwrap_or_default();
+    let modules = text.match_indices("#[cfg(test)]\nmod ");
+    let inline = modules.map(|(at, _)| at).find(|at| {
+        let rest = text[*at..].split_once("mod ").map_or("", |(_, rest)| rest);
+        rest.find(['{', ';'])
+            .is_some_and(|end| rest[end..].starts_with('{'))
+    });
+    let code = &text[..inline.unwrap_or(text.len())];
     code.lines()
         .map(|line| line.split("//").next().unwrap_or_default())
         .collect::<Vec<_>>()
@@ -217,11 +328,35 @@ fn violations(sources: &[Source]) -> Vec<String> {
     found
 }
 
+/// Locks where packets pass, and exceptions that have become needless.
+fn lock_violations(sources: &[Source]) -> Vec<String> {
+    let mut found = Vec::new();
+    for source in sources
+        .iter()
+        .filter(|source| PACKET_ROOMS.contains(&source.room.as_str()))
+    {
+        let aside = LOCKS_ASIDE.iter().find(|(file, ..)| source.path.ends_with(file));
+        let (excepted, why) = aside.map_or((&[][..], ""), |(_, words, why)| (*words, *why));
+        let file = source.path.display();
+        for word in LOCKS {
+            match (mentions(&source.code, word), excepted.contains(word)) {
+                (true, false) => found.push(format!("{file}: {word} where packets pass")),
+                (false, true) => found.push(format!("{file}: {word} ({why}) is gone: so be the exception")),
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
 /// Whether `word` stands in the code as a path of its own, not as a part of a longer name.
 fn mentions(code: &str, word: &str) -> bool {
+    let part = |c: char| c.is_alphanumeric() || c == '_';
     code.match_indices(word).any(|(at, _)| {
-        let boundary = |c: Option<char>| !c.is_some_and(|c| c.is_alphanumeric() || c == '_');
-        boundary(code[..at].chars().next_back()) && boundary(code[at + word.len()..].chars().next())
+        let boundary = |c: Option<char>| !c.is_some_and(part);
+        // A word that begins or ends with a sign brings its boundary with it.
+        (!word.starts_with(part) || boundary(code[..at].chars().next_back()))
+            && (!word.ends_with(part) || boundary(code[at + word.len()..].chars().next()))
     })
 }
 
@@ -252,6 +387,49 @@ fn no_two_rooms_know_each_other() {
             assert!(!back.contains(room), "{room} and {target} know each other");
         }
     }
+}
+
+/// What this cannot see, locks that others make us wait for, `tests/locks.rs` counts while bytes flow.
+#[test]
+fn no_lock_is_taken_where_packets_pass() {
+    let found = lock_violations(&sources());
+    assert!(found.is_empty(), "{}", found.join("\n"));
+    for (file, ..) in LOCKS_ASIDE {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(file);
+        assert!(path.exists(), "{file} is gone: so be the exception");
+    }
+}
+
+/// The test sees a lock that is added.
+#[test]
+fn a_new_lock_shows() {
+    let look = |path: &str, code: &str| {
+        let room = path.split('/').next().unwrap_or_default().into();
+        let code = code_only(code);
+        lock_violations(&[Source {
+            room,
+            path: path.into(),
+            code,
+        }])
+        .len()
+    };
+    let flow = "device/switchboard/flow.rs";
+    assert_eq!(look(flow, "use std::sync::{Arc, Mutex};"), 1);
+    assert_eq!(look(flow, "family.with_label_values(&[guest]).inc();"), 1);
+    assert_eq!(look(flow, "let answer = channel.recv()?;"), 1);
+    assert_eq!(look(flow, "let n = stream.recv(&mut buffer)?;"), 0);
+    assert_eq!(look(flow, "while let Ok(command) = inbox.try_recv() {}"), 0);
+    assert_eq!(look(flow, "static PAGE: AtomicUsize = AtomicUsize::new(0);"), 0);
+    assert_eq!(look("vhost_user/vring.rs", "use std::sync::Mutex;"), 0);
+    assert_eq!(look("device/sibling.rs", "use std::sync::Mutex;"), 0);
+    // An exception that nobody needs any more.
+    assert_eq!(look("device/sibling.rs", ""), 1);
+    // Code behind a test module that is a file of its own.
+    assert_eq!(look(flow, "#[cfg(test)]\nmod tests;\nuse std::sync::Mutex;"), 1);
+    assert_eq!(
+        look(flow, "#[cfg(test)]\nmod tests {\nuse std::sync::Mutex;\n}"),
+        0
+    );
 }
 
 /// The test sees an arrow that is drawn: each of these has been somebody's shortcut somewhere.

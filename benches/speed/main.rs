@@ -25,6 +25,7 @@ mod idle;
 mod line;
 mod lines;
 mod options;
+mod peer;
 mod plain;
 mod plots;
 mod process;

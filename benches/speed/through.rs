@@ -1,12 +1,11 @@
 //! A device as a process, ours or the peer's, with guests on it and services behind it.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use vsock_sidecar::embedded_guest::{DriverOptions, EmbeddedGuest, Profile, RX};
 
 use crate::contender::Outcome;
+use crate::peer::{Peer, PeerGuest};
 use crate::service::{Address, Place, Service, Work};
 use crate::support::Sidecar;
 
@@ -48,7 +47,7 @@ impl Device {
     pub fn pid(&self) -> u32 {
         match self {
             Device::Ours(sidecar) => sidecar.pid(),
-            Device::Peer(peer) => peer.child.id(),
+            Device::Peer(peer) => peer.pid(),
         }
     }
 }
@@ -116,14 +115,10 @@ impl Through {
         if wish.kind != Kind::Unix {
             return Err("unix sockets only".into());
         }
-        if !program.exists() {
-            return Err("not installed (make peer)".into());
-        }
         let dir = tempfile::tempdir()?;
         // One service for all guests: each guest's base path is a directory of links to it.
         let services = services(wish, dir.path())?;
-        let mut command = Command::new(program);
-        let mut sockets = Vec::new();
+        let mut guests = Vec::new();
         for guest in 0..wish.guests {
             let socket = dir.path().join(format!("g{guest}.sock"));
             let base = dir.path().join(format!("g{guest}"));
@@ -133,27 +128,14 @@ impl Through {
                     std::os::unix::fs::symlink(path, dir.path().join(format!("g{guest}_{port}")))?;
                 }
             }
-            command.arg("--vm").arg(format!(
-                "guest-cid={},socket={},uds-path={},queue-size=1024",
-                CID + guest,
-                socket.display(),
-                base.display()
-            ));
-            sockets.push(socket);
+            guests.push(PeerGuest {
+                cid: CID + guest,
+                socket,
+                base,
+            });
         }
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let peer = Peer { child };
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !sockets.iter().all(|socket| socket.exists()) {
-            if Instant::now() > deadline {
-                return Err("did not make its sockets within 10 s".into());
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let peer = Peer::start(program, &guests)?;
+        let sockets: Vec<_> = guests.into_iter().map(|guest| guest.socket).collect();
         Ok(Through {
             guests: boot(wish, &sockets)?,
             services,
@@ -180,16 +162,4 @@ fn boot(wish: &Wish<'_>, sockets: &[PathBuf]) -> Outcome<Vec<EmbeddedGuest>> {
         guests.push(guest);
     }
     Ok(guests)
-}
-
-/// vhost-device-vsock as a process.
-pub struct Peer {
-    child: Child,
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

@@ -32,6 +32,8 @@ struct State {
     /// write just before the VMM's message: no page is judged clean before the VMM has our answer to that
     /// message.
     active: AtomicBool,
+    /// Whether there has ever been a log. Only set while the lock is held, which whoever marks has taken since.
+    was_logged: AtomicBool,
     log: RwLock<Log>,
 }
 
@@ -48,6 +50,7 @@ impl Default for State {
     fn default() -> State {
         State {
             active: AtomicBool::new(false),
+            was_logged: AtomicBool::new(false),
             log: RwLock::new(Log {
                 enabled: true,
                 region: None,
@@ -62,6 +65,9 @@ impl State {
         // A poisoned lock: a marking thread panicked, and left nothing half done since it only reads.
         let mut log = self.log.write().unwrap_or_else(PoisonError::into_inner);
         change(&mut log);
+        if log.region.is_some() {
+            self.was_logged.store(true, Ordering::Relaxed);
+        }
         self.active
             .store(log.enabled && log.region.is_some(), Ordering::Release);
     }
@@ -87,8 +93,12 @@ impl DirtyBitmap {
         self.0.active.load(Ordering::Relaxed)
     }
 
-    /// Whether marks were lost, because the VMM has taken the log's memory away.
+    /// Whether marks were lost, because the VMM has taken the log's memory away. Asked for every packet once any guest of the
+    /// process has lost memory, so it takes no lock where there has been no log.
     pub(super) fn is_log_lost(&self) -> bool {
+        if !self.0.was_logged.load(Ordering::Relaxed) {
+            return false;
+        }
         let log = self.0.log.read().unwrap_or_else(PoisonError::into_inner);
         log.lost || log.region.as_ref().is_some_and(RegionLog::is_lost)
     }
@@ -373,6 +383,19 @@ mod tests {
         ram.set_dirty_log_enabled(true);
         memory.write_slice(&[1], GuestAddress(0)).unwrap();
         assert_eq!(log.take(), [0]);
+    }
+
+    /// Memory that any guest of the process loses makes all of them look at every packet: without a log that must not lock.
+    #[test]
+    fn whether_a_log_that_never_was_is_lost_takes_no_lock() {
+        let bitmap = DirtyBitmap::default();
+        let held = bitmap.0.log.write().unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let asker = bitmap.clone();
+        thread::spawn(move || tell.send(asker.is_log_lost()));
+        let answer = told.recv_timeout(std::time::Duration::from_secs(10));
+        drop(held);
+        assert_eq!(answer, Ok(false));
     }
 
     /// The least that vhost-user-backend serves.

@@ -303,6 +303,15 @@ fn fields(outcome: &Outcome, time: Duration) -> String {
     if let Some(kept) = &outcome.kept {
         let _ = write!(line, " kept={}", text::encode(kept));
     }
+    if !outcome.trips.is_empty() {
+        let mut sorted = outcome.trips.clone();
+        sorted.sort_unstable();
+        for (name, per_mille) in [("p50", 500), ("p99", 990), ("p999", 999)] {
+            // Below the length, since the quotient is below one.
+            let time = sorted[sorted.len() * per_mille / 1000];
+            let _ = write!(line, " {name}_ns={}", time.as_nanos());
+        }
+    }
     line
 }
 

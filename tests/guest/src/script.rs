@@ -9,10 +9,14 @@
 //! | `head` | reads to an empty line, the end of an HTTP request |
 //! | `keep` | reads to the peer's end, 4 KiB at most, and gives it back as `kept=WORD` |
 //! | `echo` | sends back what comes, until the peer's end |
+//! | `write:bytes=N,chunk=C` | writes N bytes of nothing in particular, C at a time |
+//! | `read:bytes=N,chunk=C` | reads N bytes and looks at none |
+//! | `ask:count=N,bytes=B` | N times: writes B bytes, reads as many; how long each took comes as `p50_ns=`, `p99_ns=`, `p999_ns=` |
 //! | `shutwr`, `shutrd` | shuts one direction down |
 //! | `gate:NAME` | goes on only after the command `open NAME` |
 //!
-//! A connection is closed after the last step. What `text`, `head` and `keep` write and read is no part of the digests.
+//! A connection is closed after the last step. What `text`, `head`, `keep`, `write`, `read` and `ask` write and read is no part of
+//! the digests: the last three are for measurements, where making and comparing data would be most of the time.
 
 use std::collections::HashSet;
 use std::io::{self, Read, Write};
@@ -48,6 +52,12 @@ pub enum Step {
     Keep,
     /// Sends back what comes.
     Echo,
+    /// Writes, without a pattern.
+    Write(Bulk),
+    /// Reads, without a look.
+    Read(Bulk),
+    /// Round trips.
+    Ask(Bulk),
     /// Shuts one direction down.
     Shut(Shutdown),
     /// Waits for the command that opens this gate.
@@ -60,6 +70,8 @@ pub struct Bulk {
     bytes: Option<u64>,
     chunk: usize,
     seed: Option<u64>,
+    /// How often.
+    count: usize,
 }
 
 /// What went over a connection so far.
@@ -73,6 +85,8 @@ pub struct Outcome {
     pub received: Digest,
     /// What `keep` read.
     pub kept: Option<Vec<u8>>,
+    /// How long each round trip of `ask` took.
+    pub trips: Vec<Duration>,
 }
 
 /// Why a script ended early.
@@ -109,6 +123,9 @@ fn parse_step(word: &str) -> Option<Step> {
         "head" => Step::Head,
         "keep" => Step::Keep,
         "echo" => Step::Echo,
+        "write" => Step::Write(parse_bulk(rest)?),
+        "read" => Step::Read(parse_bulk(rest)?),
+        "ask" => Step::Ask(parse_bulk(rest)?),
         "shutwr" => Step::Shut(Shutdown::Write),
         "shutrd" => Step::Shut(Shutdown::Read),
         "gate" => Step::Gate(rest.to_owned()),
@@ -121,6 +138,7 @@ fn parse_bulk(words: &str) -> Option<Bulk> {
         bytes: None,
         chunk: 65536,
         seed: None,
+        count: 1,
     };
     for word in words.split(',').filter(|word| !word.is_empty()) {
         let (key, value) = word.split_once('=')?;
@@ -128,6 +146,7 @@ fn parse_bulk(words: &str) -> Option<Bulk> {
             "bytes" => bulk.bytes = Some(value.parse().ok()?),
             "chunk" => bulk.chunk = value.parse().ok().filter(|&n| n > 0)?,
             "seed" => bulk.seed = Some(value.parse().ok()?),
+            "count" => bulk.count = value.parse().ok()?,
             _ => return None,
         }
     }
@@ -200,6 +219,9 @@ pub fn run(socket: &Socket, steps: &[Step], index: u64, outcome: &mut Outcome) -
             Step::Head => read_head(socket),
             Step::Keep => keep(socket, outcome),
             Step::Echo => echo(socket, outcome),
+            Step::Write(bulk) => write(socket, bulk),
+            Step::Read(bulk) => read(socket, bulk),
+            Step::Ask(bulk) => ask(socket, bulk, &mut outcome.trips),
             Step::Shut(how) => socket.shutdown(*how).map_err(Fault::from),
             Step::Gate(name) => {
                 GATES.pass(name);
@@ -297,6 +319,42 @@ fn echo(mut socket: &Socket, outcome: &mut Outcome) -> Result<(), Fault> {
         socket.write_all(&buffer[..n])?;
         outcome.sent.update(&buffer[..n]);
     }
+}
+
+fn write(mut socket: &Socket, bulk: &Bulk) -> Result<(), Fault> {
+    let buffer = vec![0x55; bulk.chunk];
+    let mut left = bulk.bytes.unwrap_or(0);
+    while left > 0 {
+        let n = left.min(buffer.len() as u64) as usize;
+        socket.write_all(&buffer[..n])?;
+        left -= n as u64;
+    }
+    Ok(())
+}
+
+fn read(mut socket: &Socket, bulk: &Bulk) -> Result<(), Fault> {
+    let mut buffer = vec![0; bulk.chunk];
+    let mut left = bulk.bytes.unwrap_or(0);
+    while left > 0 {
+        let room = left.min(buffer.len() as u64) as usize;
+        match socket.read(&mut buffer[..room])? {
+            0 => return Err(Fault::Early),
+            n => left -= n as u64,
+        }
+    }
+    Ok(())
+}
+
+fn ask(mut socket: &Socket, bulk: &Bulk, trips: &mut Vec<Duration>) -> Result<(), Fault> {
+    let mut buffer = vec![0; bulk.bytes.unwrap_or(1) as usize];
+    trips.reserve(bulk.count);
+    for _ in 0..bulk.count {
+        let begin = Instant::now();
+        socket.write_all(&buffer)?;
+        socket.read_exact(&mut buffer)?;
+        trips.push(begin.elapsed());
+    }
+    Ok(())
 }
 
 /// The gates that are open.
