@@ -4,8 +4,8 @@
 //! So their contents are looked at from time to time, and nothing depends on what a file system tells of links. Connections that
 //! are open keep what they began with; new ones get the new certificate.
 //!
-//! A pair that cannot be used (half written, a key of another certificate, expired) changes nothing: the one before goes on, a
-//! counter and one line in the log say so.
+//! A pair that cannot be used (half written, a key of another certificate, expired, not valid yet) changes nothing: the one before goes
+//! on, a counter and one line in the log say so. One that is early is taken when its time has come.
 
 use std::fs;
 use std::io::{self, Read};
@@ -74,6 +74,17 @@ pub enum CertificateError {
         /// Which.
         file: PathBuf,
     },
+    /// Its time has not come.
+    #[error(
+        "the certificate in {} is valid in {seconds} s only, and is taken then; if it was made just now, one of the two clocks is wrong",
+        file.display()
+    )]
+    Early {
+        /// Which.
+        file: PathBuf,
+        /// How long to wait.
+        seconds: i64,
+    },
 }
 
 /// Where certificate and key are.
@@ -90,7 +101,9 @@ pub struct Files {
 pub(super) struct Pair {
     key: Arc<CertifiedKey>,
     /// Unix time in seconds.
-    pub(super) not_after: i64,
+    not_before: i64,
+    /// Unix time in seconds.
+    not_after: i64,
 }
 
 /// What is in the two files.
@@ -139,7 +152,7 @@ impl Contents {
         let own = chain
             .first()
             .ok_or_else(|| bad_certificate("it has none".to_owned()))?;
-        let (_, not_after) = der::validity(own)
+        let (not_before, not_after) = der::validity(own)
             .ok_or_else(|| bad_certificate("the first is no X.509 certificate".to_owned()))?;
         let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| bad_key(error.to_string()))?;
         let key = CertifiedKey::from_der(chain, key, &provider()).map_err(|error| match error {
@@ -152,6 +165,7 @@ impl Contents {
         })?;
         Ok(Pair {
             key: Arc::new(key),
+            not_before,
             not_after,
         })
     }
@@ -194,8 +208,10 @@ pub(super) enum Look {
 pub(super) struct Keeper {
     files: Files,
     served: Arc<Served>,
-    /// The contents that were last looked at, bad ones included. `None` if they could not be read.
+    /// The contents that were last looked at, bad ones included. `None` if they could not be read, or are to be looked at again.
     seen: Option<[u8; 32]>,
+    /// Contents that were told of as being early.
+    early: Option<[u8; 32]>,
 }
 
 impl Keeper {
@@ -206,7 +222,13 @@ impl Keeper {
         let pair = contents.pair(&files)?;
         let not_after = pair.not_after;
         let served = Arc::new(Served(RwLock::new(pair.key)));
-        Ok((Keeper { files, served, seen }, not_after))
+        let keeper = Keeper {
+            files,
+            served,
+            seen,
+            early: None,
+        };
+        Ok((keeper, not_after))
     }
 
     /// The TLS side of it: HTTP/1.1 only, TLS 1.2 for API servers whose crypto is certified for no later one.
@@ -244,6 +266,16 @@ impl Keeper {
             Ok(pair) if pair.not_after <= now => Look::Bad(CertificateError::Expired {
                 file: self.files.certificate.clone(),
             }),
+            Ok(pair) if pair.not_before > now => {
+                self.seen = None;
+                match self.early.replace(digest) == Some(digest) {
+                    true => Look::Same,
+                    false => Look::Bad(CertificateError::Early {
+                        file: self.files.certificate.clone(),
+                        seconds: pair.not_before.saturating_sub(now),
+                    }),
+                }
+            }
             Ok(pair) => {
                 *self.served.0.write().unwrap_or_else(PoisonError::into_inner) = pair.key;
                 Look::New {
@@ -280,8 +312,13 @@ mod tests {
 
     /// A certificate until the beginning of `year`, and its key.
     fn pair(year: i32) -> (String, String) {
+        pair_from(2020, year)
+    }
+
+    fn pair_from(begin: i32, year: i32) -> (String, String) {
         let key = rcgen::KeyPair::generate().unwrap();
         let mut params = rcgen::CertificateParams::new(vec!["webhook.test".to_owned()]).unwrap();
+        params.not_before = rcgen::date_time_ymd(begin, 1, 1);
         params.not_after = rcgen::date_time_ymd(year, 1, 1);
         (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
     }
@@ -368,6 +405,26 @@ mod tests {
         }
         volume.swap(&new.0, &new.1);
         assert!(matches!(keeper.look(NOW), Look::New { .. }));
+    }
+
+    /// No API server would take it before; the one before is good for as long.
+    #[test]
+    fn a_certificate_of_tomorrow_is_taken_tomorrow() {
+        let (old, new) = (pair(2050), pair_from(2040, 2060));
+        let in_2040 = 2_208_988_800;
+        let mut volume = Volume::new(&old);
+        let (mut keeper, _) = Keeper::new(volume.files()).unwrap();
+        let first = served(&keeper);
+        volume.swap(&new.0, &new.1);
+        match keeper.look(in_2040 - 60) {
+            Look::Bad(error) => assert!(error.to_string().contains("in 60 s"), "{error}"),
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(keeper.look(in_2040 - 50), Look::Same));
+        assert_eq!(served(&keeper), first);
+        assert!(matches!(keeper.look(in_2040), Look::New { .. }));
+        assert_ne!(served(&keeper), first);
+        assert!(matches!(keeper.look(in_2040), Look::Same));
     }
 
     #[test]

@@ -79,6 +79,14 @@ impl Sockets {
         }
     }
 
+    /// The part of the volume that the sidecar has; `None` for all of it.
+    pub fn sub_path(self) -> Option<&'static str> {
+        match self {
+            Sockets::Own => None,
+            Sockets::KubevirtPlugin => Some(NAME),
+        }
+    }
+
     /// The volume's name.
     pub fn volume(self) -> &'static str {
         match self {

@@ -165,7 +165,7 @@ impl<'a> View<'a> {
             )?;
             if !mounts
                 .iter()
-                .any(|mount| is_mount(mount, KUBEVIRT_VOLUME, KUBEVIRT_DIRECTORY))
+                .any(|mount| is_mount(mount, KUBEVIRT_VOLUME, KUBEVIRT_DIRECTORY, None))
             {
                 return Err(Refusal::KubevirtNotMounted {
                     field: self.vmm_field(),
@@ -288,15 +288,25 @@ fn check_container(container: &Value, sockets: Sockets, field: String) -> Result
     if container.get("restartPolicy") != Some(&json!("Always")) {
         return broken("restartPolicy: Always".to_owned());
     }
+    // Whichever: without one the VMM starts at once, and finds no socket.
+    if !container.get("startupProbe").is_some_and(Value::is_object) {
+        return broken("startupProbe".to_owned());
+    }
     let mounts = objects_at(container, "volumeMounts", &format!("{field}.volumeMounts"))?;
     let wanted = [
-        (CONFIG_VOLUME, container::CONFIG_DIRECTORY.to_owned()),
-        (sockets.volume(), sockets.directory()),
-        (ADMIN_VOLUME, container::ADMIN_DIRECTORY.to_owned()),
+        (CONFIG_VOLUME, container::CONFIG_DIRECTORY.to_owned(), None),
+        (sockets.volume(), sockets.directory(), sockets.sub_path()),
+        (ADMIN_VOLUME, container::ADMIN_DIRECTORY.to_owned(), None),
     ];
-    for (volume, path) in wanted {
-        if !mounts.iter().any(|mount| is_mount(mount, volume, &path)) {
-            return broken(format!("mount of {volume} at {path}"));
+    for (volume, path, sub_path) in wanted {
+        if !mounts
+            .iter()
+            .any(|mount| is_mount(mount, volume, &path, sub_path))
+        {
+            let part = sub_path.map_or(" without a subPath".to_owned(), |part| {
+                format!(" with subPath {part}")
+            });
+            return broken(format!("mount of {volume} at {path}{part}"));
         }
     }
     Ok(())
@@ -314,14 +324,19 @@ fn add_vmm_mount(patched: &mut Patched, pod: &View<'_>) -> Result<(), Refusal> {
             continue;
         }
         let volume = mount.get("name").and_then(Value::as_str).unwrap_or_default();
-        if volume == SOCKET_VOLUME {
-            return Ok(());
-        }
-        return Err(Refusal::MountTaken {
-            field: format!("{field}[{index}]"),
-            path: SOCKET_DIRECTORY,
-            volume: volume.to_owned(),
-        });
+        let field = format!("{field}[{index}]");
+        return match volume {
+            _ if is_mount(mount, SOCKET_VOLUME, SOCKET_DIRECTORY, None) => Ok(()),
+            SOCKET_VOLUME => Err(Refusal::MountOfPart {
+                field,
+                path: SOCKET_DIRECTORY,
+            }),
+            other => Err(Refusal::MountTaken {
+                field,
+                path: SOCKET_DIRECTORY,
+                volume: other.to_owned(),
+            }),
+        };
     }
     let way = [Key("spec"), Key("containers"), Index(pod.vmm)];
     Ok(patched.insert(&way, "volumeMounts", None, container::vmm_mount())?)
@@ -374,9 +389,18 @@ fn is_dns_subdomain(name: &str) -> bool {
     name.len() <= 253 && name.split('.').all(label)
 }
 
-fn is_mount(mount: &Value, volume: &str, path: &str) -> bool {
-    let at = mount.get("mountPath").and_then(Value::as_str);
-    name_of(mount) == Some(volume) && at.is_some_and(|at| same_path(at, path))
+/// Whether a mount is that of a volume at a path: of this part of the volume, or of all of it.
+fn is_mount(mount: &Value, volume: &str, path: &str, sub_path: Option<&str>) -> bool {
+    let text = |key: &str| {
+        mount
+            .get(key)
+            .and_then(Value::as_str)
+            .filter(|text| !text.is_empty())
+    };
+    name_of(mount) == Some(volume)
+        && text("mountPath").is_some_and(|at| same_path(at, path))
+        && text("subPath") == sub_path
+        && text("subPathExpr").is_none()
 }
 
 fn same_path(one: &str, other: &str) -> bool {

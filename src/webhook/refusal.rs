@@ -81,6 +81,16 @@ pub enum Refusal {
         /// Whose.
         volume: String,
     },
+    /// A part of our volume is mounted where the VMM looks for the socket, which is not in it.
+    #[error(
+        "{field} mounts a part of its volume at {path} (subPath), where the VMM finds the sidecar's socket: mount all of it"
+    )]
+    MountOfPart {
+        /// Where in the pod.
+        field: String,
+        /// The mount's path.
+        path: &'static str,
+    },
     /// There is no Windows build, and no vhost-user.
     #[error(
         "{field} says that the pod runs on Windows, and vhost-user needs Linux: remove the label {INJECT_LABEL}"

@@ -85,9 +85,7 @@ pub(super) async fn serve(listener: TcpListener, begin: Begin, desk: Arc<Desk>, 
         open.retain(|(_, task)| !task.is_finished());
         if open.len() >= desk.limits.connections {
             desk.metrics.connection_failed("limit");
-            if !make_room(&mut open) {
-                continue;
-            }
+            make_room(&mut open);
         }
         // A response is one write; waiting for more to send with it would only be late.
         let _ = stream.set_nodelay(true);
@@ -111,18 +109,20 @@ async fn stopped(mut stop: watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-/// Ends the connection that has owed us a request for the longest time, so that nobody keeps the API server out by opening
-/// connections and saying nothing. Returns whether there was one.
-fn make_room(open: &mut Vec<(Clock, AbortHandle)>) -> bool {
+/// Ends the connection that has kept us waiting for the longest time, so that nobody keeps the API server out by opening
+/// connections and saying nothing, or by beginning bodies that never end.
+///
+/// There always is one: judging a review is one step on the one thread, so that a connection that we see from here waits for a head,
+/// for a body, or for the client to take the answer. The time runs from the last of these that was whole, and no byte in between
+/// begins it anew.
+fn make_room(open: &mut Vec<(Clock, AbortHandle)>) {
     let waiting = open
         .iter()
         .enumerate()
-        .filter_map(|(index, (clock, _))| Some((clock.waiting_since()?, index)));
-    let Some((_, index)) = waiting.min() else {
-        return false;
-    };
-    open.swap_remove(index).1.abort();
-    true
+        .map(|(index, (clock, _))| (clock.waiting_since(), index));
+    if let Some((_, index)) = waiting.min() {
+        open.swap_remove(index).1.abort();
+    }
 }
 
 async fn connection(
@@ -270,10 +270,9 @@ impl Clock {
         self.lock().asked
     }
 
-    /// Since when the client has owed us a request, if it does.
-    fn waiting_since(&self) -> Option<Instant> {
-        let doing = *self.lock();
-        (!doing.busy).then_some(doing.since)
+    /// When the client's last step was whole: the connection, a head, or an answer that we had.
+    fn waiting_since(&self) -> Instant {
+        self.lock().since
     }
 
     fn lock(&self) -> MutexGuard<'_, Doing> {
@@ -288,5 +287,39 @@ impl Drop for Busy {
         let mut doing = self.0.lock();
         doing.busy = false;
         doing.since = Instant::now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    /// 256 connections that each begin a body and never end it would else keep the API server out, and with it every pod that asks for
+    /// the sidecar.
+    #[tokio::test]
+    async fn who_never_sends_a_body_makes_room_as_does_who_never_asks() {
+        let mut tasks = JoinSet::new();
+        let mut bodies = Vec::new();
+        let mut open: Vec<(Clock, AbortHandle)> = (0..3)
+            .map(|_| {
+                let clock = Clock::new(Limits::DEFAULT);
+                bodies.push(clock.requested());
+                (clock, tasks.spawn(pending::<()>()))
+            })
+            .collect();
+        let longest = open[0].0.now.clone();
+        make_room(&mut open);
+        assert_eq!(open.len(), 2);
+        assert!(!open.iter().any(|(clock, _)| Arc::ptr_eq(&clock.now, &longest)));
+        let ended = tasks.join_next().await.unwrap();
+        assert!(ended.unwrap_err().is_cancelled());
+        // An answer that was had begins the time anew, and the next in line is another one.
+        bodies.remove(1);
+        let next = open.iter().map(|(clock, _)| clock.waiting_since()).min();
+        make_room(&mut open);
+        assert!(open.iter().all(|(clock, _)| Some(clock.waiting_since()) >= next));
+        assert_eq!(open.len(), 1);
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use super::tools::{chart_with_files, here, object, objects, python, success};
+use super::tools::{chart_with_files, documents, here, object, objects, python, success, template};
 
 fn judge(object: &Value, schema: &str) {
     let text = fs::read_to_string(here().join("custom_resources").join(schema)).expect("a schema");
@@ -224,4 +224,36 @@ fn cert_manager_is_asked_for_the_names_that_the_api_server_calls() {
             .iter()
             .any(|volume| volume["secret"]["secretName"] == certificate["spec"]["secretName"])
     );
+}
+
+/// A certificate that signed itself would be its own caBundle, and at each renewal the API server would refuse the old one that pods go on
+/// showing until their volume changes.
+#[test]
+fn the_charts_own_authority_outlives_the_certificates_that_it_signs() {
+    let args = [
+        "--set",
+        "injection.mode=webhook",
+        "--set",
+        "injection.webhook.certificate.source=cert-manager",
+    ];
+    let objects = documents(&success(
+        template(&chart_with_files(), None, &args),
+        "cert-manager",
+    ));
+    let certificate = object(&objects, "Certificate", "-webhook");
+    let issuer = object(&objects, "Issuer", "-webhook");
+    assert_eq!(
+        certificate["spec"]["issuerRef"],
+        json!({"name": issuer["metadata"]["name"], "kind": "Issuer"})
+    );
+    let authority = object(&objects, "Certificate", "-ca");
+    assert_eq!(
+        issuer["spec"]["ca"]["secretName"],
+        authority["spec"]["secretName"]
+    );
+    assert_eq!(authority["spec"]["isCA"], true);
+    assert_eq!(authority["spec"]["duration"], "87600h");
+    let first = object(&objects, "Issuer", "-self-signed");
+    assert_eq!(authority["spec"]["issuerRef"]["name"], first["metadata"]["name"]);
+    assert_eq!(first["spec"], json!({"selfSigned": {}}));
 }

@@ -65,6 +65,34 @@ pub fn assert_restricted(what: &str, pod: &Value, container: &Value) {
     }
 }
 
+/// Helm makes pods before policies and webhooks: a sample that asked to be injected would at first install run without a sidecar, and end.
+#[test]
+fn the_sample_needs_nobody_who_injects() {
+    let mut seen = 0;
+    for values in values_files() {
+        let objects = objects(&name_of(&values));
+        let samples = objects.iter().filter(|object| {
+            object["kind"] == "Pod"
+                && object["metadata"]["labels"]["app.kubernetes.io/component"] == "sample-vm"
+        });
+        for sample in samples {
+            let name = name_of(&values);
+            assert_eq!(
+                sample["metadata"]["labels"]["vsock-sidecar.io/inject"],
+                Value::Null,
+                "{name}"
+            );
+            assert_eq!(
+                sample["spec"]["initContainers"][0]["name"], "vsock-sidecar",
+                "{name}"
+            );
+            assert!(sample["spec"]["terminationGracePeriodSeconds"].is_u64(), "{name}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 3, "{seen} samples");
+}
+
 /// Whether a container is of our image.
 fn is_ours(container: &Value) -> bool {
     container["image"]

@@ -97,6 +97,46 @@ fn pods() -> Map<String, Value> {
     let exact = json!({"limits": {"cpu": "2", "memory": "4Gi"}, "requests": {"cpu": "2", "memory": "4Gi"}});
     let sidecar = json!([{"name": "vsock-sidecar", "image": "mine:1", "resources": {}}]);
     let foreign_mount = json!([{"name": "scratch", "mountPath": "/run/vsock-sidecar/"}]);
+    let part = json!([{"name": "vsock-sidecar-socket", "mountPath": "/run/vsock-sidecar", "subPath": "vm"}]);
+    // Marked as injected, and with all volumes; `mounts` and `probe` of the sidecar.
+    let marked = |base: Value, mounts: &Value, probe: Value| {
+        let sidecar = json!({
+            "name": "vsock-sidecar",
+            "image": "mine:1",
+            "restartPolicy": "Always",
+            "volumeMounts": mounts,
+        });
+        let sidecar = with(sidecar, &[("/startupProbe", probe)]);
+        let mut volumes = base["spec"]["volumes"].as_array().cloned().unwrap_or_default();
+        volumes.extend([
+            json!({"name": "vsock-sidecar-config", "configMap": {"name": "vm-vsock"}}),
+            json!({"name": "vsock-sidecar-socket", "emptyDir": {}}),
+            json!({"name": "vsock-sidecar-admin", "emptyDir": {}}),
+        ]);
+        let mut pod = with(
+            base,
+            &[
+                ("/metadata/labels/vsock-sidecar.io~1injected", json!("true")),
+                ("/spec/initContainers", json!([sidecar])),
+                ("/spec/volumes", json!(volumes)),
+            ],
+        );
+        if pod["metadata"]["labels"]["kubevirt.io"].is_null() {
+            pod["spec"]["containers"][0]["volumeMounts"] = json!([mounts[1]]);
+        }
+        pod
+    };
+    let probe = json!({"exec": {"command": ["/vsock-sidecar", "probe", "startup"]}});
+    let mounts = json!([
+        {"name": "vsock-sidecar-config", "mountPath": "/etc/vsock-sidecar"},
+        {"name": "vsock-sidecar-socket", "mountPath": "/run/vsock-sidecar"},
+        {"name": "vsock-sidecar-admin", "mountPath": "/run/vsock-sidecar-admin"},
+    ]);
+    let mut config_by_part = mounts.clone();
+    config_by_part[0]["subPath"] = json!("config.yaml");
+    let mut of_plugin = mounts.clone();
+    of_plugin[1] =
+        json!({"name": "kubevirt-plugin-sockets", "mountPath": "/var/run/kubevirt-plugin/vsock-sidecar"});
     let pods = [
         ("qemu", qemu_pod()),
         ("kubevirt", kubevirt_pod()),
@@ -212,6 +252,28 @@ fn pods() -> Map<String, Value> {
                     ("/spec/containers/0/volumeMounts", foreign_mount),
                 ],
             ),
+        ),
+        (
+            "mount of a part",
+            with(
+                qemu_pod(),
+                &[
+                    (
+                        "/spec/volumes",
+                        json!([{"name": "vsock-sidecar-socket", "emptyDir": {}}]),
+                    ),
+                    ("/spec/containers/0/volumeMounts", part),
+                ],
+            ),
+        ),
+        ("without a probe", marked(qemu_pod(), &mounts, Value::Null)),
+        (
+            "configuration by subPath",
+            marked(qemu_pod(), &config_by_part, probe.clone()),
+        ),
+        (
+            "plugin without subPath",
+            marked(kubevirt_pod(), &of_plugin, probe),
         ),
         (
             "windows",
@@ -384,6 +446,10 @@ fn what_asks_and_cannot_have_it_is_refused_with_what_to_do() {
         ("half", "remove what there is of it"),
         ("volume taken", "is not what the injector would have put there"),
         ("mount taken", "move it elsewhere"),
+        ("mount of a part", "mount all of it"),
+        ("without a probe", "remove what there is of it"),
+        ("configuration by subPath", "remove what there is of it"),
+        ("plugin without subPath", "remove what there is of it"),
         ("windows", "remove the label"),
         ("windows by node", "remove the label"),
         ("kubevirt without plugins", "feature gate Plugins"),

@@ -1,9 +1,12 @@
 //! Every file of ci/ with every Kubernetes, judged by Helm, Kubernetes' schemas and yamllint.
 
+use std::fs;
+
 use serde_json::{Value, json};
 
 use super::tools::{
-    chart, chart_with_files, helm, here, name_of, python, root, success, template, values_files,
+    chart, chart_with_files, documents, helm, here, name_of, object, python, root, success, template,
+    values_files,
 };
 
 /// The oldest that has native sidecars, the one where they are no longer a beta, and the newest that the schemas know.
@@ -74,6 +77,59 @@ fn kubernetes_knows_every_field_of_every_form_in_each_version() {
             "plugin.kubevirt.io/v1alpha1/Plugin"
         ])
     );
+}
+
+/// Releases, namespaces and names that YAML takes for numbers, and a user of OpenShift's, which Go writes with an exponent.
+#[test]
+fn names_stay_text_and_large_users_stay_whole_numbers() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("values.yaml");
+    let values = "\
+fullnameOverride: vm
+nameOverride: '123'
+configMap: {name: '1e3'}
+commonLabels: {team: '12'}
+injection:
+  mode: webhook
+  webhook:
+    priorityClassName: '12'
+    certificate: {source: secret, secretName: '0x10', caBundle: '-----BEGIN CERTIFICATE----- -----END CERTIFICATE-----'}
+metrics: {podMonitor: {enabled: true, namespaces: ['1']}, webhookPodMonitor: {enabled: true}, prometheusRule: {enabled: true}}
+networkPolicy: {enabled: true}
+sampleVM: {enabled: true, image: q, runAsUser: 1000680000}
+";
+    fs::write(&file, values).expect("a file");
+    let (chart, values) = (
+        chart_with_files().display().to_string(),
+        file.display().to_string(),
+    );
+    for release in ["456", "1e3", "on"] {
+        let args = [
+            "template",
+            release,
+            &chart,
+            "--namespace",
+            "789",
+            "--values",
+            &values,
+            "--kube-version",
+            "1.37.0",
+        ];
+        let text = success(helm(&args), release);
+        let script = here().join("validate.py").display().to_string();
+        let manifests = json!([{"name": release, "version": "1.37", "text": text}]);
+        let output = python(&[&script], &manifests.to_string());
+        let verdict: Value = serde_json::from_str(&success(output, "validate.py")).expect("JSON");
+        assert_eq!(verdict["problems"], json!([]));
+        let objects = documents(&text);
+        let pod = object(&objects, "Pod", "-sample-vm");
+        assert_eq!(pod["metadata"]["labels"]["app.kubernetes.io/instance"], release);
+        assert_eq!(pod["metadata"]["namespace"], "789");
+        assert_eq!(pod["spec"]["securityContext"]["runAsUser"], 1_000_680_000);
+        let names = |object: &Value, name: &str| object["metadata"]["name"] == name;
+        assert!(objects.iter().any(|object| names(object, "1e3")), "the ConfigMap");
+        assert_eq!(pod["spec"]["volumes"][0]["configMap"]["name"], "1e3");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::tools::{here, object, objects, python, success};
+use super::tools::{chart_with_files, documents, here, object, objects, python, success, template};
 
 #[test]
 fn the_webhook_starts_as_deployed_and_the_api_server_trusts_its_certificate() {
@@ -70,4 +70,28 @@ fn the_webhook_starts_as_deployed_and_the_api_server_trusts_its_certificate() {
     assert_eq!(response["allowed"], true, "{answer}");
     assert_eq!(response["uid"], "705ab4f5-6393-11e8-b7cc-42010a800002");
     assert_eq!(response["patchType"], "JSONPatch");
+}
+
+/// Whoever knows where API servers are can keep everybody else out; Prometheus comes in all the same.
+#[test]
+fn reviews_are_for_whom_the_values_say_and_metrics_for_everybody() {
+    let ingress = |args: &[&str]| {
+        let mut all = vec!["--set", "injection.mode=webhook"];
+        all.extend(args);
+        let objects = documents(&success(template(&chart_with_files(), None, &all), "webhook"));
+        object(&objects, "NetworkPolicy", "-webhook")["spec"]["ingress"].clone()
+    };
+    let port = |name: &str| json!([{"port": name, "protocol": "TCP"}]);
+    assert_eq!(
+        ingress(&[]),
+        json!([{"ports": port("https")}, {"ports": port("vsock-metrics")}])
+    );
+    let from = "injection.webhook.networkPolicy.from[0].ipBlock.cidr=10.0.0.10/32";
+    assert_eq!(
+        ingress(&["--set", from]),
+        json!([
+            {"ports": port("https"), "from": [{"ipBlock": {"cidr": "10.0.0.10/32"}}]},
+            {"ports": port("vsock-metrics")},
+        ])
+    );
 }

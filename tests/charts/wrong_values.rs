@@ -108,6 +108,23 @@ const TABLE: &[(&str, &[&str])] = &[
             "podDisruptionBudget.enabled to false",
         ],
     ),
+    (
+        "{fullnameOverride: 1vm, injection: {mode: webhook}}",
+        &["1vm-webhook", "begins with a letter", "fullnameOverride"],
+    ),
+    // The webhook's pods would wait for the webhook.
+    (
+        "{commonLabels: {vsock-sidecar.io/inject: 'true'}}",
+        &["commonLabels", "vsock-sidecar.io/inject", "remove it"],
+    ),
+    (
+        "{injection: {webhook: {podLabels: {vsock-sidecar.io/injected: 'true'}}}}",
+        &[
+            "injection.webhook.podLabels",
+            "vsock-sidecar.io/injected",
+            "remove it",
+        ],
+    ),
     ("{extraObjects: [{kind: '{{ nothing }}'}]}", &["nothing"]),
 ];
 

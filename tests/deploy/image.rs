@@ -1,121 +1,23 @@
-//! The image: laid out, built twice, and run by a container runtime with nothing allowed.
-//!
-//! By a debug build without symbols and without the list of crates that cargo-auditable puts in: what is tested is everything around
-//! the program. `VSOCK_SIDECAR_STATIC` names a static program to test instead, such as the one of a release.
+//! The image: laid out, built twice, and run by a container runtime with nothing allowed. What is tested is everything around the program.
 
 use std::fs;
-use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::path::Path;
+use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
+use crate::built::{Image, Runc, program};
 use crate::support::until;
-use crate::tools::{IMAGE_TOOLS, root, run, success, target, text};
-
-/// What the image is called here.
-const TAG: &str = "localhost/vsock-sidecar:test";
-
-/// A static program.
-fn program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        if let Some(given) = std::env::var_os("VSOCK_SIDECAR_STATIC") {
-            return given.into();
-        }
-        let output = Command::new("deploy/build-static.sh")
-            .arg("debug")
-            .current_dir(root())
-            .env("CARGO_TARGET_DIR", target())
-            .env("CARGO_PROFILE_DEV_DEBUG", "0")
-            .env("CARGO_PROFILE_DEV_STRIP", "symbols")
-            .env("SBOM", "none")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
-        String::from_utf8(output.stdout).unwrap().trim().into()
-    })
-}
-
-/// The image in a store of its own.
-struct Image {
-    store: tempfile::TempDir,
-    /// What `build-image.sh` printed.
-    digest: String,
-}
-
-impl Image {
-    fn buildah(&self, arguments: &[&str]) -> String {
-        let store = self.store.path();
-        let mut buildah = Command::new("buildah");
-        buildah
-            .args(["--storage-driver", "vfs", "--root"])
-            .arg(store.join("root"))
-            .arg("--runroot")
-            .arg(store.join("run"))
-            .args(arguments);
-        let output = run(&mut buildah, IMAGE_TOOLS);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
-        String::from_utf8(output.stdout).unwrap().trim().to_owned()
-    }
-
-    fn build() -> Image {
-        let store = tempfile::tempdir().unwrap();
-        let mut script = Command::new("deploy/build-image.sh");
-        let arguments = format!(
-            "--root {} --runroot {}",
-            store.path().join("root").display(),
-            store.path().join("run").display()
-        );
-        script
-            .arg("--binary")
-            .arg(program())
-            .args(["--tag", TAG])
-            .env("BUILDAH_ARGUMENTS", arguments)
-            .env("VSOCK_SIDECAR_REVISION", "0123456789ab");
-        let output = run(&mut script, IMAGE_TOOLS);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
-        let digest = String::from_utf8(output.stdout).unwrap().trim().to_owned();
-        Image { store, digest }
-    }
-
-    /// A root file system of its own, since runtimes make the places in it that they mount something at.
-    fn mount(&self) -> PathBuf {
-        let container = self.buildah(&["from", TAG]);
-        self.buildah(&["mount", &container]).into()
-    }
-}
-
-/// The one that all tests share while any of them has it. Not a static, whose directory nobody would remove.
-fn image() -> Arc<Image> {
-    static IMAGE: Mutex<Weak<Image>> = Mutex::new(Weak::new());
-    let mut shared = IMAGE.lock().unwrap_or_else(PoisonError::into_inner);
-    shared.upgrade().unwrap_or_else(|| {
-        let image = Arc::new(Image::build());
-        *shared = Arc::downgrade(&image);
-        image
-    })
-}
+use crate::tools::{IMAGE_TOOLS, root, run, success, text};
 
 /// A container that runs the image as a pod would have it. Dropping it ends it.
-struct Container {
-    directory: tempfile::TempDir,
-    child: Child,
-    name: String,
-    /// Has its root.
-    _image: Arc<Image>,
-}
+struct Container(Runc);
 
 impl Container {
     /// As user `id` of group `id`, with a root that cannot be written to, no capability and no way to get one.
     fn start(id: u32, arguments: &[&str], mounts: Value, seccomp: Option<Value>) -> Container {
-        let image = image();
-        let directory = tempfile::tempdir().unwrap();
+        let image = Image::shared();
         let mut all_mounts = vec![json!({"destination": "/proc", "type": "proc", "source": "proc"})];
         all_mounts.extend(mounts.as_array().unwrap().iter().cloned());
         let none = json!([]);
@@ -137,64 +39,24 @@ impl Container {
         if let Some(profile) = seccomp {
             config["linux"]["seccomp"] = profile;
         }
-        fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
-        let name = format!(
-            "vsock-sidecar-test-{}-{id}-{}",
-            std::process::id(),
-            arguments.len()
-        );
-        let output = fs::File::create(directory.path().join("output")).unwrap();
-        let child = Command::new("runc")
-            .arg("--root")
-            .arg(directory.path().join("state"))
-            .args(["run", "--bundle"])
-            .arg(directory.path())
-            .arg(&name)
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output)
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot run runc: {error}; install it with: {IMAGE_TOOLS}"));
-        Container {
-            directory,
-            child,
-            name,
-            _image: image,
-        }
+        Container(Runc::start(image, &config))
     }
 
-    fn runc(&self, arguments: &[&str]) -> std::process::Output {
-        let mut runc = Command::new("runc");
-        runc.arg("--root")
-            .arg(self.directory.path().join("state"))
-            .args(arguments);
-        run(&mut runc, IMAGE_TOOLS)
-    }
-
-    fn output(&self) -> String {
-        let mut text = String::new();
-        let mut file = fs::File::open(self.directory.path().join("output")).unwrap();
-        file.read_to_string(&mut text).unwrap();
-        text
+    /// Runs the program once more in it.
+    fn execute(&self, arguments: &[&str]) -> Output {
+        let command = [&["/vsock-sidecar"], arguments].concat();
+        self.0.command(&["exec"], &command)
     }
 
     /// What it said, once it has ended well.
     #[track_caller]
     fn ends_well(mut self) -> String {
-        until("the container ends", || self.child.try_wait().unwrap().is_some());
-        let status = self.child.wait().unwrap();
-        assert!(status.success(), "{status}\n{}", self.output());
-        self.output()
-    }
-}
-
-impl Drop for Container {
-    fn drop(&mut self) {
-        if self.child.try_wait().ok().flatten().is_none() {
-            self.runc(&["kill", &self.name, "KILL"]);
-            let _ = self.child.wait();
-        }
-        self.runc(&["delete", "--force", &self.name]);
+        until("the container ends", || {
+            self.0.child.try_wait().unwrap().is_some()
+        });
+        let status = self.0.child.wait().unwrap();
+        assert!(status.success(), "{status}\n{}", self.0.output());
+        self.0.output()
     }
 }
 
@@ -240,9 +102,8 @@ fn a_dynamic_program_is_refused_where_it_would_start_nowhere() {
 
 #[test]
 fn the_image_holds_the_program_and_a_name_for_its_user_and_says_how_it_is_run() {
-    let image = image();
-    let config: Value = serde_json::from_str(&image.buildah(&["inspect", "--type", "image", TAG])).unwrap();
-    let config = &config["OCIv1"]["config"];
+    let image = Image::shared();
+    let config = &image.config;
     assert_eq!(config["User"], "65532:65532", "runAsNonRoot wants a number");
     assert_eq!(config["Entrypoint"], json!(["/vsock-sidecar"]));
     assert_eq!(
@@ -305,7 +166,7 @@ fn the_program_names_no_place_of_the_machine_that_built_it() {
 #[test]
 fn building_it_again_gives_the_same_digest() {
     let again = Image::build();
-    assert_eq!(again.digest, image().digest);
+    assert_eq!(again.digest, Image::shared().digest);
     assert!(again.digest.starts_with("sha256:"), "{}", again.digest);
 }
 
@@ -370,21 +231,21 @@ fn it_serves_under_its_seccomp_profile_and_answers_what_is_executed_beside_it() 
         assert_eq!((socket.uid(), socket.gid()), (user, user));
 
         for kind in ["startup", "ready", "live"] {
-            success(container.runc(&["exec", &container.name, "/vsock-sidecar", "probe", kind]));
+            success(container.execute(&["probe", kind]));
         }
-        let state = container.runc(&["exec", &container.name, "/vsock-sidecar", "state", "--json"]);
+        let state = container.execute(&["state", "--json"]);
         let said = String::from_utf8_lossy(&state.stdout).into_owned();
         assert!(
             state.status.success(),
             "{}{said}{}",
             String::from_utf8_lossy(&state.stderr),
-            container.output()
+            container.0.output()
         );
         let state: Value = serde_json::from_str(&said).unwrap();
         assert_eq!(state["guests"][0]["name"], "vm");
         assert_eq!(state["confinement"]["seccomp"]["state"], "active", "{state:#}");
 
-        success(container.runc(&["kill", &container.name, "TERM"]));
+        success(container.0.command(&["kill"], &["TERM"]));
         let log = container.ends_well();
         assert!(log.contains("drained"), "{log}");
         assert!(!log.contains("\"level\":\"ERROR\""), "{log}");

@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 use vsock_sidecar::embedded_guest::Sockets;
+use vsock_sidecar::metrics::WebhookRegistry;
 
 use crate::expressions::Page;
 use crate::support::{LONG, Sidecar, echo, free_port, linux, serve, until};
@@ -60,12 +61,13 @@ impl Busy {
     }
 }
 
-/// What is exported.
+/// What is exported: by a sidecar, and by the webhook, which has all of its series from the start.
 pub fn page() -> &'static Page {
     static PAGE: OnceLock<Page> = OnceLock::new();
     PAGE.get_or_init(|| {
         let busy = Busy::start();
-        Page::read(&busy.sidecar.get("/metrics"))
+        let webhook = WebhookRegistry::new().unwrap().encode().unwrap();
+        Page::read(&(busy.sidecar.get("/metrics") + &webhook))
     })
 }
 

@@ -3,6 +3,7 @@
 //! The tools are installed by `sh tests/kubernetes/image-tools.sh`; `kubernetes-validate` by `sh tests/kubernetes/tools.sh`.
 
 mod alerts;
+mod built;
 mod dashboards;
 mod expressions;
 mod host;

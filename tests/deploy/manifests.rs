@@ -167,6 +167,17 @@ fn the_plugin_and_the_configuration_of_its_vm_mean_one_socket() {
     );
 }
 
+/// A condition that does not hold lets the pod in as it is, with a guest that has no vsock. What is missing (the annotation, KubeVirt's volume) is to
+/// fail instead, in the expression or in what it makes.
+#[test]
+fn the_policy_leaves_alone_only_what_has_the_sidecar() {
+    let policy = document("deploy/kubevirt/plugin/policy.yaml");
+    let conditions = list(&policy["spec"]["matchConditions"]);
+    let names: Vec<&Value> = conditions.iter().map(|condition| &condition["name"]).collect();
+    assert_eq!(names, [&json!("no-sidecar-yet")]);
+    assert_eq!(policy["spec"]["failurePolicy"], "Fail");
+}
+
 /// CEL's objects are YAML's mappings but for the names of their types.
 #[test]
 fn the_policy_adds_the_same_container_as_the_patch() {

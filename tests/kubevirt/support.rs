@@ -1,7 +1,7 @@
 //! The binary as KubeVirt sees it.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -205,12 +205,17 @@ impl Launcher {
         Launcher { runtime }
     }
 
-    /// Calls a method of the hook at `socket`.
+    /// Calls a method of the hook at `socket`. Waits for one that is bound and does not listen yet, which refuses connections, as
+    /// KubeVirt's own dial does (pkg/util/net/grpc/grpc.go, `WithBlock`).
     pub fn call<Asked, Answer>(&self, socket: &Path, method: &str, asked: Asked) -> Result<Answer, Status>
     where
         Asked: prost::Message + 'static,
         Answer: prost::Message + Default + 'static,
     {
+        until("the hook listens", || match UnixStream::connect(socket) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
+            _ => Some(()),
+        });
         let uri = format!("unix://{}", socket.display());
         let method = PathAndQuery::try_from(method).unwrap();
         self.runtime.block_on(async {

@@ -4,62 +4,24 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::ExitStatus;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Value, json};
 
-use crate::image::Image;
-use crate::tools::{IMAGE_TOOLS, list, run, text};
+use crate::built::{Image, Runc};
+use crate::tools::{list, text};
 use crate::volumes::Volumes;
 
 /// A running container with a network of its own, which is the pod's. Dropping it ends it.
-pub struct Container {
-    directory: tempfile::TempDir,
-    child: Child,
-    name: String,
-    /// Has its root.
-    _image: Arc<Image>,
-}
+pub struct Container(Runc);
 
 impl Container {
     /// Runs a container of a pod's manifest.
     pub fn start(pod: &Value, container: &Value, volumes: &Volumes) -> Container {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
         let image = Image::shared();
-        let directory = tempfile::tempdir().unwrap();
-        let spec = specification(pod, container, volumes, &image);
-        fs::write(directory.path().join("config.json"), spec.to_string()).unwrap();
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("vsock-sidecar-pod-{}-{number}", std::process::id());
-        let output = fs::File::create(directory.path().join("output")).unwrap();
-        let child = Command::new("runc")
-            .arg("--root")
-            .arg(directory.path().join("state"))
-            .args(["run", "--bundle"])
-            .arg(directory.path())
-            .arg(&name)
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output)
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot run runc: {error}; install it with: {IMAGE_TOOLS}"));
-        Container {
-            directory,
-            child,
-            name,
-            _image: image,
-        }
-    }
-
-    fn runc(&self, arguments: &[&str]) -> Output {
-        let mut runc = Command::new("runc");
-        runc.arg("--root")
-            .arg(self.directory.path().join("state"))
-            .args(arguments);
-        run(&mut runc, IMAGE_TOOLS)
+        let configuration = specification(pod, container, volumes, &image);
+        Container(Runc::start(image, &configuration))
     }
 
     /// What an exec probe of the manifest says: nothing if it passes.
@@ -67,8 +29,8 @@ impl Container {
         let command = list(&probe["exec"]["command"])
             .iter()
             .map(|word| word.as_str().unwrap());
-        let arguments: Vec<&str> = ["exec", &self.name].into_iter().chain(command).collect();
-        let output = self.runc(&arguments);
+        let command: Vec<&str> = command.collect();
+        let output = self.0.command(&["exec"], &command);
         match output.status.success() {
             true => Ok(()),
             false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
@@ -77,7 +39,7 @@ impl Container {
 
     /// Moves this thread, and those that it starts from now on, into the pod's network. False while there is none.
     pub fn enter_network(&self) -> bool {
-        let state = self.runc(&["state", &self.name]);
+        let state = self.0.command(&["state"], &[]);
         let state: Value = serde_json::from_slice(&state.stdout).unwrap_or_default();
         if state["status"] != "running" {
             return false;
@@ -89,14 +51,14 @@ impl Container {
 
     /// SIGTERM, as kubelet has the runtime send it.
     pub fn terminate(&self) {
-        let output = self.runc(&["kill", &self.name, "TERM"]);
+        let output = self.0.command(&["kill"], &["TERM"]);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success(), "{said}");
     }
 
     /// How it ended, if it has. The runtime hands on the exit code.
     pub fn ended(&mut self) -> Option<ExitStatus> {
-        let status = self.child.try_wait().unwrap();
+        let status = self.0.child.try_wait().unwrap();
         assert!(
             status.is_none_or(|status| status.signal().is_none()),
             "{status:?}"
@@ -106,21 +68,7 @@ impl Container {
 
     /// Everything that it wrote.
     pub fn output(&self) -> String {
-        let bytes = fs::read(self.directory.path().join("output")).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-}
-
-impl Drop for Container {
-    fn drop(&mut self) {
-        if self.child.try_wait().ok().flatten().is_none() {
-            self.runc(&["kill", &self.name, "KILL"]);
-            let _ = self.child.wait();
-        }
-        self.runc(&["delete", "--force", &self.name]);
-        if std::thread::panicking() {
-            eprintln!("--- the sidecar said\n{}", self.output());
-        }
+        self.0.output()
     }
 }
 

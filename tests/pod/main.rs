@@ -1,7 +1,7 @@
 //! A pod on one machine, from the chart to the last exit code: what Helm renders is what runs.
 //!
 //! - [`chart`]: the sample pod and its ConfigMap, rendered with the values of this directory;
-//! - [`volumes`], [`image`], [`container`]: the sidecar's container by runc, out of the image, with the manifest's user, mounts and environment,
+//! - [`volumes`], [`built`], [`container`]: the sidecar's container by runc, out of the image, with the manifest's user, mounts and environment,
 //!   and a network of its own, which is the pod's;
 //! - [`machine`]: the VMM's container: QEMU as the pod's user with the manifest's arguments, and Linux in it;
 //! - [`kubelet`]: the order in which things begin, the exec probes, the ConfigMap's updates;
@@ -13,12 +13,14 @@
 
 mod alerts;
 // The tools of the charts' tests, and of those of the image.
+#[allow(dead_code)]
+#[path = "../deploy/built.rs"]
+mod built;
 mod chart;
 #[allow(dead_code)]
 #[path = "../charts/tools.rs"]
 mod charts;
 mod container;
-mod image;
 mod kubelet;
 mod machine;
 mod services;

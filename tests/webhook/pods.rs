@@ -240,7 +240,7 @@ fn other_values_of_the_label_inject_nothing_and_say_so() {
 /// One row a mistake: where the pod differs from a good one, and the words that have to be in the message: what, where, what to do.
 #[test]
 fn a_pod_that_asks_and_cannot_have_it_is_refused_with_what_to_do() {
-    let rows: [(&str, Value, &[&str]); 20] = [
+    let rows: [(&str, Value, &[&str]); 22] = [
         (
             "/metadata/annotations",
             json!(null),
@@ -306,6 +306,17 @@ fn a_pod_that_asks_and_cannot_have_it_is_refused_with_what_to_do() {
             json!([{"name": "disk", "mountPath": "/run/vsock-sidecar"}]),
             &["volumeMounts[0]", "`disk`", "elsewhere"],
         ),
+        // QEMU would look for the socket in a directory that nobody else has.
+        (
+            "/spec/containers/0/volumeMounts",
+            json!([{"name": "vsock-sidecar-socket", "mountPath": "/run/vsock-sidecar", "subPath": "vm"}]),
+            &["volumeMounts[0]", "subPath", "all of it"],
+        ),
+        (
+            "/spec/containers/0/volumeMounts",
+            json!([{"name": "vsock-sidecar-socket", "mountPath": "/run/vsock-sidecar", "subPathExpr": "$(POD)"}]),
+            &["volumeMounts[0]", "all of it"],
+        ),
         (
             "/spec/os",
             json!({"name": "windows"}),
@@ -363,9 +374,19 @@ fn a_pod_that_asks_and_cannot_have_it_is_refused_with_what_to_do() {
 #[test]
 fn a_marked_container_without_its_parts_is_refused() {
     let whole = injected(&one_container());
+    let mut part = whole["spec"]["initContainers"][0]["volumeMounts"].clone();
+    part[0]["subPath"] = json!("config.yaml");
     for (key, value, word) in [
         ("restartPolicy", json!(null), "restartPolicy: Always"),
         ("volumeMounts", json!([]), "vsock-sidecar-config"),
+        // A mount by subPath never sees another configuration.
+        (
+            "volumeMounts",
+            part,
+            "vsock-sidecar-config at /etc/vsock-sidecar without a subPath",
+        ),
+        // Without it the VMM starts before the socket is there.
+        ("startupProbe", json!(null), "startupProbe"),
     ] {
         let mut pod = whole.clone();
         pod["spec"]["initContainers"][0][key] = value;

@@ -268,6 +268,20 @@ impl Webhook {
         Pid::from_child(&self.child)
     }
 
+    /// A line of /proc/PID/status.
+    pub(crate) fn status(&self, name: &str) -> String {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid().as_raw_nonzero())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name}")).trim().to_owned()
+    }
+
+    /// The most memory that it has had, in bytes.
+    pub(crate) fn peak_memory(&self) -> u64 {
+        let peak = self.status("VmHWM:");
+        let kibibytes: u64 = peak.trim_end_matches(" kB").parse().unwrap();
+        kibibytes << 10
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal).unwrap();
     }

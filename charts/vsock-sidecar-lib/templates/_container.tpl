@@ -24,7 +24,7 @@ env:
   {{- end }}
 ports:
   - name: vsock-metrics
-    containerPort: {{ $settings.metricsPort }}
+    containerPort: {{ $settings.metricsPort | int64 }}
     protocol: TCP
 startupProbe:
   exec:
@@ -49,7 +49,8 @@ securityContext:
   readOnlyRootFilesystem: true
   runAsNonRoot: true
   {{- if not (kindIs "invalid" $settings.runAsUser) }}
-  runAsUser: {{ $settings.runAsUser }}
+  {{- /* By int64: Go writes OpenShift's 1000680000 as 1.00068e+09 otherwise. */}}
+  runAsUser: {{ $settings.runAsUser | int64 }}
   {{- end }}
   seccompProfile:
     type: RuntimeDefault

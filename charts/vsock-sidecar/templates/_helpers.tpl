@@ -32,11 +32,12 @@
 {{/*
 Metadata: include "vsock-sidecar.metadata" (dict "root" $ "name" NAME "component" COMPONENT), with "labels" and "annotations" of its
 own if need be, and "cluster" true for kinds without a namespace.
+Names are quoted, here and wherever one stands alone: releases and namespaces may be called 123, 1e3 or on, which YAML takes for something else.
 */}}
 {{- define "vsock-sidecar.metadata" -}}
-name: {{ .name }}
+name: {{ .name | quote }}
 {{- if not .cluster }}
-namespace: {{ .root.Release.Namespace }}
+namespace: {{ .root.Release.Namespace | quote }}
 {{- end }}
 labels:
   {{- $own := include "vsock-sidecar.labels" . | fromYaml }}
@@ -50,15 +51,15 @@ annotations:
 {{- define "vsock-sidecar.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | quote }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service | quote }}
 app.kubernetes.io/part-of: vsock-sidecar
 {{ include "vsock-sidecar.selectorLabels" . }}
 {{- end }}
 
 {{/* Labels that select pods. They never change over upgrades. */}}
 {{- define "vsock-sidecar.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "vsock-sidecar.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "vsock-sidecar.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
@@ -69,7 +70,7 @@ image:
   {{- if not .Values.image.tag }}
   tag: {{ .Chart.AppVersion | quote }}
   {{- end }}
-configMap: {{ include "vsock-sidecar.configMapName" . }}
+configMap: {{ include "vsock-sidecar.configMapName" . | quote }}
 resources:
   {{- toYaml .Values.sidecar.resources | nindent 2 }}
 {{- end }}
@@ -85,7 +86,7 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
-{{/* Whether a pod of the release's own namespace gets the sidecar by its label; else the chart's own pods have it in their manifest. */}}
+{{/* Whether a pod of the release's own namespace gets the sidecar by its label; else the chart's test pod has it in its manifest. */}}
 {{- define "vsock-sidecar.injectsHere" -}}
 {{- $mode := .Values.injection.mode }}
 {{- $left := has .Release.Namespace .Values.injection.excludedNamespaces }}

@@ -117,18 +117,21 @@ has(object.metadata.annotations) && "vsock-sidecar.io/config" in object.metadata
     the pod is KubeVirt's virt-launcher and has no volume kubevirt-plugin-sockets: turn on KubeVirt's feature gate Plugins (from 1.9), or remove
     the label vsock-sidecar.io/inject from the VMI and use a hook sidecar
 - expression: |-
-    !variables.kubevirt || variables.vmmMounts.exists(m, m.name == "kubevirt-plugin-sockets" && m.mountPath.matches("^/var/run/kubevirt-plugin/?$"))
+    !variables.kubevirt || variables.vmmMounts.exists(m, m.name == "kubevirt-plugin-sockets" && m.mountPath.matches("^/var/run/kubevirt-plugin/?$") &&
+      !has(m.subPath) && !has(m.subPathExpr))
   message: >-
     the VMM's container does not mount volume kubevirt-plugin-sockets at /var/run/kubevirt-plugin: this is no pod as KubeVirt makes them from 1.9
     with the feature gate Plugins; annotation vsock-sidecar.io/vmm-container has to name KubeVirt's own container, if it is there
 - expression: |-
     size(variables.sidecars) == 1 && has(variables.sidecars[0].restartPolicy) && variables.sidecars[0].restartPolicy == "Always" &&
-    has(variables.sidecars[0].volumeMounts) &&
-    variables.sidecars[0].volumeMounts.exists(m, m.name == "vsock-sidecar-config" && m.mountPath == "/etc/vsock-sidecar") &&
-    variables.sidecars[0].volumeMounts.exists(m, m.name == "vsock-sidecar-admin" && m.mountPath == "/run/vsock-sidecar-admin") &&
-    variables.sidecars[0].volumeMounts.exists(m, variables.kubevirt ?
-      m.name == "kubevirt-plugin-sockets" && m.mountPath == "/var/run/kubevirt-plugin/vsock-sidecar" :
-      m.name == "vsock-sidecar-socket" && m.mountPath == "/run/vsock-sidecar")
+    has(variables.sidecars[0].startupProbe) && has(variables.sidecars[0].volumeMounts) &&
+    variables.sidecars[0].volumeMounts.exists(m, m.name == "vsock-sidecar-config" && m.mountPath.matches("^/etc/vsock-sidecar/?$") &&
+      !has(m.subPath) && !has(m.subPathExpr)) &&
+    variables.sidecars[0].volumeMounts.exists(m, m.name == "vsock-sidecar-admin" && m.mountPath.matches("^/run/vsock-sidecar-admin/?$") &&
+      !has(m.subPath) && !has(m.subPathExpr)) &&
+    variables.sidecars[0].volumeMounts.exists(m, !has(m.subPathExpr) && (variables.kubevirt ?
+      m.name == "kubevirt-plugin-sockets" && m.mountPath.matches("^/var/run/kubevirt-plugin/vsock-sidecar/?$") && has(m.subPath) && m.subPath == "vsock-sidecar" :
+      m.name == "vsock-sidecar-socket" && m.mountPath.matches("^/run/vsock-sidecar/?$") && !has(m.subPath)))
   message: >-
     the pod has no whole vsock-sidecar among its init containers: remove what there is of it from the manifest, and the injector puts in a whole
     one; if nothing was there, the binding of the MutatingAdmissionPolicy is missing or leaves out this namespace
@@ -141,8 +144,9 @@ has(object.metadata.annotations) && "vsock-sidecar.io/config" in object.metadata
     a volume of the pod is called vsock-sidecar-config, vsock-sidecar-admin or vsock-sidecar-socket and is not what the injector would have put
     there (the ConfigMap of annotation vsock-sidecar.io/config, an emptyDir, an emptyDir): rename it
 - expression: |-
-    variables.kubevirt || variables.vmmMounts.exists(m, m.name == "vsock-sidecar-socket" && m.mountPath.matches("^/run/vsock-sidecar/?$"))
+    variables.kubevirt || variables.vmmMounts.exists(m, m.name == "vsock-sidecar-socket" && m.mountPath.matches("^/run/vsock-sidecar/?$") &&
+      !has(m.subPath) && !has(m.subPathExpr))
   message: >-
     the VMM's container does not mount volume vsock-sidecar-socket at /run/vsock-sidecar, where it finds the sidecar's socket: something else is
-    mounted there, move it elsewhere
+    mounted there, move it elsewhere, or a part of the volume (subPath), mount all of it
 {{- end }}

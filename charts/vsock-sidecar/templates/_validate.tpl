@@ -43,8 +43,18 @@ configmap.yaml, which is rendered in every release.
 {{- if and .Values.metrics.webhookPodMonitor.enabled (ne .Values.injection.mode "webhook") }}
   {{- fail "\n\nmetrics.webhookPodMonitor.enabled: there is no webhook to watch: set injection.mode to webhook, or this to false" }}
 {{- end }}
+{{- range $where, $labels := dict "commonLabels" .Values.commonLabels "injection.webhook.podLabels" .Values.injection.webhook.podLabels }}
+  {{- range $label := list "vsock-sidecar.io/inject" "vsock-sidecar.io/injected" }}
+    {{- if hasKey $labels $label }}
+      {{- fail (printf "\n\n%s has %s, which is for VM pods: with it the webhook's own pods would wait for the webhook, or have the VMs' NetworkPolicy; remove it" $where $label) }}
+    {{- end }}
+  {{- end }}
+{{- end }}
 {{- with .Values.injection.webhook }}
   {{- if eq $.Values.injection.mode "webhook" }}
+    {{- if not (regexMatch "^[a-z]" (include "vsock-sidecar.webhookName" $)) }}
+      {{- fail (printf "\n\nthe webhook's Service would be called %s, and a Service's name begins with a letter: set fullnameOverride" (include "vsock-sidecar.webhookName" $)) }}
+    {{- end }}
     {{- if and (eq .certificate.source "secret") (or (not .certificate.secretName) (not .certificate.caBundle)) }}
       {{- fail "\n\ninjection.webhook.certificate.source is secret: set secretName to the Secret with tls.crt and tls.key, and caBundle to the PEM certificate of the authority that signed it" }}
     {{- end }}

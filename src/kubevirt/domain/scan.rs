@@ -283,6 +283,13 @@ impl<'a> Scanner<'a> {
                 .normalized_value(XmlVersion::Implicit1_0)
                 .map_err(|error| self.malformed(start, error))?;
             let key = attribute.key.as_ref();
+            // The reader compares namespaces as they are written, and libvirt as they are meant.
+            if attribute.key.as_namespace_binding().is_some() && attribute.value.contains('&') {
+                return Err(self.malformed(
+                    start,
+                    format!("{key} has a reference, and namespaces are compared as written"),
+                ));
+            }
             if key == wanted {
                 let span = self
                     .span_of(&attribute.value, &element.start)

@@ -399,6 +399,21 @@ fn entities_of_its_own_are_refused_before_any_is_expanded() {
     assert!(malformed(file).1.contains("document type declaration"));
 }
 
+/// Once the arguments of such an element were not seen: the device was added again with each call, and QEMU ends on the second of an id.
+#[test]
+fn a_namespace_with_a_reference_is_refused() {
+    for namespace in [
+        "http://libvirt.org/schemas/domain/qemu&#x2f;1.0",
+        "http://libvirt.org/schemas/domain/qemu/1&#46;0",
+    ] {
+        let on_root =
+            format!("<domain xmlns:qemu='{namespace}'><qemu:commandline/><qemu:commandline/></domain>");
+        assert!(malformed(&on_root).1.contains("namespaces"));
+        let inside = format!("<domain><commandline xmlns='{namespace}'/></domain>");
+        assert!(malformed(&inside).1.contains("namespaces"));
+    }
+}
+
 #[test]
 fn depth_length_and_tags_have_a_bound() {
     let nest = |depth: usize| {
