@@ -2,6 +2,8 @@
 
 #[path = "admin/capture.rs"]
 mod capture;
+#[path = "admin/local.rs"]
+mod local;
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -33,6 +35,7 @@ struct Program {
     live_hangs: AtomicBool,
     state_panics: AtomicBool,
     metrics_fail: AtomicBool,
+    drained: AtomicBool,
     padding: Mutex<String>,
     captures: capture::Captures,
 }
@@ -72,6 +75,10 @@ impl Source for Program {
 
     fn ready(&self) -> Vec<Check> {
         self.ready.lock().unwrap().clone()
+    }
+
+    fn begin_drain(&self) {
+        self.drained.store(true, Ordering::SeqCst);
     }
 
     fn capture(&self, request: CaptureRequest) -> Answer<'_, Result<Box<dyn Chunks>, CaptureRefused>> {

@@ -28,7 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 use super::body::ReplyBody;
-use super::capture::Peer;
+use super::local::Peer;
 use super::routes::Reply;
 use super::{Admin, Limits, routes};
 

@@ -24,6 +24,7 @@ mod body;
 mod capture;
 mod connection;
 mod listen;
+mod local;
 mod page;
 pub mod readiness;
 mod routes;

@@ -10,7 +10,8 @@ use hyper::header::{
 use hyper::{Method, Request, Response, StatusCode};
 
 use super::actions;
-use super::capture::{self, Peer};
+use super::capture;
+use super::local::Peer;
 use super::page::page;
 use super::{Admin, Answer, Check, Chunks};
 

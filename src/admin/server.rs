@@ -14,9 +14,9 @@ use tokio::task::{AbortHandle, JoinSet};
 
 use crate::sys::unix_socket::SocketGuard;
 
-use super::capture::Peer;
 use super::connection::{Clock, Serve};
 use super::listen::{AdminError, Bound};
+use super::local::Peer;
 use super::{Admin, Limits};
 
 /// What a client over the limit is told, where it fits into its socket at once.
