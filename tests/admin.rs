@@ -2,6 +2,8 @@
 
 #[path = "admin/capture.rs"]
 mod capture;
+#[path = "admin/crowd.rs"]
+mod crowd;
 #[path = "admin/local.rs"]
 mod local;
 
@@ -529,6 +531,7 @@ const SHORT: Limits = Limits {
     head: Duration::from_millis(150),
     idle: Duration::from_secs(1),
     response: Duration::from_millis(300),
+    stall: Duration::from_secs(1),
     answer: Duration::from_secs(1),
 };
 
