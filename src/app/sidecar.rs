@@ -218,7 +218,7 @@ impl Sidecar {
     /// on an error everything is as before. Connections go on, whatever becomes of their rules.
     pub(super) fn run_by(&mut self, config: &Config) -> Result<(), Error> {
         let bound = self.bind_new_guests(config)?;
-        let plan = self.listeners.plan(&config.guests)?;
+        let plan = self.listeners.plan(&config.guests, &self.admin_addresses)?;
         let started = bound
             .into_iter()
             .map(|guest| {
