@@ -264,6 +264,7 @@ pub fn run(program: Program) -> Result<(), Error> {
         applied: text.digest(),
         refused: None,
         waits_for_departure: false,
+        untold: None,
         policy,
         levels: Some(levels),
         registry,

@@ -13,7 +13,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::Access;
 use sha2::{Digest, Sha256};
@@ -28,6 +28,9 @@ use crate::config::{Change, Config, ConfigError, Effect, Text, Warning};
 use crate::confine::{OutOfReach, Policy, Surroundings};
 use crate::logging::Levels;
 use crate::metrics::Registry;
+
+/// Who changes the file and then asks for a reload is told what it changed, though the change was seen and taken meanwhile.
+const MEANWHILE: Duration = Duration::from_secs(30);
 
 /// Mistakes of one file that are logged.
 const MAX_TOLD: usize = 10;
@@ -45,6 +48,8 @@ pub(super) struct Reloader {
     pub(super) refused: Option<TextDigest>,
     /// What was refused may be taken when a guest is gone that is on its way out.
     pub(super) waits_for_departure: bool,
+    /// When a change of the file was taken that nobody has asked for yet, and what it changed.
+    pub(super) untold: Option<(Instant, Vec<String>)>,
     /// What landlock keeps this process to, and from where it was found.
     pub(super) policy: Option<(Policy, Surroundings)>,
     pub(super) levels: Option<Levels>,
@@ -167,6 +172,18 @@ impl Reloader {
         self.applied = digest;
         self.refused = None;
         self.waits_for_departure = false;
+        let untold = self.untold.take().filter(|(when, _)| when.elapsed() < MEANWHILE);
+        if let (Outcome::Same, Some((_, changes))) = (&outcome, untold) {
+            // It is that reload that this one asks for.
+            self.status.reloaded(LastReload {
+                at: unix_seconds(now),
+                cause: cause.label(),
+                result: "applied",
+                error: None,
+                changes: changes.clone(),
+            });
+            return ReloadAnswer::Applied { changes };
+        }
         self.registry.reloads().succeeded(now);
         let mut last = LastReload {
             at: unix_seconds(now),
@@ -206,6 +223,8 @@ impl Reloader {
                 last.result = "applied";
                 last.changes.clone_from(&changes);
                 self.status.reloaded(last);
+                self.untold =
+                    (cause == Cause::File && !changes.is_empty()).then(|| (Instant::now(), changes.clone()));
                 match changes.is_empty() {
                     // Comments, or defaults that are written out.
                     true => ReloadAnswer::Unchanged,
@@ -223,6 +242,7 @@ impl Reloader {
             return ReloadAnswer::Refused(refusal.to_string());
         }
         self.refused = Some(digest);
+        self.untold = None;
         self.registry.reloads().refused();
         refusal.tell(cause);
         let text = refusal.to_string();
@@ -337,6 +357,7 @@ mod tests {
             applied: read.digest(),
             refused: None,
             waits_for_departure: false,
+            untold: None,
             policy: None,
             levels: None,
             registry,

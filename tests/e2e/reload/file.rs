@@ -164,6 +164,31 @@ fn who_may_not_ask_is_not_heard() {
     assert!(matches!(sidecar.try_get("/readyz"), Some((200, _))));
 }
 
+/// The watch is often faster than who has changed the file and asks then: to hear that nothing has changed would be odd.
+#[test]
+fn who_asks_after_the_watch_has_seen_the_change_is_told_what_it_changed() {
+    let service = serve(echo);
+    let sidecar = Sidecar::start(&web("", "", ""));
+    sidecar.rewrite(&web(&rule("db", 7, service), "", ""));
+    sidecar.until_metric("vsock_config_reloads_total", &[], 1.0);
+    let (status, said) = sidecar.post("/-/reload");
+    assert_eq!(
+        (status, said.as_str()),
+        (200, "applied\nguest web: outbound rule db added\n")
+    );
+    let last = sidecar.state()["config"]["lastReload"].clone();
+    assert_eq!(
+        (last["result"].as_str(), last["cause"].as_str()),
+        (Some("applied"), Some("request"))
+    );
+    assert_eq!(
+        sidecar.metric("vsock_config_reloads_total", &[]),
+        1.0,
+        "there was one"
+    );
+    assert_eq!(sidecar.post("/-/reload"), (200, "unchanged\n".to_owned()));
+}
+
 /// To open a pipe waits until somebody writes to it: the thread that waited would be the one that drains as well, and SIGTERM would do
 /// nothing any more.
 #[test]
