@@ -2,6 +2,10 @@
 
 #[path = "admin/capture.rs"]
 mod capture;
+#[path = "admin/crowd.rs"]
+mod crowd;
+#[path = "admin/local.rs"]
+mod local;
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -33,6 +37,7 @@ struct Program {
     live_hangs: AtomicBool,
     state_panics: AtomicBool,
     metrics_fail: AtomicBool,
+    drained: AtomicBool,
     padding: Mutex<String>,
     captures: capture::Captures,
 }
@@ -72,6 +77,10 @@ impl Source for Program {
 
     fn ready(&self) -> Vec<Check> {
         self.ready.lock().unwrap().clone()
+    }
+
+    fn begin_drain(&self) {
+        self.drained.store(true, Ordering::SeqCst);
     }
 
     fn capture(&self, request: CaptureRequest) -> Answer<'_, Result<Box<dyn Chunks>, CaptureRefused>> {
@@ -522,6 +531,7 @@ const SHORT: Limits = Limits {
     head: Duration::from_millis(150),
     idle: Duration::from_secs(1),
     response: Duration::from_millis(300),
+    stall: Duration::from_secs(1),
     answer: Duration::from_secs(1),
 };
 

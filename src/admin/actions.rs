@@ -7,10 +7,10 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use hyper::header::{ACCEPT, ALLOW, HeaderMap, HeaderValue, ORIGIN};
+use hyper::header::{ACCEPT, ALLOW, HeaderValue, ORIGIN};
 use hyper::{Method, Request, Response, StatusCode};
 
-use super::capture::{Peer, is_local};
+use super::local::{Peer, is_local};
 use super::routes::{response, text};
 use super::{Admin, ReloadAnswer};
 
@@ -42,7 +42,7 @@ pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, peer: Peer) 
             .insert(ALLOW, HeaderValue::from_static("POST"));
         return response;
     }
-    if let Err(reason) = may_act(peer, request.headers()) {
+    if let Err(reason) = may_act(peer, request) {
         return text(StatusCode::FORBIDDEN, format!("{reason}\n"));
     }
     if path == DRAIN {
@@ -67,9 +67,9 @@ pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, peer: Peer) 
     reloaded(&answer, wants_json)
 }
 
-fn may_act(peer: Peer, headers: &HeaderMap) -> Result<(), String> {
-    is_local(peer, headers, "reload and drain are")?;
-    match headers.contains_key(ORIGIN) {
+fn may_act<B>(peer: Peer, request: &Request<B>) -> Result<(), String> {
+    is_local(peer, request, "reload and drain are")?;
+    match request.headers().contains_key(ORIGIN) {
         true => Err("reload and drain are not for pages in browsers".to_owned()),
         false => Ok(()),
     }

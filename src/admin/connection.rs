@@ -28,7 +28,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 use super::body::ReplyBody;
-use super::capture::Peer;
+use super::local::Peer;
+use super::pace::Pace;
 use super::routes::Reply;
 use super::{Admin, Limits, routes};
 
@@ -43,6 +44,8 @@ pub(super) struct Serve {
     pub(super) limits: Limits,
     /// Who asks.
     pub(super) peer: Peer,
+    /// Whose turn it is.
+    pub(super) pace: Pace,
     /// Whether there may be more than one request.
     pub(super) keep_alive: bool,
     /// A new one; whoever has to choose a connection to end looks at it.
@@ -57,15 +60,18 @@ impl Serve {
             admin,
             limits,
             peer,
+            pace,
             keep_alive,
             clock,
         } = self;
         let service = service_fn(|request: Request<Incoming>| {
             clock.requested();
-            let (admin, clock) = (&admin, &clock);
+            let (admin, clock, pace) = (&admin, &clock, &pace);
             async move {
+                // One request a turn: who pipelines hundreds of them must not have a probe wait for all.
+                tokio::task::yield_now().await;
                 Ok::<_, Infallible>(
-                    match routes::respond(admin, &request, peer, limits.answer).await {
+                    match routes::respond(admin, &request, peer, limits.answer, pace).await {
                         Reply::Whole(response) => response.map(ReplyBody::whole),
                         Reply::Streamed(response, lasts) => {
                             clock.streams(lasts);
@@ -136,6 +142,8 @@ enum Phase {
 pub(super) struct Clock {
     /// Shared by the connection's service, its socket and its deadline, all of one task: never contended.
     phase: Arc<Mutex<(Phase, Instant)>>,
+    /// Since when the socket is full; `None`: it is not.
+    full: Arc<Mutex<Option<Instant>>>,
     limits: Limits,
 }
 
@@ -144,6 +152,7 @@ impl Clock {
     pub(super) fn new(limits: Limits) -> Clock {
         Clock {
             phase: Arc::new(Mutex::new((Phase::Head, Instant::now()))),
+            full: Arc::default(),
             limits,
         }
     }
@@ -161,8 +170,21 @@ impl Clock {
         }
     }
 
+    /// Passes on what came of a write.
+    fn tried_to_write(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match &written {
+            Poll::Ready(Ok(_)) => self.wrote(),
+            Poll::Ready(Err(_)) => {}
+            Poll::Pending => {
+                self.full().get_or_insert_with(Instant::now);
+            }
+        }
+        written
+    }
+
     /// Bytes of a response went out.
     fn wrote(&self) {
+        *self.full() = None;
         let mut phase = self.lock();
         if phase.0 == Phase::Answering {
             phase.0 = Phase::Writing;
@@ -197,6 +219,16 @@ impl Clock {
         matches!(phase, Phase::Idle | Phase::Head).then_some(since)
     }
 
+    /// Since when the client has not taken what it asked for, if that is why nothing goes on.
+    pub(super) fn stalled_since(&self) -> Option<Instant> {
+        *self.full()
+    }
+
+    /// Since when the connection does what it does now.
+    pub(super) fn phase_since(&self) -> Instant {
+        self.lock().1
+    }
+
     fn deadline(&self) -> Instant {
         let (phase, since) = *self.lock();
         since
@@ -210,6 +242,10 @@ impl Clock {
 
     fn lock(&self) -> MutexGuard<'_, (Phase, Instant)> {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn full(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.full.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -236,9 +272,8 @@ impl<S: Socket> AsyncRead for Watched<S> {
 
 impl<S: Socket> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.socket).poll_write(cx, buf))?;
-        self.clock.wrote();
-        Poll::Ready(Ok(written))
+        let written = Pin::new(&mut self.socket).poll_write(cx, buf);
+        self.clock.tried_to_write(written)
     }
 
     fn poll_write_vectored(
@@ -246,9 +281,8 @@ impl<S: Socket> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = ready!(Pin::new(&mut self.socket).poll_write_vectored(cx, bufs))?;
-        self.clock.wrote();
-        Poll::Ready(Ok(written))
+        let written = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
+        self.clock.tried_to_write(written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -6,11 +6,12 @@
 //!
 //! | what | bound | afterwards |
 //! |---|---|---|
-//! | connections of a listener | [`Limits::connections`] | the longest silent one makes room; 503 if none is |
+//! | connections of a listener | [`Limits::connections`] | one makes room, see `places`; 503 if none has to |
 //! | a request head | [`Limits::head`] from its first byte, 16 KiB, 64 fields | closed; 431 |
 //! | an idle connection | [`Limits::idle`] | closed |
 //! | a response, until the client has taken it | [`Limits::response`] | closed |
 //! | a capture, until the client has taken it | its time and [`Limits::response`] | closed |
+//! | metrics, state and liveness over TCP | half of a processor, see `pace` | wait for their turn |
 //! | a question to the device threads | [`Limits::answer`] | 503 that says so |
 //!
 //! Request bodies are never read. There is no TLS and no authentication: what is served here is for those who
@@ -24,7 +25,10 @@ mod body;
 mod capture;
 mod connection;
 mod listen;
+mod local;
+mod pace;
 mod page;
+mod places;
 pub mod readiness;
 mod routes;
 mod server;
@@ -145,6 +149,8 @@ pub struct Limits {
     pub idle: Duration,
     /// Time from a request until the client has taken the response.
     pub response: Duration,
+    /// How long a client whose socket is full keeps its place when somebody else wants it.
+    pub stall: Duration,
     /// Time for `state` and `live` to be answered. Below one second, which is the kubelet's patience by default.
     pub answer: Duration,
 }
@@ -156,6 +162,7 @@ impl Default for Limits {
             head: Duration::from_secs(5),
             idle: Duration::from_secs(90),
             response: Duration::from_secs(30),
+            stall: Duration::from_secs(1),
             answer: Duration::from_millis(800),
         }
     }

@@ -10,7 +10,9 @@ use hyper::header::{
 use hyper::{Method, Request, Response, StatusCode};
 
 use super::actions;
-use super::capture::{self, Peer};
+use super::capture;
+use super::local::Peer;
+use super::pace::Pace;
 use super::page::page;
 use super::{Admin, Answer, Check, Chunks};
 
@@ -42,8 +44,14 @@ pub(super) enum Reply {
     Streamed(Response<Box<dyn Chunks>>, Duration),
 }
 
-/// Answers one request. `patience` bounds the questions to other threads.
-pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, peer: Peer, patience: Duration) -> Reply {
+/// Answers one request. `patience` bounds the questions to other threads, `pace` what strangers may have us do.
+pub(super) async fn respond<B>(
+    admin: &Admin,
+    request: &Request<B>,
+    peer: Peer,
+    patience: Duration,
+    pace: &Pace,
+) -> Reply {
     let reads = [Method::GET, Method::HEAD].contains(request.method());
     if request.uri().path() == capture::PATH && reads {
         return capture::respond(admin, request, peer, patience).await;
@@ -51,10 +59,10 @@ pub(super) async fn respond<B>(admin: &Admin, request: &Request<B>, peer: Peer, 
     if actions::is_action(request.uri().path()) {
         return Reply::Whole(actions::respond(admin, request, peer).await);
     }
-    Reply::Whole(answer(admin, request, patience).await)
+    Reply::Whole(answer(admin, request, patience, pace).await)
 }
 
-async fn answer<B>(admin: &Admin, request: &Request<B>, patience: Duration) -> Response<String> {
+async fn answer<B>(admin: &Admin, request: &Request<B>, patience: Duration, pace: &Pace) -> Response<String> {
     let (method, path) = (request.method(), request.uri().path());
     if !ROUTES.iter().any(|(route, _)| *route == path) {
         return text(
@@ -73,15 +81,20 @@ async fn answer<B>(admin: &Admin, request: &Request<B>, patience: Duration) -> R
         return response;
     }
     match path {
-        "/metrics" => match admin.source.metrics() {
-            Ok(families) => response(StatusCode::OK, METRICS, families),
-            Err(reason) => text(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                format!("no metrics: {reason}\n"),
-            ),
-        },
+        "/metrics" => {
+            let _turn = pace.turn().await;
+            match admin.source.metrics() {
+                Ok(families) => response(StatusCode::OK, METRICS, families),
+                Err(reason) => text(
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    format!("no metrics: {reason}\n"),
+                ),
+            }
+        }
         "/livez" => {
             let checks = within(patience, admin.source.live()).await;
+            // Not before: a thread that hangs would have everybody's turn.
+            let _turn = pace.turn().await;
             probe(
                 "livez",
                 &checks.unwrap_or_else(|| vec![Check::failed("device threads", no_answer(patience))]),
@@ -89,14 +102,18 @@ async fn answer<B>(admin: &Admin, request: &Request<B>, patience: Duration) -> R
         }
         "/readyz" => probe("readyz", &readiness(admin)),
         "/startupz" => probe("startupz", &admin.startup.checks()),
-        "/state" => match within(patience, admin.source.state()).await {
-            // The alternate form is indented: it is read by people at least as often as by programs.
-            Some(state) => response(StatusCode::OK, JSON, format!("{state:#}\n")),
-            None => {
-                let error = serde_json::json!({ "error": no_answer(patience) });
-                response(StatusCode::SERVICE_UNAVAILABLE, JSON, format!("{error}\n"))
+        "/state" => {
+            let state = within(patience, admin.source.state()).await;
+            let _turn = pace.turn().await;
+            match state {
+                // The alternate form is indented: it is read by people at least as often as by programs.
+                Some(state) => response(StatusCode::OK, JSON, format!("{state:#}\n")),
+                None => {
+                    let error = serde_json::json!({ "error": no_answer(patience) });
+                    response(StatusCode::SERVICE_UNAVAILABLE, JSON, format!("{error}\n"))
+                }
             }
-        },
+        }
         _ => {
             let mut response = match wants_html(request.headers()) {
                 true => status_page(),

@@ -10,13 +10,15 @@ use rustix::io::Errno;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use crate::sys::unix_socket::SocketGuard;
 
-use super::capture::Peer;
 use super::connection::{Clock, Serve};
 use super::listen::{AdminError, Bound};
+use super::local::Peer;
+use super::pace::Pace;
+use super::places::{Origin, Places};
 use super::{Admin, Limits};
 
 /// What a client over the limit is told, where it fits into its socket at once.
@@ -121,7 +123,8 @@ async fn accept_loop(
     stopped: watch::Receiver<bool>,
 ) {
     let mut connections = JoinSet::new();
-    let mut open: Vec<(Clock, AbortHandle)> = Vec::new();
+    let mut places = Places::new(limits);
+    let pace = listener.pace();
     let mut accepting = Accepting {
         listener,
         reserve,
@@ -134,8 +137,8 @@ async fn accept_loop(
             accepted = accepting.next() => accepted,
         };
         while connections.try_join_next().is_some() {}
-        open.retain(|(_, task)| !task.is_finished());
-        if open.len() >= limits.connections && !make_room(&mut open).await {
+        let peer = stream.peer();
+        if !places.make_room(Origin::of(peer)).await {
             stream.refuse();
             continue;
         }
@@ -144,7 +147,8 @@ async fn accept_loop(
             Serve {
                 admin: admin.clone(),
                 limits,
-                peer: stream.peer(),
+                peer,
+                pace: pace.clone(),
                 keep_alive,
                 clock: clock.clone(),
             },
@@ -159,28 +163,11 @@ async fn accept_loop(
             // At once, before anybody else takes the descriptor that was just closed.
             reserve.refill();
         });
-        open.push((clock, task));
+        places.take(Origin::of(peer), clock, task);
     }
     // The socket file goes before its listener, so that a client finds either a server or nothing.
     drop(accepting);
     while connections.join_next().await.is_some() {}
-}
-
-/// Ends the connection that has owed us a request for the longest time, if there is one: nobody can keep probes
-/// out by opening connections and saying nothing.
-async fn make_room(open: &mut Vec<(Clock, AbortHandle)>) -> bool {
-    let waiting = open
-        .iter()
-        .enumerate()
-        .filter_map(|(index, (clock, _))| Some((clock.waiting_since()?, index)));
-    let Some((_, index)) = waiting.min() else {
-        return false;
-    };
-    let (_, task) = open.swap_remove(index);
-    task.abort();
-    // The task ends when it is next scheduled; until then its descriptor is open.
-    tokio::task::yield_now().await;
-    true
 }
 
 /// File descriptors kept for the day when the process has none left.
@@ -289,6 +276,13 @@ impl Listener {
                 listener: UnixListener::from_std(listener)?,
             },
         })
+    }
+
+    fn pace(&self) -> Pace {
+        match self {
+            Listener::Tcp(_) => Pace::bounded(),
+            Listener::Unix { .. } => Pace::free(),
+        }
     }
 
     async fn accept(&self) -> io::Result<Stream> {

@@ -1,6 +1,8 @@
 //! What the main thread waits for once everything runs: it alone changes the sidecar, so that a reload never meets another
 //! one, nor a drain.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use tokio::sync::oneshot;
@@ -57,12 +59,17 @@ impl Cause {
 pub(super) struct Events {
     sender: Sender<Event>,
     pub(super) inbox: Receiver<Event>,
+    drain_asked: Arc<AtomicBool>,
 }
 
 impl Events {
     pub(super) fn new() -> Events {
         let (sender, inbox) = channel();
-        Events { sender, inbox }
+        Events {
+            sender,
+            inbox,
+            drain_asked: Arc::default(),
+        }
     }
 
     pub(super) fn sender(&self) -> Sender<Event> {
@@ -72,7 +79,13 @@ impl Events {
     pub(super) fn drain_request(&self) -> DrainRequest {
         DrainRequest {
             events: self.sender(),
+            asked: Arc::clone(&self.drain_asked),
         }
+    }
+
+    /// Whether a drain is asked for, though other things may stand before it in the inbox.
+    pub(super) fn is_drain_asked(&self) -> bool {
+        self.drain_asked.load(Ordering::Relaxed)
     }
 }
 
@@ -80,6 +93,8 @@ impl Events {
 #[derive(Clone, Debug)]
 pub struct DrainRequest {
     events: Sender<Event>,
+    /// Set before the event is sent: reloads that stand before it have lost their sense.
+    asked: Arc<AtomicBool>,
 }
 
 impl DrainRequest {
@@ -89,6 +104,7 @@ impl DrainRequest {
     }
 
     pub(super) fn begin_for(&self, cause: &'static str) {
+        self.asked.store(true, Ordering::Relaxed);
         // A main thread that is gone has drained.
         let _ = self.events.send(Event::Drain { cause });
     }

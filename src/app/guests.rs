@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use tokio::task::AbortHandle;
+
 use super::capture::Places;
 use super::source::GuestView;
 use super::{Error, LABELS, starting};
@@ -31,9 +33,28 @@ pub(super) struct RunningGuest {
     pub(super) metrics: Arc<GuestMetrics>,
     pub(super) rules: Arc<Rules>,
     captures: Arc<Places>,
-    /// Set: the configuration has it no more, and its connections may end by themselves for a while. The number tells one
-    /// departure from an earlier one that was called off.
-    pub(super) leaving: Option<u64>,
+    /// Set: the configuration has it no more, and its connections may end by themselves for a while.
+    pub(super) leaving: Option<Departure>,
+}
+
+/// A guest on its way out; dropped when that is called off.
+pub(super) struct Departure {
+    /// Tells it from an earlier one that was called off when its end had been told of already.
+    pub(super) number: u64,
+    watching: AbortHandle,
+}
+
+impl Departure {
+    /// `watching` tells of its end.
+    pub(super) fn new(number: u64, watching: AbortHandle) -> Departure {
+        Departure { number, watching }
+    }
+}
+
+impl Drop for Departure {
+    fn drop(&mut self) {
+        self.watching.abort();
+    }
 }
 
 /// What is bound of a guest before it runs.

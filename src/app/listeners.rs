@@ -1,6 +1,7 @@
 //! The listeners of inbound rules. A reload keeps those whose address stays, whatever else becomes of their rules: clients in their
 //! queues wait for nobody but the next turn.
 
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
@@ -82,59 +83,68 @@ enum How {
 }
 
 impl Listeners {
-    /// Binds what is new. On an error it is as before.
-    pub(super) fn plan(&self, guests: &[Guest]) -> Result<Plan, Error> {
-        let mut plan = Plan { entries: Vec::new() };
-        let mut kept = vec![false; self.running.len()];
-        for guest in guests {
-            for rule in &guest.inbound {
-                let place = Place::of(rule);
-                let owner = (guest.name.clone(), rule.name.clone());
-                // Two rules may have port 0: then each keeps its own.
-                let free = |index: &usize| {
-                    !kept.get(*index).copied().unwrap_or(true)
-                        && self.running.get(*index).is_some_and(|own| own.place == place)
-                };
-                let mut candidates = (0..self.running.len()).filter(free);
-                let same = candidates
-                    .clone()
-                    .find(|index| self.running.get(*index).is_some_and(|own| own.owner == owner));
-                let how = match same.or_else(|| candidates.next()) {
-                    Some(index) => {
-                        if let Some(kept) = kept.get_mut(index) {
-                            *kept = true;
-                        }
-                        How::Keep(index)
-                    }
-                    None => How::New(self.bind(rule, &owner)?),
-                };
-                plan.entries.push(Entry { place, owner, how });
+    /// Binds what is new; `admin` is where the admin server listens. On an error it is as before.
+    pub(super) fn plan(&self, guests: &[Guest], admin: &[ListenAddress]) -> Result<Plan, Error> {
+        let rules = guests.iter().flat_map(|guest| {
+            let owner = move |rule: &InboundRule| (guest.name.clone(), rule.name.clone());
+            let rules = guest.inbound.iter();
+            rules.map(move |rule| (rule, Place::of(rule), owner(rule)))
+        });
+        let rules: Vec<_> = rules.collect();
+        let mut free: HashMap<&ListenAddress, Vec<usize>> = HashMap::new();
+        for (index, running) in self.running.iter().enumerate() {
+            // One whose task has ended listens no more.
+            if !running.task.is_finished() {
+                free.entry(&running.place.address).or_default().push(index);
             }
         }
-        Ok(plan)
+        // Two rules may have port 0: then each keeps its own, before others take what is left.
+        let mut kept: HashMap<Owner, usize> = HashMap::new();
+        for by_owner in [true, false] {
+            for (_, place, owner) in &rules {
+                let is_it = |index: &usize| {
+                    let own = self.running.get(*index);
+                    own.is_some_and(|own| own.place == *place && (!by_owner || own.owner == *owner))
+                };
+                if !kept.contains_key(owner)
+                    && let Some(there) = free.get_mut(&place.address)
+                    && let Some(at) = there.iter().position(is_it)
+                {
+                    kept.insert(owner.clone(), there.remove(at));
+                }
+            }
+        }
+        let entry = |(rule, place, owner): (&InboundRule, Place, Owner)| {
+            let how = match kept.get(&owner) {
+                Some(index) => How::Keep(*index),
+                None => How::New(self.bind(rule, &owner, admin)?),
+            };
+            Ok(Entry { place, owner, how })
+        };
+        let entries = rules.into_iter().map(entry).collect::<Result<_, Error>>()?;
+        Ok(Plan { entries })
     }
 
-    fn bind(&self, rule: &InboundRule, owner: &Owner) -> Result<Listener, Error> {
+    fn bind(&self, rule: &InboundRule, owner: &Owner, admin: &[ListenAddress]) -> Result<Listener, Error> {
         Listener::bind(&rule.listen, rule.socket_type).map_err(|source| Error::Listen {
             guest: owner.0.clone(),
             rule: owner.1.clone(),
             source: Box::new(source),
-            held: self.in_the_way(&rule.listen),
+            held: self.in_the_way(&rule.listen, admin),
         })
     }
 
     /// A listener of our own that takes what `address` asks for.
-    fn in_the_way(&self, address: &ListenAddress) -> Option<String> {
+    fn in_the_way(&self, address: &ListenAddress, admin: &[ListenAddress]) -> Option<String> {
+        if admin.iter().any(|ours| overlaps(ours, address)) {
+            return Some(
+                "it is this sidecar's admin server that listens there, and moves with a restart only: choose another address".to_owned(),
+            );
+        }
         let holder = self
             .running
             .iter()
-            .find(|own| match (&own.place.address, address) {
-                (ListenAddress::Tcp(ours), ListenAddress::Tcp(theirs)) => {
-                    let wild = ours.ip().is_unspecified() || theirs.ip().is_unspecified();
-                    ours.port() == theirs.port() && (wild || ours.ip() == theirs.ip())
-                }
-                (ours, theirs) => ours == theirs,
-            })?;
+            .find(|own| overlaps(&own.place.address, address))?;
         let (guest, rule) = &holder.owner;
         Some(format!(
             "it is this sidecar that listens there, for guest {guest}, inbound rule {rule}: a listener cannot be replaced by one \
@@ -196,6 +206,17 @@ impl Listeners {
     }
 }
 
+/// Whether who listens on one is in the way of the other.
+fn overlaps(one: &ListenAddress, other: &ListenAddress) -> bool {
+    match (one, other) {
+        (ListenAddress::Tcp(one), ListenAddress::Tcp(other)) => {
+            let wild = one.ip().is_unspecified() || other.ip().is_unspecified();
+            one.port() == other.port() && (wild || one.ip() == other.ip())
+        }
+        (one, other) => one == other,
+    }
+}
+
 /// Ends listeners, and waits for that: the next reload may want the addresses again.
 fn close(listeners: impl Iterator<Item = Running>, control: &Handle) {
     let closing: Vec<_> = listeners
@@ -204,8 +225,10 @@ fn close(listeners: impl Iterator<Item = Running>, control: &Handle) {
             (running.owner, running.task)
         })
         .collect();
+    // One time for all: a drain may stand behind this reload.
+    let end = tokio::time::Instant::now() + CLOSING;
     for ((guest, rule), task) in closing {
-        let closed = control.block_on(async { tokio::time::timeout(CLOSING, task).await });
+        let closed = control.block_on(async { tokio::time::timeout_at(end, task).await });
         match closed {
             Ok(_) => debug!(guest, rule, "listener closed"),
             Err(_) => warn!(guest, rule, "a listener takes long to close"),
@@ -238,7 +261,7 @@ async fn serve(
             guest,
             rule,
             error,
-            "an inbound listener has failed, and takes no clients until the sidecar is started again"
+            "an inbound listener has failed, and takes no clients until the configuration changes or the sidecar is started again"
         );
     }
 }
@@ -296,6 +319,105 @@ impl InboundSink {
                     detail = %rejected.why, "inbound client refused"
                 );
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::parse;
+
+    /// A guest with these inbound rules, each at a port that the kernel chooses, which only programs may ask for.
+    fn guests(names: &[&str]) -> Vec<Guest> {
+        let rule = |(n, name)| format!("{{name: {name}, listen: \"tcp://127.0.0.1:{n}\", port: 1}}");
+        let rules: Vec<String> = (1..).zip(names).map(rule).collect();
+        let text = format!(
+            "guests: [{{name: web, cid: 3, vhostUser: {{socket: /run/web.sock}}, inbound: [{}]}}]\n",
+            rules.join(", ")
+        );
+        let mut guests = parse(&text, "test").unwrap().0.guests;
+        for rule in &mut guests[0].inbound {
+            rule.listen = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
+        }
+        guests
+    }
+
+    /// Those of these rules, as if they were served by `task`.
+    fn running(guests: &[Guest], task: impl Fn() -> JoinHandle<()>) -> Listeners {
+        let guest = &guests[0];
+        let running = guest.inbound.iter().map(|rule| {
+            let terms = Terms {
+                allow: Vec::new(),
+                spec: InboundSpec {
+                    protocol: rule.protocol,
+                    handshake_timeout: Duration::from_secs(1),
+                    wait_for_guest: false,
+                    socket_type: rule.guest_socket_type(),
+                    framing: rule.framing,
+                },
+                sink: Box::new(|_| {}),
+            };
+            Running {
+                place: Place::of(rule),
+                owner: (guest.name.clone(), rule.name.clone()),
+                bound: rule.listen.clone(),
+                terms: watch::channel(Arc::new(terms)).0,
+                stop: oneshot::channel().0,
+                task: task(),
+            }
+        });
+        Listeners {
+            running: running.collect(),
+        }
+    }
+
+    fn kept(plan: &Plan) -> Vec<(&str, Option<usize>)> {
+        let entries = plan.entries.iter().map(|entry| {
+            let kept = match entry.how {
+                How::Keep(index) => Some(index),
+                How::New(_) => None,
+            };
+            (entry.owner.1.as_str(), kept)
+        });
+        entries.collect()
+    }
+
+    #[tokio::test]
+    async fn each_rule_keeps_its_own_port_that_the_kernel_chose() {
+        let before = guests(&["a", "b"]);
+        let listeners = running(&before, || tokio::spawn(std::future::pending()));
+        let after = guests(&["new", "b", "a"]);
+        let plan = listeners.plan(&after, &[]).unwrap();
+        assert_eq!(kept(&plan), [("new", None), ("b", Some(1)), ("a", Some(0))]);
+        let renamed = guests(&["c", "b"]);
+        let plan = listeners.plan(&renamed, &[]).unwrap();
+        assert_eq!(kept(&plan), [("c", Some(0)), ("b", Some(1))]);
+    }
+
+    /// Its task has ended with an error, or has panicked: to keep it would be to listen no more.
+    #[tokio::test]
+    async fn a_listener_that_has_failed_is_bound_anew() {
+        let rules = guests(&["a"]);
+        let listeners = running(&rules, || tokio::spawn(async {}));
+        while !listeners.running[0].task.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        let plan = listeners.plan(&rules, &[]).unwrap();
+        assert_eq!(kept(&plan), [("a", None)]);
+    }
+
+    #[test]
+    fn wildcards_are_in_the_way_of_every_address_of_their_port() {
+        let tcp = |address: &str| ListenAddress::Tcp(address.parse().unwrap());
+        for (one, other, expected) in [
+            ("127.0.0.1:1", "0.0.0.0:1", true),
+            ("[::]:1", "127.0.0.1:1", true),
+            ("127.0.0.1:1", "127.0.0.2:1", false),
+            ("127.0.0.1:1", "127.0.0.1:2", false),
+        ] {
+            assert_eq!(overlaps(&tcp(one), &tcp(other)), expected, "{one} {other}");
+            assert_eq!(overlaps(&tcp(other), &tcp(one)), expected, "{other} {one}");
         }
     }
 }

@@ -19,7 +19,8 @@
 //! One thread, the one that [`run`] is called on, owns the [`Sidecar`] and does one thing after the other that others ask it for
 //! (`events`): reloads, and the drain at the end. The rest sees values (`sidecar::Views`, `status`).
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -69,11 +70,9 @@ pub enum Error {
         /// What is wrong and what to do.
         source: vhost_user::BindError,
     },
-    /// The vhost-user socket of a new guest is that of one that is on its way out.
-    #[error(
-        "guest {guest}: the vhost-user socket {} still serves guest {holder}, which goes with its connections; \
-         reload again when it is gone, or give the new guest another socket", socket.display()
-    )]
+    /// The vhost-user socket of a new guest is that of one that runs.
+    #[error("guest {guest}: the vhost-user socket {} serves guest {holder}, {until}, or give guest {guest} another socket",
+        socket.display())]
     SocketHeld {
         /// The new guest.
         guest: String,
@@ -81,6 +80,8 @@ pub enum Error {
         socket: PathBuf,
         /// The guest that has it.
         holder: String,
+        /// For how long.
+        until: Until,
     },
     /// The listener of an inbound rule cannot be had.
     #[error("guest {guest}: inbound rule {rule}: {source}{}", held.as_ref().map(|why| format!("; {why}")).unwrap_or_default())]
@@ -108,6 +109,29 @@ pub enum Error {
         /// The system's words.
         source: std::io::Error,
     },
+}
+
+/// For how long a guest keeps its socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Until {
+    /// It has been removed, and goes with its connections.
+    Gone,
+    /// This configuration is the first that has it no more.
+    Removed,
+    /// The configuration has another socket for it, which needs a restart.
+    Restart,
+}
+
+impl std::fmt::Display for Until {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Until::Gone => "which was removed and goes with its connections: wait until it is gone",
+            Until::Removed => {
+                "which goes with its connections and not before: remove that guest, reload, and add the new one then"
+            }
+            Until::Restart => "which keeps it until the sidecar is restarted: restart it",
+        })
+    }
 }
 
 impl Error {
@@ -181,7 +205,7 @@ pub fn run(program: Program) -> Result<(), Error> {
             }
         });
     }
-    let file = Some(file).filter(|file| file.as_os_str() != "-");
+    let file = Some(file).filter(|file| can_be_read_again(file));
     let status = Status::new(file.as_deref(), SystemTime::now());
     let sha256 = reload::identity(&config);
     registry.set_config(&sha256);
@@ -239,6 +263,8 @@ pub fn run(program: Program) -> Result<(), Error> {
         file,
         applied: text.digest(),
         refused: None,
+        waits_for_departure: false,
+        untold: None,
         policy,
         levels: Some(levels),
         registry,
@@ -248,6 +274,12 @@ pub fn run(program: Program) -> Result<(), Error> {
     // Last: KubeVirt tells of the end of the virtual machine, for which the drain may have waited.
     drop(hook);
     Ok(())
+}
+
+/// Standard input has no more to say, nor have pipes: of `--config <(...)` nothing is left.
+fn can_be_read_again(file: &Path) -> bool {
+    let is_pipe = |file: &Path| std::fs::metadata(file).is_ok_and(|about| about.file_type().is_fifo());
+    file != Path::new("-") && !is_pipe(file)
 }
 
 /// Every connection is a descriptor; the soft limit of most systems (1024) is for programs that use `select`.

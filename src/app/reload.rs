@@ -11,21 +11,26 @@
 //! A file that is refused is told once for each content, however often its directory changes; who asks by name (SIGHUP, the admin
 //! server) is always answered. A file that says what runs already is no event, unless the last one was refused.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
+use rustix::fs::Access;
 use sha2::{Digest, Sha256};
 use tracing::{debug, error, info, warn};
 
+use super::Until;
 use super::events::Cause;
 use super::sidecar::Sidecar;
 use super::status::{LastReload, Status, listed, unix_seconds};
 use crate::admin::ReloadAnswer;
 use crate::config::{Change, Config, ConfigError, Effect, Text, Warning};
-use crate::confine::{Policy, Surroundings};
+use crate::confine::{OutOfReach, Policy, Surroundings};
 use crate::logging::Levels;
 use crate::metrics::Registry;
+
+/// Who changes the file and then asks for a reload is told what it changed, though the change was seen and taken meanwhile.
+const MEANWHILE: Duration = Duration::from_secs(30);
 
 /// Mistakes of one file that are logged.
 const MAX_TOLD: usize = 10;
@@ -35,12 +40,16 @@ type TextDigest = [u8; 32];
 
 /// Reads the configuration again.
 pub(super) struct Reloader {
-    /// `None`: it came from standard input, which has no more to say.
+    /// `None`: it came from standard input or a pipe, which have no more to say.
     pub(super) file: Option<PathBuf>,
     /// The text that runs.
     pub(super) applied: TextDigest,
     /// The text that was refused last, and not followed by one that was not.
     pub(super) refused: Option<TextDigest>,
+    /// What was refused may be taken when a guest is gone that is on its way out.
+    pub(super) waits_for_departure: bool,
+    /// When a change of the file was taken that nobody has asked for yet, and what it changed.
+    pub(super) untold: Option<(Instant, Vec<String>)>,
     /// What landlock keeps this process to, and from where it was found.
     pub(super) policy: Option<(Policy, Surroundings)>,
     pub(super) levels: Option<Levels>,
@@ -73,22 +82,22 @@ impl Reloader {
     /// Reads the file and changes the sidecar accordingly.
     pub(super) fn reload(&mut self, sidecar: &mut Sidecar, cause: Cause) -> ReloadAnswer {
         let Some(file) = self.file.clone() else {
-            let why = "the configuration came from standard input: it cannot be read again";
+            let why = "the configuration came from standard input or a pipe: it cannot be read again";
             warn!(cause = cause.label(), "{why}");
             return ReloadAnswer::Unavailable(why.to_owned());
         };
-        let text = match Text::read(&file) {
+        let text = match Text::read_again(&file) {
             Ok(text) => text,
-            Err(error) => {
-                return self.refuse(
-                    cause,
-                    Sha256::digest(error.to_string()).into(),
-                    Refusal::File(error),
-                );
+            Err(mut error) => {
+                if let (Some(why), Some(first)) = (self.kept_out(&file), error.diagnostics.first_mut()) {
+                    first.help = Some(why);
+                }
+                let digest = Sha256::digest(error.to_string()).into();
+                return self.refuse(cause, digest, Refusal::File(error));
             }
         };
         let digest = text.digest();
-        let unasked = cause == Cause::File;
+        let unasked = cause == Cause::File && !self.waits_for_departure;
         if unasked && (digest == self.applied && self.refused.is_none() || self.refused == Some(digest)) {
             debug!("the configuration's directory has changed, its content has not");
             return ReloadAnswer::Unchanged;
@@ -104,7 +113,7 @@ impl Reloader {
             return Ok(Outcome::Same);
         }
         let (wanted, warnings) = text.check().map_err(Refusal::File)?;
-        let config = wanted.as_far_as_running(sidecar.config());
+        let config = wanted.as_far_as_running(&sidecar.config_of_all());
         self.is_within_reach(&config)?;
         let before = sidecar.config().log.level.clone();
         if let Some(levels) = &self.levels
@@ -132,6 +141,18 @@ impl Reloader {
         })))
     }
 
+    /// Why a file cannot be read whose mode allows it: a link that leads elsewhere than at start.
+    fn kept_out(&self, file: &Path) -> Option<String> {
+        let (policy, here) = self.policy.as_ref()?;
+        if rustix::fs::access(file, Access::READ_OK).is_err() {
+            return None;
+        }
+        let needed = Policy::of_server([], &[file], here);
+        let lack = policy.lacks(&needed).into_iter().next()?;
+        let whose = "the configuration's file".to_owned();
+        Some(OutOfReach { whose, lack }.to_string())
+    }
+
     /// What was given up at start cannot be had back.
     fn is_within_reach(&self, config: &Config) -> Result<(), Refusal> {
         let Some((policy, here)) = &self.policy else {
@@ -150,6 +171,19 @@ impl Reloader {
         let now = SystemTime::now();
         self.applied = digest;
         self.refused = None;
+        self.waits_for_departure = false;
+        let untold = self.untold.take().filter(|(when, _)| when.elapsed() < MEANWHILE);
+        if let (Outcome::Same, Some((_, changes))) = (&outcome, untold) {
+            // It is that reload that this one asks for.
+            self.status.reloaded(LastReload {
+                at: unix_seconds(now),
+                cause: cause.label(),
+                result: "applied",
+                error: None,
+                changes: changes.clone(),
+            });
+            return ReloadAnswer::Applied { changes };
+        }
         self.registry.reloads().succeeded(now);
         let mut last = LastReload {
             at: unix_seconds(now),
@@ -189,6 +223,8 @@ impl Reloader {
                 last.result = "applied";
                 last.changes.clone_from(&changes);
                 self.status.reloaded(last);
+                self.untold =
+                    (cause == Cause::File && !changes.is_empty()).then(|| (Instant::now(), changes.clone()));
                 match changes.is_empty() {
                     // Comments, or defaults that are written out.
                     true => ReloadAnswer::Unchanged,
@@ -199,11 +235,14 @@ impl Reloader {
     }
 
     fn refuse(&mut self, cause: Cause, digest: TextDigest, refusal: Refusal) -> ReloadAnswer {
-        let is_news = self.refused != Some(digest);
+        let has_waited = std::mem::replace(&mut self.waits_for_departure, refusal.ends_with_a_departure());
+        // Once the guest is gone, another reason may show.
+        let is_news = self.refused != Some(digest) || has_waited && !self.waits_for_departure;
         if !is_news && cause == Cause::File {
             return ReloadAnswer::Refused(refusal.to_string());
         }
         self.refused = Some(digest);
+        self.untold = None;
         self.registry.reloads().refused();
         refusal.tell(cause);
         let text = refusal.to_string();
@@ -219,6 +258,16 @@ impl Reloader {
 }
 
 impl Refusal {
+    fn ends_with_a_departure(&self) -> bool {
+        matches!(
+            self,
+            Refusal::Start(super::Error::SocketHeld {
+                until: Until::Gone,
+                ..
+            })
+        )
+    }
+
     fn tell(&self, cause: Cause) {
         let cause = cause.label();
         const WHAT: &str = "the new configuration is refused, the one before stays in use";
@@ -269,4 +318,54 @@ pub(super) fn identity(config: &Config) -> String {
     let yaml = config.to_yaml().unwrap_or_default();
     let digest = Sha256::digest(yaml);
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::super::events::Event;
+    use super::*;
+
+    /// Each reload takes its time, and who asks for a drain may have asked because of what the reloads do.
+    #[test]
+    fn a_drain_waits_for_no_reload_that_stands_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.yaml");
+        let socket = dir.path().join("web.sock");
+        let text = format!(
+            "admin: {{listen: []}}\nguests: [{{name: web, cid: 3, vhostUser: {{socket: {}}}}}]\n",
+            socket.display()
+        );
+        std::fs::write(&file, text).unwrap();
+        let read = Text::read(&file).unwrap();
+        let (config, _) = read.check().unwrap();
+        let registry = Arc::new(Registry::new().unwrap());
+        let sidecar = Sidecar::start(&config, Arc::clone(&registry)).unwrap();
+        let events = sidecar.events().sender();
+        let ask = || {
+            let (answer, outcome) = oneshot::channel();
+            let (cause, answer) = (Cause::Request, Some(answer));
+            events.send(Event::Reload { cause, answer }).unwrap();
+            outcome
+        };
+        let asked: Vec<_> = (0..100).map(|_| ask()).collect();
+        sidecar.drain_request().begin();
+        let reloader = Reloader {
+            status: Status::new(Some(&file), SystemTime::now()),
+            file: Some(file),
+            applied: read.digest(),
+            refused: None,
+            waits_for_departure: false,
+            untold: None,
+            policy: None,
+            levels: None,
+            registry,
+        };
+        sidecar.run(reloader);
+        for outcome in asked {
+            assert!(outcome.blocking_recv().is_err(), "nobody has read the file");
+        }
+        assert!(!socket.exists());
+    }
 }

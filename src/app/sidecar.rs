@@ -9,13 +9,13 @@ use tracing::{debug, info, warn};
 
 use super::control::Control;
 use super::draining::{self, Watched};
-use super::events::{DrainRequest, Event, Events};
-use super::guests::{BoundGuest, RunningGuest, StartedGuest, Surroundings, callers};
+use super::events::{Cause, DrainRequest, Event, Events};
+use super::guests::{BoundGuest, Departure, RunningGuest, StartedGuest, Surroundings, callers};
 use super::listeners::Listeners;
 use super::reload::Reloader;
 use super::source::{AdminSource, GuestView};
 use super::status::Status;
-use super::{Error, capture};
+use super::{Error, Until, capture};
 use crate::admin::{self, Admin, AdminHandle, AdminServer, Readiness};
 use crate::config::{Config, Guest, ListenAddress};
 use crate::confine::Confinement;
@@ -187,6 +187,7 @@ impl Sidecar {
             guests: sidecar.views.clone(),
             drain: sidecar.drain.watch(),
             events: sidecar.events.sender(),
+            drain_request: sidecar.drain_request(),
             status: Arc::clone(&sidecar.status),
             confinement,
             started,
@@ -214,11 +215,20 @@ impl Sidecar {
         &self.config
     }
 
+    /// What runs now, with the guests that the configuration has no more and that are not gone.
+    pub(super) fn config_of_all(&self) -> Config {
+        let leaving = self.guests.iter().filter(|guest| guest.leaving.is_some());
+        let mut all = self.config.clone();
+        all.guests
+            .extend(leaving.map(|guest| Guest::clone(&guest.config)));
+        all
+    }
+
     /// Changes what runs into `config`, whose keys that need a restart are those of the start. What can be refused comes first, and
     /// on an error everything is as before. Connections go on, whatever becomes of their rules.
     pub(super) fn run_by(&mut self, config: &Config) -> Result<(), Error> {
         let bound = self.bind_new_guests(config)?;
-        let plan = self.listeners.plan(&config.guests)?;
+        let plan = self.listeners.plan(&config.guests, &self.admin_addresses)?;
         let started = bound
             .into_iter()
             .map(|guest| {
@@ -274,11 +284,20 @@ impl Sidecar {
                 .find(|other| other.config.vhost_user.socket == *path);
             match holder {
                 None => BoundGuest::bind(guest),
-                Some(holder) => Err(Error::SocketHeld {
-                    guest: guest.name.clone(),
-                    socket: path.clone(),
-                    holder: holder.config.name.clone(),
-                }),
+                Some(holder) => {
+                    let name = &holder.config.name;
+                    let stays = config.guests.iter().any(|guest| guest.name == *name);
+                    Err(Error::SocketHeld {
+                        guest: guest.name.clone(),
+                        socket: path.clone(),
+                        holder: name.clone(),
+                        until: match holder.leaving {
+                            _ if stays => Until::Restart,
+                            Some(_) => Until::Gone,
+                            None => Until::Removed,
+                        },
+                    })
+                }
             }
         })
         .collect()
@@ -388,7 +407,6 @@ impl Sidecar {
             }
             self.departures += 1;
             let number = self.departures;
-            guest.leaving = Some(number);
             let _ = guest.device.handle.send(Command::Drain);
             let watched = Watched::of(guest, self.config.drain.linger);
             let timeout = self.config.drain.timeout;
@@ -399,17 +417,24 @@ impl Sidecar {
                 ?timeout,
                 "guest removed: its connections may go on for a while"
             );
-            self.control.handle.spawn(async move {
+            let watching = self.control.handle.spawn(async move {
                 // Whether in time or not, it has to go now.
                 let _ = tokio::time::timeout(timeout, draining::is_over(watched, |_| {})).await;
                 let _ = events.send(Event::Departed { name, number });
             });
+            guest.leaving = Some(Departure::new(number, watching.abort_handle()));
         }
     }
 
     /// A guest that was removed has no more to do, or its time is over.
     fn departed(&mut self, name: &str, number: u64) {
-        let gone = |guest: &RunningGuest| guest.config.name == name && guest.leaving == Some(number);
+        let gone = |guest: &RunningGuest| {
+            guest.config.name == name
+                && guest
+                    .leaving
+                    .as_ref()
+                    .is_some_and(|leaving| leaving.number == number)
+        };
         let Some(index) = self.guests.iter().position(gone) else {
             return;
         };
@@ -472,6 +497,8 @@ impl Sidecar {
                     info!(cause, "draining; a second signal ends it at once");
                     break;
                 }
+                // Whoever waits for an answer hears that there is none.
+                Event::Reload { .. } if self.events.is_drain_asked() => {}
                 Event::Reload { cause, answer } => {
                     let outcome = reloader.reload(&mut self, cause);
                     if let Some(answer) = answer {
@@ -479,7 +506,12 @@ impl Sidecar {
                         let _ = answer.send(outcome);
                     }
                 }
-                Event::Departed { name, number } => self.departed(&name, number),
+                Event::Departed { name, number } => {
+                    self.departed(&name, number);
+                    if reloader.waits_for_departure {
+                        reloader.reload(&mut self, Cause::File);
+                    }
+                }
             }
         }
         self.stop();

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 use super::capture::{self, Places};
-use super::events::{Cause, Event};
+use super::events::{Cause, DrainRequest, Event};
 use super::sidecar::Views;
 use super::status::Status;
 use crate::admin::{Answer, CaptureRefused, CaptureRequest, Check, Chunks, ReloadAnswer, Source};
@@ -61,6 +61,7 @@ pub(super) struct AdminSource {
     pub(super) captures: Places,
     pub(super) drain: drain::Watch,
     pub(super) events: Sender<Event>,
+    pub(super) drain_request: DrainRequest,
     pub(super) status: Arc<Status>,
     pub(super) confinement: Confinement,
     pub(super) started: SystemTime,
@@ -161,9 +162,7 @@ impl Source for AdminSource {
     }
 
     fn begin_drain(&self) {
-        let cause = "a request to the admin server";
-        // A main thread that is gone has drained.
-        let _ = self.events.send(Event::Drain { cause });
+        self.drain_request.begin_for("a request to the admin server");
     }
 
     fn capture(&self, request: CaptureRequest) -> Answer<'_, Result<Box<dyn Chunks>, CaptureRefused>> {

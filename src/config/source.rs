@@ -2,7 +2,10 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+
+use rustix::fs::OFlags;
 
 use sha2::{Digest, Sha256};
 
@@ -23,7 +26,12 @@ pub struct Text {
 impl Text {
     /// Reads the file at `path` (`-` is standard input): at most 1 MiB of UTF-8. Blocks on the file.
     pub fn read(path: &Path) -> Result<Text, ConfigError> {
-        read(path).map(|(name, text)| Text { name, text })
+        read(path, |path| File::open(path).map_err(Unreadable::Io))
+    }
+
+    /// The same of a program that runs: it must not wait for what a pipe or a device may say one day, so only a file will do.
+    pub fn read_again(path: &Path) -> Result<Text, ConfigError> {
+        read(path, open_file)
     }
 
     /// What tells two texts apart: the SHA-256 of the bytes.
@@ -32,17 +40,46 @@ impl Text {
     }
 }
 
-/// The file's name for messages, and its text.
-fn read(path: &Path) -> Result<(String, String), ConfigError> {
+/// Why nothing can be read.
+enum Unreadable {
+    Io(io::Error),
+    /// It is this, and no file.
+    NoFile(&'static str),
+}
+
+/// Opens a file, and waits for nobody: a pipe would be open once somebody writes to it.
+fn open_file(path: &Path) -> Result<File, Unreadable> {
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+    let opened = File::options().read(true).custom_flags(flags).open(path);
+    let file = opened.map_err(Unreadable::Io)?;
+    let kind = file.metadata().map_err(Unreadable::Io)?.file_type();
+    let what = match () {
+        // Reading a directory says so itself.
+        () if kind.is_file() || kind.is_dir() => return Ok(file),
+        () if kind.is_fifo() => "a pipe",
+        () if kind.is_char_device() || kind.is_block_device() => "a device",
+        () => "no regular file",
+    };
+    Err(Unreadable::NoFile(what))
+}
+
+/// Reads the file that `open` opens.
+fn read(path: &Path, open: impl FnOnce(&Path) -> Result<File, Unreadable>) -> Result<Text, ConfigError> {
     let (name, bytes) = if path == Path::new("-") {
         let name = "<stdin>".to_owned();
         let bytes = read_bounded(io::stdin().lock()).map_err(|error| explain(&name, &error))?;
         (name, bytes)
     } else {
         let name = path.display().to_string();
-        let bytes = File::open(path)
-            .and_then(read_bounded)
-            .map_err(|error| explain(&name, &error))?;
+        let read = open(path).and_then(|file| read_bounded(file).map_err(Unreadable::Io));
+        let bytes = read.map_err(|unreadable| match unreadable {
+            Unreadable::Io(error) => explain(&name, &error),
+            Unreadable::NoFile(what) => ConfigError::of_file(
+                &name,
+                format!("this is {what}"),
+                "put a file there; pipes are read at start only",
+            ),
+        })?;
         (name, bytes)
     };
     if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_BYTES) {
@@ -53,7 +90,7 @@ fn read(path: &Path) -> Result<(String, String), ConfigError> {
         ));
     }
     match String::from_utf8(bytes) {
-        Ok(text) => Ok((name, text)),
+        Ok(text) => Ok(Text { name, text }),
         Err(error) => Err(not_utf8(&name, &error)),
     }
 }
@@ -151,6 +188,22 @@ mod tests {
             "{error}"
         );
         assert!(error.contains("fsGroup"), "{error}");
+    }
+
+    /// Opening a pipe waits for who writes to it, and nobody may.
+    #[test]
+    fn who_runs_waits_for_no_pipe() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("config.yaml");
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, mode).unwrap();
+        let said = |path: &Path| Text::read_again(path).unwrap_err().to_string();
+        assert!(said(&pipe).contains("this is a pipe"), "{}", said(&pipe));
+        assert!(said(Path::new("/dev/zero")).contains("this is a device"));
+        assert!(said(dir.path()).contains("this is a directory"));
+        let file = dir.path().join("file.yaml");
+        std::fs::write(&file, "guests: []").unwrap();
+        assert_eq!(Text::read_again(&file).unwrap(), Text::read(&file).unwrap());
     }
 
     #[test]

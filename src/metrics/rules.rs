@@ -185,6 +185,10 @@ impl RuleFamilies {
             rule
         });
         let resolved = resolved.collect();
+        // Without rules there is nobody whose end would do it.
+        if known.labels.is_empty() && known.by_name.is_empty() {
+            all.remove(&side);
+        }
         drop(all);
         drop(not_taken);
         resolved
@@ -319,5 +323,41 @@ impl Drop for RuleMetrics {
         if let Some(series) = self.series.take() {
             series.families.ended(&self.name, &series);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LABELS: LabelSets = LabelSets {
+        refused: &["no_rule"],
+        closed: &["drain"],
+        misbehavior: &[],
+        ring_errors: &[],
+    };
+
+    /// Guests come and go with reloads, and most have no rules of one side.
+    #[test]
+    fn nothing_is_kept_of_a_guest_without_rules_nor_of_rules_that_have_ended() {
+        let registry = prometheus::Registry::new();
+        let families = RuleFamilies::register(&mut Registrar::new(&registry)).unwrap();
+        for n in 0..1000 {
+            let guest: Arc<str> = format!("guest{n}").into();
+            for direction in Direction::ALL {
+                let none = families.resolve(&guest, direction, &[], &LABELS);
+                assert!(none.is_empty());
+                let rules = families.resolve(&guest, direction, &["db".to_owned()], &LABELS);
+                assert_eq!(rules.len(), 1);
+            }
+            families.forget_guest(&guest);
+        }
+        assert_eq!(families.lock().len(), 0);
+        let series: usize = registry
+            .gather()
+            .iter()
+            .map(|family| family.get_metric().len())
+            .sum();
+        assert_eq!(series, 0);
     }
 }

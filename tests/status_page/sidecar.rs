@@ -49,6 +49,22 @@ pub fn draining() -> Value {
     state
 }
 
+/// The running guest, with a file that was refused and something that waits for a restart.
+pub fn reloaded() -> Value {
+    let mut state = running();
+    state["config"] = json!({
+        "file": "/etc/vsock-sidecar/config.yaml",
+        "sha256": "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "since": 1795370000.0,
+        "lastReload": {
+            "at": 1795379400.0, "cause": "file", "result": "refused", "changes": [],
+            "error": "error: /etc/vsock-sidecar/config.yaml:3:9: guests: `7` is of the wrong type\n  3 | guests: <b>7</b>\n"
+        },
+        "pending": ["log.format: text -> json (needs a restart of the sidecar)"],
+    });
+    state
+}
+
 /// The running guest, whose device thread does not answer.
 pub fn device_silent() -> Value {
     let mut state = running();

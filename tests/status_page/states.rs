@@ -5,7 +5,9 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::browser::{Browser, Tab};
-use crate::sidecar::{Sidecar, device_silent, draining, finding, many, running, waiting, with_traffic};
+use crate::sidecar::{
+    Sidecar, device_silent, draining, finding, many, reloaded, running, waiting, with_traffic,
+};
 
 /// The text of every cell in the row of a table that begins with `head`.
 fn row(tab: &Tab<'_>, table: &str, head: &str) -> Vec<String> {
@@ -240,6 +242,30 @@ fn a_drain_and_a_device_thread_that_does_not_answer_are_said() {
     tab.shows(".rings", "running");
     assert_eq!(row(&tab, ".rings", "Next used")[1], "–");
     tab.is_clean(&sidecar.origin);
+}
+
+/// Who looks at the page because a change does not work must not have to read the log first.
+#[test]
+fn a_configuration_that_is_refused_or_waits_is_told() {
+    let Some(browser) = Browser::start() else { return };
+    let sidecar = Sidecar::saying(reloaded());
+    let tab = browser.tab(1280);
+    tab.open(&sidecar.origin);
+    tab.shows(
+        ".banner.bad",
+        "The configuration is refused. What ran before stays in use.",
+    );
+    tab.shows(".banner.bad", "config.yaml:3:9: guests: `7` is of the wrong type");
+    tab.shows(".banner.bad", "3 | guests: <b>7</b>");
+    tab.shows("#app", "Not in effect yet.");
+    tab.shows(
+        "#app",
+        "log.format: text -> json (needs a restart of the sidecar)",
+    );
+    tab.shows(".meta", "configuration 0123456789ab since");
+    tab.is_clean(&sidecar.origin);
+    sidecar.says(running());
+    tab.until("!document.querySelector('.banner')");
 }
 
 #[test]

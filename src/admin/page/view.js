@@ -371,6 +371,21 @@ function overview(shown) {
     ], rows)));
 }
 
+// What became of the configuration's file, where somebody has to do something about it.
+function configurationBanners() {
+  const { lastReload: last, pending } = model.state.config ?? {};
+  const banner = (key, kind, symbol, head, lines, more) => h('div', { key, class: `banner ${kind}` }, icon(symbol),
+    h('div', null, h('b', null, head), ' ', more, h('ul', { class: 'small' }, lines.map((line) => h('li', { key: line }, line)))));
+  const parts = [];
+  if (last?.result === 'refused') {
+    const lines = text(last.error).split('\n').filter((line) => line.trim() !== '');
+    parts.push(banner('refused', 'bad', 'alert', 'The configuration is refused.', lines, `What ran before stays in use. Tried at ${clock(last.at)} (${text(last.cause)}):`));
+  }
+  const waiting = values(pending).map(text);
+  if (waiting.length > 0) parts.push(banner('pending', '', 'clock', 'Not in effect yet.', waiting, 'Of the configuration, this waits:'));
+  return parts;
+}
+
 function app() {
   const parts = [];
   if (model.failure) {
@@ -384,6 +399,7 @@ function app() {
     parts.push(h('div', { key: 'draining', class: 'banner' }, icon('clock'),
       h('span', null, h('b', null, 'Draining. '), 'The sidecar is shutting down: connections that are open may end, new ones are refused.')));
   }
+  parts.push(...configurationBanners());
   const shown = selected();
   if (guests().length > 1) parts.push(overview(shown));
   parts.push(shown ? guestView(shown) : h('p', null, 'No guests are configured.'));
@@ -392,9 +408,10 @@ function app() {
 
 function meta() {
   if (!model.state) return [];
-  const { version, revision, startedAt } = model.state;
+  const { version, revision, startedAt, config } = model.state;
   return [h('span', null, `version ${text(version)}`), revision && h('code', null, text(revision).slice(0, 12)),
-    number(startedAt) !== null && h('span', null, `up ${duration(now() - startedAt)}`)];
+    number(startedAt) !== null && h('span', null, `up ${duration(now() - startedAt)}`),
+    config?.sha256 && h('span', null, 'configuration ', h('code', null, text(config.sha256).slice(0, 12)), ` since ${clock(config.since)}`)];
 }
 
 function controls() {

@@ -164,6 +164,135 @@ fn who_may_not_ask_is_not_heard() {
     assert!(matches!(sidecar.try_get("/readyz"), Some((200, _))));
 }
 
+/// The watch is often faster than who has changed the file and asks then: to hear that nothing has changed would be odd.
+#[test]
+fn who_asks_after_the_watch_has_seen_the_change_is_told_what_it_changed() {
+    let service = serve(echo);
+    let sidecar = Sidecar::start(&web("", "", ""));
+    sidecar.rewrite(&web(&rule("db", 7, service), "", ""));
+    sidecar.until_metric("vsock_config_reloads_total", &[], 1.0);
+    let (status, said) = sidecar.post("/-/reload");
+    assert_eq!(
+        (status, said.as_str()),
+        (200, "applied\nguest web: outbound rule db added\n")
+    );
+    let last = sidecar.state()["config"]["lastReload"].clone();
+    assert_eq!(
+        (last["result"].as_str(), last["cause"].as_str()),
+        (Some("applied"), Some("request"))
+    );
+    assert_eq!(
+        sidecar.metric("vsock_config_reloads_total", &[]),
+        1.0,
+        "there was one"
+    );
+    assert_eq!(sidecar.post("/-/reload"), (200, "unchanged\n".to_owned()));
+}
+
+/// To open a pipe waits until somebody writes to it: the thread that waited would be the one that drains as well, and SIGTERM would do
+/// nothing any more.
+#[test]
+fn a_pipe_in_the_files_place_is_refused_and_holds_nothing_up() {
+    let good = web("", "", "");
+    let mut sidecar = Sidecar::start(&good);
+    let pipe = sidecar.path("pipe");
+    mkfifo(&pipe);
+    fs::rename(&pipe, sidecar.path("sidecar.yaml")).unwrap();
+    let (status, said) = sidecar.post("/-/reload");
+    assert_eq!(status, 422);
+    assert!(said.contains("this is a pipe"), "{said}");
+    sidecar.rewrite(&good);
+    sidecar.until_metric("vsock_config_last_reload_successful", &[], 1.0);
+    mkfifo(&pipe);
+    fs::rename(&pipe, sidecar.path("sidecar.yaml")).unwrap();
+    sidecar.terminate();
+    assert_eq!(sidecar.wait(LONG).code(), Some(0));
+}
+
+/// `--config <(...)`: what was read is gone, which is no mistake of anybody's.
+#[test]
+fn a_pipe_is_read_once_as_standard_input_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    mkfifo(&pipe);
+    symlink("pipe", dir.path().join("sidecar.yaml")).unwrap();
+    let text = format!(
+        "admin: {{listen: [\"unix://{0}/admin.sock\"]}}\nlog: {{format: json, level: debug}}\n{1}",
+        dir.path().display(),
+        web("", "", "").replace("{dir}", &dir.path().display().to_string())
+    );
+    thread::spawn(move || fs::write(pipe, text).unwrap());
+    let mut sidecar = Sidecar::start_in(dir, "");
+    let (status, said) = sidecar.post("/-/reload");
+    assert_eq!(status, 503);
+    assert!(said.contains("or a pipe: it cannot be read again"), "{said}");
+    assert_eq!(sidecar.metric("vsock_config_last_reload_successful", &[]), 1.0);
+    sidecar.terminate();
+    assert_eq!(sidecar.wait(LONG).code(), Some(0));
+}
+
+fn mkfifo(path: &Path) {
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mkfifoat(rustix::fs::CWD, path, mode).unwrap();
+}
+
+/// Its mode says that it may be read, so somebody who is told to see to the mode looks for a long time.
+#[test]
+fn a_link_that_leads_out_of_reach_is_refused_with_the_reason() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let good = web("", "", "");
+    let sidecar = Sidecar::start(&good);
+    if sidecar.state()["confinement"]["landlock"]["state"] != "active" {
+        return;
+    }
+    let other = elsewhere.path().join("sidecar.yaml");
+    fs::write(&other, sidecar.file_with(&good)).unwrap();
+    fs::remove_file(sidecar.path("sidecar.yaml")).unwrap();
+    symlink(&other, sidecar.path("sidecar.yaml")).unwrap();
+    let (status, said) = sidecar.post("/-/reload");
+    assert_eq!(status, 422);
+    assert!(
+        said.contains("the configuration's file: /")
+            && said.contains("is out of reach since the start (landlock): restart the sidecar"),
+        "{said}"
+    );
+}
+
+/// Names of rules and guests that nobody has used before, again and again: what was is forgotten.
+#[test]
+fn rules_and_guests_of_earlier_files_leave_nothing_behind() {
+    let service = serve(echo);
+    let sidecar = Sidecar::start(&web("", "", ""));
+    // The thread that watches the file may not have begun, so these are bounds, and far below what thirty guests would leave.
+    let (descriptors, threads) = (sidecar.descriptors() + 10, sidecar.threads() + 5);
+    for n in 0..30 {
+        let rules = format!(
+            "{}, {}",
+            rule(&format!("a{n}"), 1, service),
+            rule(&format!("b{n}"), 2, service)
+        );
+        let guest = format!("- {{name: g{n}, cid: 9, vhostUser: {{socket: \"{{dir}}/g{n}.sock\"}}}}\n");
+        sidecar.reload(&web(&rules, "", &guest));
+    }
+    sidecar.reload(&web("", "", ""));
+    until("the last guest is gone", || {
+        sidecar.state()["guests"].as_array().unwrap().len() == 1
+    });
+    until("threads and descriptors are gone", || {
+        sidecar.threads() <= threads && sidecar.descriptors() <= descriptors
+    });
+    let page = sidecar.get("/metrics");
+    let left: Vec<_> = page
+        .lines()
+        .filter(|line| {
+            ["rule=\"a", "rule=\"b", "guest=\"g"]
+                .iter()
+                .any(|label| line.contains(label))
+        })
+        .collect();
+    assert_eq!(left, [""; 0]);
+}
+
 /// With `enforce` a port that was not there at start is out of reach, and the whole file is refused; with `paths` a directory is
 /// allowed in advance.
 #[test]

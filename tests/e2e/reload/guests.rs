@@ -91,6 +91,88 @@ fn a_guest_that_comes_back_before_it_is_gone_was_never_away() {
     assert_eq!(sidecar.metric("vsock_sessions_total", &[("guest", "db")]), 1.0);
 }
 
+/// It was never away, so neither was its socket: what the file says of another one waits for a restart, and is told.
+#[test]
+fn a_guest_that_comes_back_with_another_socket_keeps_its_own_until_a_restart() {
+    let long = "drain: {timeout: 120s, linger: 120s}\n";
+    let with = |socket: &str| {
+        let db = guest_named("db", 9, "").replace("db.sock", socket);
+        format!("{long}{}", web("", "", &db))
+    };
+    let sidecar = Sidecar::start(&with("db.sock"));
+    let db = linux(&sidecar.path("db.sock"));
+    sidecar.reload(&format!("{long}{}", web("", "", "")));
+    assert_eq!(sidecar.state()["guests"][1]["leaving"], true);
+    let said = sidecar.reload(&with("other.sock"));
+    assert!(
+        said.contains("guest db: vhostUser.socket: ")
+            && said.contains("other.sock (needs a restart of the sidecar)"),
+        "{said}"
+    );
+    let state = sidecar.state();
+    assert_eq!(state["guests"][1]["leaving"], false);
+    assert_eq!(
+        state["config"]["pending"].as_array().unwrap().len(),
+        1,
+        "{}",
+        state["config"]
+    );
+    assert!(!exists(&sidecar.path("other.sock")));
+    assert_lawful(&db);
+}
+
+/// kubelet publishes a file once. One that only had to wait for a guest to go is taken when it is gone.
+#[test]
+fn a_socket_goes_to_the_next_guest_when_its_guest_is_gone() {
+    let service = serve(echo);
+    let with = |more: &str| format!("drain: {{timeout: 120s, linger: 120s}}\n{}", web("", "", more));
+    let sidecar = Sidecar::start(&with(&guest_named("db", 9, "")));
+    let db = linux(&sidecar.path("db.sock"));
+    let next = guest_named("next", 9, &rule("echo", 7, service)).replace("next.sock", "db.sock");
+
+    sidecar.rewrite(&with(&next));
+    let (status, said) = sidecar.post("/-/reload");
+    assert_eq!(status, 422);
+    assert!(
+        said.contains("guest next: the vhost-user socket ")
+            && said.contains(
+                "serves guest db, which goes with its connections and not before: remove that guest, reload"
+            ),
+        "{said}"
+    );
+    assert_eq!(sidecar.state()["guests"][1]["leaving"], false);
+
+    sidecar.reload(&with(""));
+    sidecar.rewrite(&with(&next));
+    let (status, said) = sidecar.post("/-/reload");
+    assert_eq!(status, 422);
+    assert!(
+        said.contains("was removed and goes with its connections: wait until it is gone"),
+        "{said}"
+    );
+    drop(db);
+    until("the next guest is there", || {
+        sidecar.state()["guests"][1]["name"] == "next"
+    });
+    ping(&connect(&linux(&sidecar.path("db.sock")), 7));
+    assert_eq!(sidecar.metric("vsock_config_last_reload_successful", &[]), 1.0);
+}
+
+#[test]
+fn a_socket_that_its_guest_keeps_until_a_restart_is_not_anothers_before() {
+    let sidecar = Sidecar::start(&web("", "", ""));
+    let moved = web("", "", &guest_named("next", 9, ""))
+        .replace("web.sock", "moved.sock")
+        .replace("next.sock", "web.sock");
+    sidecar.rewrite(&moved);
+    let (status, said) = sidecar.post("/-/reload");
+    assert_eq!(status, 422);
+    assert!(
+        said.contains("serves guest web, which keeps it until the sidecar is restarted: restart it"),
+        "{said}"
+    );
+}
+
 #[test]
 fn the_grace_period_ends_a_guest_that_goes_on() {
     let service = serve(echo);
