@@ -7,7 +7,9 @@
 //!
 //! Events are written by a thread of their own. Stderr is a pipe whose reader may stall, and a device thread
 //! that waits for it would be a guest that waits for it. A queue that is full drops events, counts them, and
-//! says so when it can.
+//! says so when it can. The first event after a pause is written at once; those behind it are gathered for [`GATHER`] and
+//! leave together: a guest that connects in a loop makes one a connection, and a wake-up and a system call for each would
+//! take a processor from those who do the work.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError, channel, sync_channel};
@@ -169,6 +171,11 @@ impl<S: Subscriber> Layer<S> for Count {
 
 /// Events that wait to be written; one is a few hundred bytes.
 const QUEUE: usize = 4096;
+/// How long events are gathered once one was written. A queue that fills up meanwhile would mean [`QUEUE`] events in this time, which
+/// is more than they could be made in.
+const GATHER: Duration = Duration::from_millis(5);
+/// Bytes that are written at a time, unless one event is longer.
+const WRITE: usize = 64 * 1024;
 /// How long the end of the program waits for a reader that stalls.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -252,12 +259,8 @@ fn write_lines(queue: &Receiver<Line>, flushes: &Receiver<SyncSender<()>>, dropp
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => return,
         };
-        for line in first.into_iter().chain(queue.try_iter()) {
-            if let Line::Event(event) = line {
-                // Where the log cannot be written there is nobody to tell.
-                let _ = io::stderr().write_all(&event);
-            }
-        }
+        let written = first.is_some();
+        write_together(first.into_iter().chain(queue.try_iter()), &mut io::stderr());
         for done in flushes.try_iter() {
             // Who waits has lost patience.
             let _ = done.try_send(());
@@ -270,12 +273,72 @@ fn write_lines(queue: &Receiver<Line>, flushes: &Receiver<SyncSender<()>>, dropp
                 "log events were dropped, since the log was not read fast enough"
             );
         }
+        // Nobody wakes this thread while it sleeps.
+        if written {
+            std::thread::sleep(GATHER);
+        }
+    }
+}
+
+/// Writes events, as many as fit at a time.
+fn write_together(lines: impl Iterator<Item = Line>, to: &mut impl Write) {
+    let mut together = Vec::new();
+    // Where the log cannot be written there is nobody to tell.
+    for line in lines {
+        let Line::Event(event) = line else { continue };
+        if together.is_empty() {
+            together = event;
+        } else if together.len() + event.len() <= WRITE {
+            together.extend_from_slice(&event);
+        } else {
+            let _ = to.write_all(&together);
+            together = event;
+        }
+    }
+    if !together.is_empty() {
+        let _ = to.write_all(&together);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What it was given, a call each.
+    #[derive(Default)]
+    struct Calls(Vec<Vec<u8>>);
+
+    impl Write for Calls {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.push(bytes.to_vec());
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn events_are_written_together_and_none_is_cut() {
+        let line = |byte: u8, len: usize| Line::Event(vec![byte; len]);
+        let mut calls = Calls::default();
+        let lines = [
+            line(b'a', 10),
+            Line::Wake,
+            line(b'b', 20),
+            line(b'c', WRITE),
+            line(b'd', 2 * WRITE),
+            line(b'e', 1),
+        ];
+        write_together(lines.into_iter(), &mut calls);
+        let lengths: Vec<_> = calls.0.iter().map(Vec::len).collect();
+        assert_eq!(lengths, [30, WRITE, 2 * WRITE, 1]);
+        let first = [[b'a'; 10].as_slice(), &[b'b'; 20]].concat();
+        assert_eq!(calls.0[0], first, "in their order");
+        write_together([Line::Wake].into_iter(), &mut calls);
+        assert_eq!(calls.0.len(), 4, "nothing is not written");
+    }
 
     #[test]
     fn levels_and_module_filters_are_taken() {

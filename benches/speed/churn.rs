@@ -9,6 +9,7 @@ use vsock_sidecar::embedded_guest::{Driver, Error, Shape};
 use vsock_sidecar::vsock::{Cid, Header, Op, Port};
 
 use crate::bulk::{GUEST_BUFFER, driver};
+use crate::calls::Calls;
 use crate::contender::{Contender, Measures, Outcome};
 use crate::process;
 use crate::service::{Service, Stream, Work};
@@ -23,6 +24,7 @@ pub struct Churn {
     at_once: usize,
     slots: Vec<Slot>,
     next_port: u32,
+    count_calls: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,7 +79,16 @@ impl Churn {
             at_once,
             slots: vec![idle; at_once],
             next_port: 100_000,
+            count_calls: false,
         })
+    }
+
+    /// The same, with the device's system calls counted.
+    pub fn counted(self) -> Churn {
+        Churn {
+            count_calls: true,
+            ..self
+        }
     }
 
     /// Connections one after the other in each slot until then, and those that are open to their end.
@@ -134,6 +145,12 @@ impl Churn {
 impl Contender for Churn {
     fn turn(&mut self, window: Duration) -> Outcome<Measures> {
         self.run(Instant::now() + window / 5)?;
+        let mut calls = None;
+        if self.count_calls {
+            let mut counting = Calls::attach(self.through.device.pid())?;
+            counting.begin()?;
+            calls = Some(counting);
+        }
         let (began, before) = (Instant::now(), process::cpu(self.through.device.pid()));
         let tally = self.run(began + window)?;
         let seconds = began.elapsed().as_secs_f64();
@@ -145,12 +162,16 @@ impl Contender for Churn {
             )
             .into());
         }
-        Ok(vec![
+        let mut measures = vec![
             ("conn/s", tally.done as f64 / seconds),
             ("cpu/conn", spent.as_nanos() as f64 / 1e3 / tally.done as f64),
             ("lost", tally.lost as f64),
             ("at once", self.at_once as f64),
-        ])
+        ];
+        if let Some(calls) = calls {
+            measures.push(("calls/conn", calls.end()? / tally.done as f64));
+        }
+        Ok(measures)
     }
 }
 

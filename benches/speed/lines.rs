@@ -227,7 +227,7 @@ fn churn(kind: Kind, at_once: usize) -> Line {
     Line::new(
         format!("churn-{at_once}-{}", kind.name()),
         format!("connect, one byte, close; {at_once} at once, {}", kind.name()),
-        vec![rate],
+        vec![rate, Figure::new("cpu/conn", "us", Less)],
     )
     .quick(kind == Kind::Unix)
     .contender(Who::Ours, move |_| Churn::ours(kind, at_once))
@@ -333,6 +333,21 @@ fn calls(kind: Kind) -> Vec<Line> {
             Ok(RoundTrips::peer(kind, 1, &setting.peer)?.counted())
         }),
     );
+    lines.extend([1, 16, 64].map(|at_once| {
+        Line::new(
+            format!("calls-churn-{at_once}-{}", kind.name()),
+            format!(
+                "system calls: connect, one byte, close; {at_once} at once, {}",
+                kind.name()
+            ),
+            vec![Figure::new("calls/conn", "", Less)],
+        )
+        .quick(kind == Kind::Unix && at_once == 16)
+        .contender(Who::Ours, move |_| Ok(Churn::ours(kind, at_once)?.counted()))
+        .contender(Who::Peer, move |setting| {
+            Ok(Churn::peer(kind, at_once, &setting.peer)?.counted())
+        })
+    }));
     lines.push(
         Line::new(
             format!("calls-polled-trip-1b-{}", kind.name()),

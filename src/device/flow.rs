@@ -27,6 +27,16 @@ pub(super) enum HostEnd {
     Connected(HostStream),
 }
 
+/// Whether a socket that has room for more bytes of the guest says so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Room {
+    /// No: it has refused none so far. Most never do.
+    Assumed,
+    /// Yes, for the rest of its life. So does the half of a socket pair from the beginning: that the guest at the other half
+    /// reads no more shows in nothing else.
+    Awaited,
+}
+
 /// One connection's host end and its bookkeeping.
 #[derive(Debug)]
 pub(super) struct Flow {
@@ -55,6 +65,8 @@ pub(super) struct Flow {
     /// A short read does not mean that the socket is drained: its end of file is known to be near, or there was urgent
     /// data in it.
     pub(super) read_on: bool,
+    /// What its registration with the poll asks for.
+    pub(super) room: Room,
     /// The socket is gone in both directions (EPOLLHUP, EPOLLERR); what came before that can still be read.
     pub(super) hung_up: bool,
     /// A write to the socket has failed: nothing is written to it any more.

@@ -51,9 +51,11 @@ impl Lingering {
 
     /// Takes a socket that is registered under another token.
     pub(super) fn add(&mut self, now: Instant, stream: HostStream, registry: &Registry) {
-        if stream.shutdown_write().is_err() || at_end(&stream) || self.streams.len() >= self.most {
+        if stream.shutdown_write().is_err() || self.streams.len() >= self.most {
             return;
         }
+        // The poll looks anew: what is there already, the end of file included, is told at once. It seldom is, as the peer has only
+        // just been told of the end.
         let entry = self.streams.vacant_entry();
         let index = entry.key();
         let token = Token(token::lingering(index));
@@ -68,13 +70,13 @@ impl Lingering {
         }
     }
 
-    pub(super) fn handle_ready(&mut self, index: usize, registry: &Registry) {
+    pub(super) fn handle_ready(&mut self, index: usize) {
         if self.streams.get(index).is_some_and(|(stream, _)| at_end(stream)) {
-            self.close(index, registry);
+            self.close(index);
         }
     }
 
-    pub(super) fn handle_timeout(&mut self, now: Instant, registry: &Registry) {
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
         while let Some((at, index, serial)) = self.deadlines.front().copied() {
             let stale = self.streams.get(index).is_none_or(|(_, s)| *s != serial);
             if !stale && at > now {
@@ -82,7 +84,7 @@ impl Lingering {
             }
             self.deadlines.pop_front();
             if !stale {
-                self.close(index, registry);
+                self.close(index);
             }
         }
     }
@@ -91,10 +93,9 @@ impl Lingering {
         self.deadlines.front().map(|(at, ..)| *at)
     }
 
-    fn close(&mut self, index: usize, registry: &Registry) {
-        if let Some((stream, _)) = self.streams.try_remove(index) {
-            let _ = registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
-        }
+    fn close(&mut self, index: usize) {
+        // Its only descriptor: closing it takes it out of the poll.
+        drop(self.streams.try_remove(index));
         if self.streams.is_empty() {
             self.deadlines.clear();
         }

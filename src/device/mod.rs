@@ -1,7 +1,7 @@
 //! The shell: one thread a guest that owns its connections, rings and sockets and turns the crank.
 //!
 //! ```text
-//!    session thread          admin            control runtime (DNS, dials, accepts)
+//!    session thread          admin            control runtime (DNS, dials that wait, accepts)
 //!          \ Command, answer    | Command            / Command
 //!           v                   v                   v
 //!   +---------------------------------------------------------------+
@@ -60,12 +60,13 @@
 //!
 //! # Invariants
 //!
-//! 1. Nothing here blocks but the poll. Sockets are non-blocking; dials and names are the control runtime's.
+//! 1. Nothing here blocks but the poll. Sockets are non-blocking; a dial that has to wait, and names, are the control runtime's.
 //! 2. A ring, its memory and its descriptors are touched only between StartQueue and the answer to StopQueue.
 //! 3. When both data rings have stopped, every connection has ended: the guest has lost its memory of them. Rings that
 //!    are paused (disabled, and not asked for their base) keep them: so does the guest.
-//! 4. Sockets are registered once, edge-triggered, for both directions. That a connection is not served (no credit,
-//!    no buffers) costs no wake-up.
+//! 4. Sockets are registered edge-triggered: for reading once and for life, for writing from the first time that one refuses bytes
+//!    ([`flow::Room`]). That a connection is not served (no credit, no buffers) costs no wake-up. Closing a socket, whose
+//!    descriptor nobody else has, ends its registration.
 //! 5. A turn does a bounded amount of work (`budget`), and so does each connection in it.
 //! 6. A malformed chain costs that chain, a broken ring that ring, until it is stopped and started again.
 //! 7. A slice of guest memory lives in a burst, which borrows memory and IOTLB. Commands are carried out between bursts, so

@@ -1,8 +1,8 @@
 //! Reaching the target of an outbound rule.
 //!
-//! A dial is asked for by a device thread and ends with one call of `done`. What can be had without waiting (a unix
-//! socket, a numeric address on loopback) is done on the spot, on the caller's thread; the rest (names, slow peers,
-//! several addresses) is a task on the control runtime.
+//! A dial is asked for by a device thread. What can be had without waiting (a unix socket, a numeric address on loopback) is
+//! done on the spot, on the caller's thread, and is what the call returns; the rest (names, slow peers, several addresses)
+//! is a task on the control runtime, which ends with one call of `done`.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -135,11 +135,12 @@ impl Dialer {
         }
     }
 
-    /// Dials, and calls `done` once with the outcome and the time it took, unless the task is dropped before.
+    /// Dials. What had nothing to wait for has [ended](Dial::Ended) when this returns, and `done` is dropped uncalled: an
+    /// outcome that went round by a command to the very thread that asks would cost it a wake-up, which is most of what
+    /// a short connection costs. Otherwise `done` is called once with the outcome and the time it took, on the runtime's
+    /// thread, unless the task is dropped before. It must not block. A runtime that has ended calls nobody.
     ///
-    /// **`done` may be called before this returns**, on the calling thread, when there was nothing to wait for; else it
-    /// is called on the runtime's thread and must not block. From any thread; does not block either. A runtime that has
-    /// ended calls nobody.
+    /// From any thread; does not block.
     ///
     /// `descriptor` is one of the process's descriptors, for the dial's first socket; `None`: they are not counted. It stays with
     /// whatever socket is open, also when nobody wants that any more and it is about to be closed on the runtime's thread,
@@ -149,7 +150,7 @@ impl Dialer {
         request: DialRequest<'_>,
         mut descriptor: Option<Share>,
         done: impl FnOnce(DialResult, Duration) + Send + 'static,
-    ) -> DialTask {
+    ) -> Dial {
         let begun = Instant::now();
         let mut greeting = Greeting::new(request.greeting);
         let begun_with = match Waiting::begin(request) {
@@ -158,10 +159,7 @@ impl Dialer {
         };
         let waiting = match begun_with {
             Ok(waiting) => waiting,
-            Err(outcome) => {
-                done(holding(outcome, descriptor), begun.elapsed());
-                return DialTask { task: None };
-            }
+            Err(outcome) => return Dial::Ended(holding(outcome, descriptor), begun.elapsed()),
         };
         let names = Arc::clone(&self.names);
         let timeout = request.timeout;
@@ -173,9 +171,9 @@ impl Dialer {
             };
             done(holding(outcome, descriptor), begun.elapsed());
         });
-        DialTask {
-            task: Some(task.abort_handle()),
-        }
+        Dial::Waits(DialTask {
+            task: task.abort_handle(),
+        })
     }
 }
 
@@ -197,20 +195,27 @@ impl fmt::Debug for Dialer {
     }
 }
 
+/// What became of a dial by the time it was asked for.
+#[must_use = "it has the outcome, or the task, whose drop cancels the dial"]
+#[derive(Debug)]
+pub enum Dial {
+    /// The outcome, good or bad, and the time it took.
+    Ended(DialResult, Duration),
+    /// `done` will be called.
+    Waits(DialTask),
+}
+
 /// A dial under way. Dropping it gives the dial up and closes its sockets. `done` may have been called by then, or
 /// just be running on the runtime's thread: whoever drops a task must be able to ignore a late outcome.
 #[must_use = "dropping the task cancels the dial"]
 #[derive(Debug)]
 pub struct DialTask {
-    /// `None` when it ended on the spot.
-    task: Option<AbortHandle>,
+    task: AbortHandle,
 }
 
 impl Drop for DialTask {
     fn drop(&mut self) {
-        if let Some(task) = &self.task {
-            task.abort();
-        }
+        self.task.abort();
     }
 }
 

@@ -8,12 +8,13 @@
 //! runs there: name look-ups, dials that have to wait, accept loops, the CONNECT line. Its work ends with a [`HostStream`]
 //! that is connected, non-blocking and in nobody's poller, and with one call of a callback that takes it away.
 //!
-//! A guest's **device thread** has no runtime. It puts the stream into its own poller, edge-triggered, once for the
-//! stream's life, and from then on is the only one to touch it.
+//! A guest's **device thread** has no runtime. It puts the stream into its own poller, edge-triggered, for the stream's life, and
+//! from then on is the only one to touch it.
 //!
 //! ```text
 //!  device thread                      control runtime                        system
 //!  Dialer::dial ── unix, loopback ──────────────────────────────────────────▶ connect
+//!     ◀── Dial::Ended(DialResult, took) ────────────────────────────────────────╯
 //!     │  ╰── name, slow, several ──▶ Names::lookup ─────────────────────────▶ getaddrinfo (blocking pool)
 //!     │                              connect::race ◀── epoll ───────────────▶ connect …
 //!     │  ╰── AF_VSOCK ─────────────▶ af_vsock::connect ◀── epoll ───────────▶ connect
@@ -26,14 +27,15 @@
 //! ```
 //!
 //! Dialing on the spot is no exception to the rule that the device thread waits for nothing: a non-blocking `connect` to a
-//! unix socket has its answer at once, and over loopback the handshake is over before the call returns.
+//! unix socket has its answer at once, and over loopback the handshake is over before the call returns. Its outcome is the call's
+//! own, and no callback's (`docs/adr/0012-what-a-short-connection-costs.md`).
 //!
 //! # Invariants
 //!
 //! 1. Spilled bytes never exceed `buf_alloc`, neither as content nor as memory; an empty [`SpillBuf`] has none.
 //! 2. A [`HostStream`] has one owner and is in at most one poller. Who drops it closes it; nobody else holds its descriptor.
-//! 3. `done` is called exactly once for each dial whose [`dial::DialTask`] lives on, and within its timeout (plus what the
-//!    control runtime is late); dropping the task closes every socket of the dial.
+//! 3. A dial has one outcome: either [`dial::Dial::Ended`] has it, or `done` is called exactly once if the [`dial::DialTask`] lives
+//!    on, and within the dial's timeout (plus what the control runtime is late). Dropping the task closes every socket of the dial.
 //! 4. A name has at most one look-up under way, and all names together [`resolve::MAX_LOOKUPS`]. Numeric addresses are never
 //!    looked up.
 //! 5. Only names of the configuration are looked up, and only ports of a rule's range are dialled: a guest chooses among what

@@ -15,7 +15,7 @@ use crate::device::handle::Command;
 use crate::device::messages::Messages;
 use crate::device::rules::Rule;
 use crate::host::HostStream;
-use crate::host::dial::DialRequest;
+use crate::host::dial::{Dial, DialRequest};
 use crate::host::listen::Incoming;
 use crate::host::proxy_protocol;
 use crate::metrics::Direction;
@@ -110,12 +110,20 @@ impl Switchboard {
             greeting: &greeting,
             timeout: self.dial_timeout,
         };
-        let task = self.dialer.dial(request, descriptor, move |result, took| {
+        let dial = self.dialer.dial(request, descriptor, move |result, took| {
             // A device that is gone needs no answer.
             let _ = handle.send(Command::Dialed { token, result, took });
         });
-        flow.end = HostEnd::Dialing { _task: Some(task) };
-        self.flows.insert(flow);
+        match dial {
+            Dial::Ended(result, took) => {
+                self.flows.insert(flow);
+                self.dialed(now, id, result, took);
+            }
+            Dial::Waits(task) => {
+                flow.end = HostEnd::Dialing { _task: Some(task) };
+                self.flows.insert(flow);
+            }
+        }
     }
 
     pub(super) fn accepted(&mut self, now: Instant, id: ConnectionId, key: ConnectionKey) {
@@ -219,7 +227,6 @@ impl Switchboard {
             peer = flow.peer, reason = reason.label(), "connection refused"
         );
         if let HostEnd::Connected(stream) = flow.end {
-            self.deregister(&stream);
             stream.abort();
         }
     }
@@ -287,13 +294,12 @@ impl Switchboard {
         let HostEnd::Connected(stream) = flow.end else {
             return;
         };
+        // Its only descriptor is closed below, which takes it out of the poll as well.
         // What was cut off must not look complete: the time was up while bytes of the guest were still here.
         if abort || cut_off {
-            self.deregister(&stream);
             stream.abort();
         } else if flow.eof || !stream.is_tcp() {
             stream.forget_packets();
-            self.deregister(&stream);
         } else {
             self.lingering.add(now, stream, &self.registry);
         }

@@ -145,6 +145,7 @@ impl Switchboard {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.metrics.backpressure_pauses[Direction::GuestToHost as usize].inc();
+                    self.await_room(id);
                     return;
                 }
                 Err(error) => {

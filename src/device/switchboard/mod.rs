@@ -30,7 +30,7 @@ use crate::vsock::{
     RefuseReason, ShutdownFlags, SocketType,
 };
 
-use super::flow::{Flow, Flows, HostEnd};
+use super::flow::{Flow, Flows, HostEnd, Room};
 use super::handle::{DeviceHandle, Settings};
 use super::limits::{self, Admission};
 use super::linger::Lingering;
@@ -133,7 +133,7 @@ impl Switchboard {
     }
 
     pub(super) fn handle_timeout(&mut self, now: Instant) {
-        self.lingering.handle_timeout(now, &self.registry);
+        self.lingering.handle_timeout(now);
         self.muxer.handle_timeout(now);
         self.handle_events(now);
     }
@@ -165,7 +165,7 @@ impl Switchboard {
 
     /// A lingering socket is ready.
     pub(super) fn handle_lingering_ready(&mut self, index: usize) {
-        self.lingering.handle_ready(index, &self.registry);
+        self.lingering.handle_ready(index);
     }
 
     /// A client of an inbound rule wants a guest port.
@@ -203,7 +203,7 @@ impl Switchboard {
             SocketType::Seqpacket => Some(Box::new(Messages::new(wire(incoming.framing)))),
         };
         flow.wants_ok = incoming.wants_ok;
-        if let Err(error) = self.register(&incoming.stream, id) {
+        if let Err(error) = self.register(&incoming.stream, id, flow.room) {
             warn!(guest = %self.name, %error, "cannot watch an inbound client's socket");
             self.flows.insert(flow);
             self.muxer.refused(id, RefuseReason::Limit);
@@ -218,7 +218,7 @@ impl Switchboard {
         self.handle_events(now);
     }
 
-    /// A dial ended.
+    /// A dial that had to wait has ended.
     pub(super) fn handle_dialed(
         &mut self,
         now: Instant,
@@ -227,13 +227,26 @@ impl Switchboard {
         took: Duration,
     ) {
         // The connection may have ended while its target was being reached; then the socket closes here.
-        let Some(id) = self.dialing(token) else { return };
+        if let Some(id) = self.dialing(token) {
+            self.dialed(now, id, result, took);
+            self.handle_events(now);
+        }
+    }
+
+    /// A dial ended. What the muxer has to say to that is among its events.
+    fn dialed(
+        &mut self,
+        now: Instant,
+        id: ConnectionId,
+        result: Result<HostStream, DialError>,
+        took: Duration,
+    ) {
         let Some(flow) = self.flows.get(id) else { return };
         let rule = Arc::clone(&flow.rule);
-        let port = flow.host_port;
+        let (port, room) = (flow.host_port, flow.room);
         let outcome = result
             .map_err(|error| (refuse_reason(&error), error.to_string()))
-            .and_then(|stream| match self.register(&stream, id) {
+            .and_then(|stream| match self.register(&stream, id, room) {
                 Ok(()) => Ok(stream),
                 Err(error) => Err((RefuseReason::Limit, format!("cannot watch the socket: {error}"))),
             });
@@ -282,7 +295,6 @@ impl Switchboard {
                 self.muxer.refused(id, reason);
             }
         }
-        self.handle_events(now);
     }
 
     /// Does what the muxer's events ask for, until there are none.
@@ -380,6 +392,9 @@ impl Switchboard {
             }
         }
         count_written(&flow.rule, written);
+        if rest > 0 {
+            self.await_room(id);
+        }
         self.wrote(now, id, written);
     }
 
@@ -640,6 +655,7 @@ impl Switchboard {
             guest_port,
             host_port,
             peer,
+            room: Room::Assumed,
         }
     }
 
@@ -656,19 +672,46 @@ impl Switchboard {
         SpillBuf::new(promised as usize)
     }
 
-    /// One registration for the socket's life, edge-triggered in both directions: interest never changes, so nothing
-    /// can spin on a socket that is not served for want of credit or buffers.
-    fn register(&self, stream: &HostStream, id: ConnectionId) -> io::Result<()> {
+    /// One registration for the socket's life, edge-triggered, so that nothing can spin on a socket that is not served for want of
+    /// credit or buffers. That a socket has room is of no interest before one has had none ([`Switchboard::await_room`]): a
+    /// fresh one would say so at once, and a unix socket whenever its peer has read something.
+    fn register(&self, stream: &HostStream, id: ConnectionId, room: Room) -> io::Result<()> {
         self.registry.register(
             &mut SourceFd(&stream.as_raw_fd()),
             Token(token::flow(id.slot())),
-            Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY,
+            interest(room),
         )
     }
 
-    fn deregister(&self, stream: &HostStream) {
-        // Closing the only descriptor removes it from the poll as well; this is for order.
-        let _ = self.registry.deregister(&mut SourceFd(&stream.as_raw_fd()));
+    /// The socket has refused bytes: from now on it says when it has room, and at once if it has by now.
+    fn await_room(&mut self, id: ConnectionId) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        let HostEnd::Connected(stream) = &flow.end else {
+            return;
+        };
+        if flow.room == Room::Awaited {
+            return;
+        }
+        flow.room = Room::Awaited;
+        let outcome = self.registry.reregister(
+            &mut SourceFd(&stream.as_raw_fd()),
+            Token(token::flow(id.slot())),
+            interest(Room::Awaited),
+        );
+        if let Err(error) = outcome {
+            warn!(guest = %self.name, %error, "cannot watch a socket for room");
+            self.muxer.host_failed(id, CloseReason::Error);
+        }
+    }
+}
+
+fn interest(room: Room) -> Interest {
+    let reading = Interest::READABLE | Interest::PRIORITY;
+    match room {
+        Room::Assumed => reading,
+        Room::Awaited => reading | Interest::WRITABLE,
     }
 }
 

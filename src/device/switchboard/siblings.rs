@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, warn};
 
 use super::Switchboard;
-use crate::device::flow::{Flow, HostEnd};
+use crate::device::flow::{Flow, HostEnd, Room};
 use crate::device::handle::Command;
 use crate::device::limits;
 use crate::device::messages::{Messages, Wire};
@@ -30,6 +30,7 @@ impl Switchboard {
         let guest_port = flow.guest_port;
         let (our_ears, ears) = Ears::pair();
         flow.ears = Some(our_ears);
+        flow.room = Room::Awaited;
         self.flows.insert(flow);
 
         let found = self.siblings.find(name, &self.name);
@@ -154,10 +155,11 @@ impl Switchboard {
         flow.place = Some(place);
         flow.asked_by = Some(Box::new(answer));
         flow.ears = Some(ears);
+        flow.room = Room::Awaited;
         if seqpacket {
             flow.messages = Some(Box::new(Messages::new(Wire::SIBLING)));
         }
-        match self.register(&stream, id) {
+        match self.register(&stream, id, flow.room) {
             Ok(()) => {
                 flow.end = HostEnd::Connected(stream);
                 self.flows.insert(flow);

@@ -75,7 +75,7 @@ pub struct Bench {
     pub rx: DriverRing,
     pub tx: DriverRing,
     service: UnixListener,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     control: tokio::runtime::Runtime,
 }
 
@@ -159,7 +159,7 @@ impl Bench {
             rx: DriverRing::new(0),
             tx: DriverRing::new(4),
             service,
-            _dir: dir,
+            dir,
             control,
         };
         bench.ask(|done| Command::SetListener {
@@ -198,6 +198,12 @@ impl Bench {
         self.start(TX);
         // The header of every packet is here.
         self.map(BUFFERS + 100);
+    }
+
+    /// The service is no more; its path leads nowhere.
+    pub fn end_service(&mut self) {
+        let path = self.dir.path().join("service");
+        std::fs::remove_file(path).unwrap();
     }
 
     /// The VMM shortens the file of guest memory to so many pages.
@@ -246,7 +252,12 @@ impl Bench {
 
     /// Lets the device do all that it can do now, and asserts that it comes to rest.
     pub fn crank(&mut self) {
-        let mut turns = 0;
+        self.wake_ups();
+    }
+
+    /// Cranks; how many times there was something that would have woken the device.
+    pub fn wake_ups(&mut self) -> usize {
+        let (mut turns, mut wake_ups) = (0, 0);
         loop {
             self.device
                 .poll
@@ -255,9 +266,10 @@ impl Bench {
             let now = Instant::now() + self.ahead;
             let more = self.device.cycle(now, &self.events);
             turns += 1;
+            wake_ups += usize::from(!self.events.is_empty());
             assert!(turns < 1000, "the device does not come to rest");
             if self.events.is_empty() && more == ControlFlow::Continue(false) {
-                return;
+                return wake_ups;
             }
         }
     }
@@ -470,9 +482,14 @@ impl Bench {
     }
 
     pub fn kick(&mut self, index: usize) {
+        self.kick_only(index);
+        self.crank();
+    }
+
+    /// Kicks; the device has not heard of it yet.
+    pub fn kick_only(&self, index: usize) {
         let ring = if index == RX { &self.rx } else { &self.tx };
         rustix::io::write(&ring.kick, &1u64.to_ne_bytes()).unwrap();
-        self.crank();
     }
 
     /// Chains of the tx ring that came back since this was last called.

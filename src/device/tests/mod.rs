@@ -1,4 +1,5 @@
 mod bench;
+mod brief;
 mod capture;
 mod containment;
 mod invalidate;

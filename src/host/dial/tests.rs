@@ -45,8 +45,7 @@ impl Dials {
         &self,
         target: &Target,
         timeout: Duration,
-    ) -> (DialTask, mpsc::Receiver<(DialResult, Duration)>) {
-        let (tell, told) = mpsc::channel();
+    ) -> (Option<DialTask>, mpsc::Receiver<(DialResult, Duration)>) {
         let request = DialRequest {
             target,
             socket_type: SocketType::Stream,
@@ -56,10 +55,7 @@ impl Dials {
             greeting: &[],
             timeout,
         };
-        let task = self.dialer.dial(request, None, move |result, took| {
-            let _ = tell.send((result, took));
-        });
-        (task, told)
+        start(&self.dialer, request, None)
     }
 
     fn dial(&self, target: &Target, timeout: Duration) -> DialResult {
@@ -67,6 +63,26 @@ impl Dials {
         let (result, took) = told.recv_timeout(LONG).expect("a dial ends");
         assert!(took < LONG);
         result
+    }
+}
+
+/// Dials, and tells of the outcome in the same way whether there was something to wait for or not.
+fn start(
+    dialer: &Dialer,
+    request: DialRequest<'_>,
+    descriptor: Option<Share>,
+) -> (Option<DialTask>, mpsc::Receiver<(DialResult, Duration)>) {
+    let (tell, told) = mpsc::channel();
+    let later = tell.clone();
+    let dial = dialer.dial(request, descriptor, move |result, took| {
+        let _ = later.send((result, took));
+    });
+    match dial {
+        Dial::Waits(task) => (Some(task), told),
+        Dial::Ended(result, took) => {
+            tell.send((result, took)).unwrap();
+            (None, told)
+        }
     }
 }
 
@@ -573,7 +589,6 @@ fn a_greeting_comes_first() {
         tcp("127.0.0.1", address.port()),
         tcp("localhost", address.port()),
     ] {
-        let (tell, told) = mpsc::channel();
         let request = DialRequest {
             target: &target,
             socket_type: SocketType::Stream,
@@ -583,10 +598,8 @@ fn a_greeting_comes_first() {
             greeting: GREETING,
             timeout: LONG,
         };
-        let _task = dials
-            .dialer
-            .dial(request, None, move |result, _| drop(tell.send(result)));
-        let stream = told.recv_timeout(LONG).unwrap().unwrap();
+        let (_task, told) = start(&dials.dialer, request, None);
+        let stream = told.recv_timeout(LONG).unwrap().0.unwrap();
         stream.write(&[io::IoSlice::new(b"payload")]).unwrap();
         drop(stream);
         let mut got = Vec::new();

@@ -80,14 +80,9 @@ fn without_a_second_descriptor_addresses_are_tried_one_after_the_other() {
     let dead = ["127.0.0.2", "127.0.0.3"].map(|ip| refusing(ip, address.port()));
     let dials = Dials::resolving_to(&[dead[0], dead[1], address]);
     let pool = Pool::new(Some(1));
-    let (tell, told) = mpsc::channel();
     let target = tcp("db", address.port());
-    let _task = dials
-        .dialer
-        .dial(request(&target), Share::take(&pool, 1), move |result, _| {
-            let _ = tell.send(result);
-        });
-    let stream = told.recv_timeout(LONG).unwrap().unwrap();
+    let (_task, told) = start(&dials.dialer, request(&target), Share::take(&pool, 1));
+    let stream = told.recv_timeout(LONG).unwrap().0.unwrap();
     assert_eq!(stream.peer(), address.to_string());
     listening.accept().unwrap();
     assert_eq!(pool.used(), 1, "the stream holds it");
@@ -100,15 +95,15 @@ fn a_stream_of_a_dial_on_the_spot_holds_its_descriptor() {
     let (_listening, address) = listener("127.0.0.1:0");
     let dials = Dials::new();
     let pool = Pool::new(Some(1));
-    let (tell, told) = mpsc::channel();
     let target = tcp("127.0.0.1", address.port());
-    let task = dials
+    let dial = dials
         .dialer
-        .dial(request(&target), Share::take(&pool, 1), move |result, _| {
-            let _ = tell.send(result);
+        .dial(request(&target), Share::take(&pool, 1), |_, _| {
+            panic!("it has ended")
         });
-    drop(task);
-    let stream = told.try_recv().unwrap().unwrap();
+    let Dial::Ended(Ok(stream), _) = dial else {
+        panic!("{dial:?}")
+    };
     assert_eq!(pool.used(), 1);
     drop(stream);
     assert_eq!(pool.used(), 0);

@@ -14,7 +14,6 @@ fn service_of_type(path: &Path, socket_type: socket2::Type) -> Socket {
 }
 
 fn dial_unix(dials: &Dials, path: &Path, socket_type: SocketType, greeting: &[u8]) -> DialResult {
-    let (tell, told) = mpsc::channel();
     let request = DialRequest {
         target: &unix(path),
         socket_type,
@@ -24,10 +23,8 @@ fn dial_unix(dials: &Dials, path: &Path, socket_type: SocketType, greeting: &[u8
         greeting,
         timeout: LONG,
     };
-    let _task = dials
-        .dialer
-        .dial(request, None, move |result, _| drop(tell.send(result)));
-    told.recv_timeout(LONG).unwrap()
+    let (_task, told) = start(&dials.dialer, request, None);
+    told.recv_timeout(LONG).unwrap().0
 }
 
 #[test]
