@@ -6,16 +6,15 @@ mod bounds;
 mod events;
 mod gather;
 mod messages;
+mod room;
 mod siblings;
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mio::Registry;
 use mio::event::Event as Readiness;
-use mio::unix::SourceFd;
-use mio::{Interest, Registry, Token};
 use rustix::io::Errno;
 use tracing::{debug, warn};
 
@@ -39,7 +38,6 @@ use super::messages::{Messages, Outbox, Wire};
 use super::rules::{Rule, Rules};
 use super::sibling::Siblings;
 use super::snapshot::ConnectionSnapshot;
-use super::token;
 use super::{bounds, muxer_config};
 pub(super) use gather::Gather;
 use gather::Unspilled;
@@ -670,48 +668,6 @@ impl Switchboard {
     fn spill_buffer(&self, id: ConnectionId) -> SpillBuf {
         let promised = self.muxer.connection(id).map_or(0, Connection::buf_alloc);
         SpillBuf::new(promised as usize)
-    }
-
-    /// One registration for the socket's life, edge-triggered, so that nothing can spin on a socket that is not served for want of
-    /// credit or buffers. That a socket has room is of no interest before one has had none ([`Switchboard::await_room`]): a
-    /// fresh one would say so at once, and a unix socket whenever its peer has read something.
-    fn register(&self, stream: &HostStream, id: ConnectionId, room: Room) -> io::Result<()> {
-        self.registry.register(
-            &mut SourceFd(&stream.as_raw_fd()),
-            Token(token::flow(id.slot())),
-            interest(room),
-        )
-    }
-
-    /// The socket has refused bytes: from now on it says when it has room, and at once if it has by now.
-    fn await_room(&mut self, id: ConnectionId) {
-        let Some(flow) = self.flows.get_mut(id) else {
-            return;
-        };
-        let HostEnd::Connected(stream) = &flow.end else {
-            return;
-        };
-        if flow.room == Room::Awaited {
-            return;
-        }
-        flow.room = Room::Awaited;
-        let outcome = self.registry.reregister(
-            &mut SourceFd(&stream.as_raw_fd()),
-            Token(token::flow(id.slot())),
-            interest(Room::Awaited),
-        );
-        if let Err(error) = outcome {
-            warn!(guest = %self.name, %error, "cannot watch a socket for room");
-            self.muxer.host_failed(id, CloseReason::Error);
-        }
-    }
-}
-
-fn interest(room: Room) -> Interest {
-    let reading = Interest::READABLE | Interest::PRIORITY;
-    match room {
-        Room::Assumed => reading,
-        Room::Awaited => reading | Interest::WRITABLE,
     }
 }
 
