@@ -132,11 +132,14 @@ fn a_flood_of_pipelined_requests_leaves_probes_their_turn() {
                 let client = server.tcp();
                 let (mut asks, mut reads) = (client.stream.try_clone().unwrap(), client.stream);
                 reads.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-                asks.set_nonblocking(false).unwrap();
-                let _ = asks.set_write_timeout(Some(Duration::from_millis(50)));
+                asks.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
                 let mut buffer = vec![0; 1 << 20];
+                // What was written in part goes on where it ended, or it would be no request any more.
+                let (requests, mut at) = (STATE.repeat(100), 0);
                 while !done.load(Ordering::Relaxed) {
-                    let _ = asks.write(STATE.repeat(100).as_bytes());
+                    if let Ok(written) = asks.write(&requests.as_bytes()[at..]) {
+                        at = (at + written) % requests.len();
+                    }
                     if reads.read(&mut buffer).is_ok_and(|read| read > 0) {
                         answered.store(true, Ordering::Relaxed);
                     }
