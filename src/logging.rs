@@ -7,7 +7,7 @@
 //!
 //! Events are written by a thread of their own. Stderr is a pipe whose reader may stall, and a device thread
 //! that waits for it would be a guest that waits for it. A queue that is full drops events, counts them, and
-//! says so when it can. The first event after a pause is written at once; those behind it are gathered for [`GATHER`] and
+//! says so when it can. The first event after a pause is written at once; those behind it are gathered for `GATHER` and
 //! leave together: a guest that connects in a loop makes one a connection, and a wake-up and a system call for each would
 //! take a processor from those who do the work.
 

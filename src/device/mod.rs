@@ -65,7 +65,7 @@
 //! 3. When both data rings have stopped, every connection has ended: the guest has lost its memory of them. Rings that
 //!    are paused (disabled, and not asked for their base) keep them: so does the guest.
 //! 4. Sockets are registered edge-triggered: for reading once and for life, for writing from the first time that one refuses bytes
-//!    ([`flow::Room`]). That a connection is not served (no credit, no buffers) costs no wake-up. Closing a socket, whose
+//!    (`flow::Room`). That a connection is not served (no credit, no buffers) costs no wake-up. Closing a socket, whose
 //!    descriptor nobody else has, ends its registration.
 //! 5. A turn does a bounded amount of work (`budget`), and so does each connection in it.
 //! 6. A malformed chain costs that chain, a broken ring that ring, until it is stopped and started again.
