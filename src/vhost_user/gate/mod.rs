@@ -241,7 +241,11 @@ impl Gate {
         if passes && decides {
             self.note(message);
         }
-        self.address_again(&mut before);
+        // Rings that are about to be forgotten are not set up anew before.
+        let forgets = message.request() == request::RESET_DEVICE;
+        if !(passes && forgets) {
+            self.address_again(&mut before);
+        }
         if passes && !decides {
             self.note(message);
         }
