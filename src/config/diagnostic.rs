@@ -220,7 +220,8 @@ fn excerpt(text: &str, span: Span) -> Option<Excerpt> {
     let (before, after) = (text.get(..offset)?, text.get(offset..)?);
     let line_start = before.rfind(['\n', '\r']).map_or(0, |at| at + 1);
     let head: Vec<char> = before.get(line_start..)?.chars().collect();
-    let rest = after.split(['\n', '\r']).next().unwrap_or_default();
+    // Blanks at the line's end go, unless the mark is among them.
+    let rest = after.split(['\n', '\r']).next().unwrap_or_default().trim_end();
     let marked = after
         .get(..span.length)
         .unwrap_or_default()
@@ -247,7 +248,7 @@ fn excerpt(text: &str, span: Span) -> Option<Excerpt> {
         line.push('…');
     }
     Some(Excerpt {
-        text: line.trim_end().to_owned(),
+        text: line,
         mark,
         marked: marked.min(room.max(1)),
     })
