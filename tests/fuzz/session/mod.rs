@@ -28,13 +28,18 @@ use vmm::Vmm;
 pub const PATIENCE: Duration = Duration::from_secs(9);
 
 /// Waits until there is something, or fails saying what was waited for.
-pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    wait_for_all(|| what.to_owned(), look)
+}
+
+/// The same, for something that takes work to describe.
+fn wait_for_all<T>(what: impl Fn() -> String, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(Instant::now() < deadline, "timed out waiting for {what}");
+        assert!(Instant::now() < deadline, "timed out waiting for {}", what());
         std::thread::park_timeout(Duration::from_micros(200));
     }
 }
@@ -242,12 +247,32 @@ impl Live {
                 .map(|directory| std::fs::read_dir(directory).map_or(0, Iterator::count))
                 .sum::<usize>()
         };
+        let held = || -> Vec<String> {
+            let names = |directory: &str, name: &dyn Fn(&std::path::Path) -> String| -> Vec<String> {
+                let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+                entries.map(|entry| name(&entry.path())).collect()
+            };
+            let target =
+                |path: &std::path::Path| std::fs::read_link(path).unwrap_or_default().display().to_string();
+            let comm =
+                |path: &std::path::Path| std::fs::read_to_string(path.join("comm")).unwrap_or_default();
+            [names("/proc/self/fd", &target), names("/proc/self/task", &comm)].concat()
+        };
         // A server has four of them: its thread, its listener, its lock, its wake descriptor.
         const OF_A_SERVER: usize = 5;
         match self.baseline {
             None => self.baseline = Some(open() + (4 - self.servers.len().min(4)) * OF_A_SERVER),
             // Threads and descriptors of a session that has just ended may take a moment.
-            Some(baseline) => wait_for("descriptors to be closed", || (open() <= baseline).then_some(())),
+            Some(baseline) => {
+                let what = || {
+                    format!(
+                        "descriptors to be closed: {} and not {baseline}, {:?}",
+                        open(),
+                        held()
+                    )
+                };
+                wait_for_all(what, || (open() <= baseline).then_some(()));
+            }
         }
         let files = std::fs::read_dir(self.directory.path()).map_or(0, Iterator::count);
         assert!(files <= 3 * 8, "{files} files beside the sockets");
