@@ -258,8 +258,8 @@ impl Live {
                 |path: &std::path::Path| std::fs::read_to_string(path.join("comm")).unwrap_or_default();
             [names("/proc/self/fd", &target), names("/proc/self/task", &comm)].concat()
         };
-        // A server has four of them: its thread, its listener, its lock, its wake descriptor.
-        const OF_A_SERVER: usize = 5;
+        // A server has its thread, its listener, its lock, its wake descriptor, and the private socket with the path to it.
+        const OF_A_SERVER: usize = 6;
         match self.baseline {
             None => self.baseline = Some(open() + (4 - self.servers.len().min(4)) * OF_A_SERVER),
             // Threads and descriptors of a session that has just ended may take a moment.
