@@ -49,14 +49,15 @@ impl ReloadMetrics {
 
     /// A reload that was not refused.
     pub fn succeeded(&self, at: SystemTime) {
-        self.reloads.inc();
+        // What it came to first: who sees it counted sees that too.
         self.started(at);
+        self.reloads.inc();
     }
 
     /// A reload that was refused.
     pub fn refused(&self) {
-        self.reloads.inc();
-        self.failures.inc();
         self.last_successful.set(0);
+        self.failures.inc();
+        self.reloads.inc();
     }
 }

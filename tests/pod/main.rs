@@ -100,7 +100,9 @@ fn a_native_sidecar_takes_rules_while_a_transfer_runs_survives_a_mistake_and_end
         ));
         transfer.goes_on();
         from_host().unwrap();
-        assert_eq!(pod.metric("vsock_config_last_reload_successful"), 1.0);
+        wait_until("the reload is counted", || {
+            pod.metric("vsock_config_last_reload_successful") == 1.0
+        });
 
         // A mistake: it is told, and all stays as it was.
         pod.update("3", &broken);

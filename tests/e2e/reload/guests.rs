@@ -155,7 +155,7 @@ fn a_socket_goes_to_the_next_guest_when_its_guest_is_gone() {
         sidecar.state()["guests"][1]["name"] == "next"
     });
     ping(&connect(&linux(&sidecar.path("db.sock")), 7));
-    assert_eq!(sidecar.metric("vsock_config_last_reload_successful", &[]), 1.0);
+    sidecar.until_metric("vsock_config_last_reload_successful", &[], 1.0);
 }
 
 #[test]

@@ -195,13 +195,23 @@ impl Sidecar {
         lines[lines.len().saturating_sub(30)..].join("\n")
     }
 
-    /// The log's events with this message, fields included.
+    /// The log's events with this message, fields included. They are written a little later than what they tell of happens: if
+    /// there is none, it is looked for once more.
     pub fn events(&self, message: &str) -> Vec<Value> {
-        self.log()
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .filter(|event| field(event, "message") == message)
-            .collect()
+        let events = || -> Vec<Value> {
+            let log = self.log();
+            let lines = log.lines();
+            let events = lines.filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            events
+                .filter(|event| field(event, "message") == message)
+                .collect()
+        };
+        let found = events();
+        if !found.is_empty() {
+            return found;
+        }
+        std::thread::sleep(Duration::from_millis(250));
+        events()
     }
 
     pub fn pid(&self) -> u32 {
