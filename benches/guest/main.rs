@@ -60,20 +60,10 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(error) => error.exit(),
     };
-    let lines: Vec<_> = lines::all()
-        .into_iter()
-        .filter(|line| options.wants(line))
-        .collect();
-    if options.list {
-        for line in &lines {
-            println!("{:28} {}", line.name, line.what);
-        }
-        return ExitCode::SUCCESS;
-    }
-    if lines.is_empty() {
-        eprintln!("no line has such a name; --list shows them");
-        return ExitCode::FAILURE;
-    }
+    let lines = match options.choose(lines::all()) {
+        Ok(lines) => lines,
+        Err(done) => return done,
+    };
     let setting = options.setting();
     let mut report = report::Report::begin(&setting);
     for line in &lines {

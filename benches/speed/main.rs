@@ -47,20 +47,10 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 fn main() -> ExitCode {
     let options = options::Options::parse();
     raise_descriptor_limit();
-    let lines: Vec<_> = lines::all()
-        .into_iter()
-        .filter(|line| options.wants(line))
-        .collect();
-    if options.list {
-        for line in &lines {
-            println!("{:28} {}", line.name, line.what);
-        }
-        return ExitCode::SUCCESS;
-    }
-    if lines.is_empty() {
-        eprintln!("no line has such a name; --list shows them");
-        return ExitCode::FAILURE;
-    }
+    let lines = match options.choose(lines::all()) {
+        Ok(lines) => lines,
+        Err(done) => return done,
+    };
     verify::there_and_back();
     let setting = options.setting();
     let mut report = report::Report::begin(&setting);

@@ -1,6 +1,7 @@
 //! The command line, and how long everything may take.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
@@ -53,8 +54,24 @@ pub struct Setting {
 }
 
 impl Options {
+    /// The lines to be measured. An error is the end of the program: they were listed, or there are none.
+    pub fn choose(&self, lines: Vec<Line>) -> Result<Vec<Line>, ExitCode> {
+        let lines: Vec<_> = lines.into_iter().filter(|line| self.wants(line)).collect();
+        if self.list {
+            for line in &lines {
+                println!("{:28} {}", line.name, line.what);
+            }
+            return Err(ExitCode::SUCCESS);
+        }
+        if lines.is_empty() {
+            eprintln!("no line has such a name; --list shows them");
+            return Err(ExitCode::FAILURE);
+        }
+        Ok(lines)
+    }
+
     /// Whether a line is to be measured: one that is named is, in quick runs as well.
-    pub fn wants(&self, line: &Line) -> bool {
+    fn wants(&self, line: &Line) -> bool {
         if self.only.is_empty() {
             return !self.quick || line.quick;
         }
