@@ -53,7 +53,9 @@ fn every_refusal_is_a_reset_at_once_with_its_reason() {
     let quick = Duration::from_secs(2);
     assert!(refused(&guest, 9999) < quick);
     assert_eq!(counted("", "no_rule"), 1.0);
-    let events = sidecar.events("the guest asked for a port that no outbound rule matches");
+    let events = sidecar.logged("the guest asked for a port that no outbound rule matches", |_| {
+        true
+    });
     assert_eq!(events.len(), 1, "{}", sidecar.log_tail());
     assert_eq!(field(&events[0], "guest"), "web");
     assert_eq!(field(&events[0], "port"), "9999");
@@ -429,7 +431,7 @@ fn descriptors_that_run_out_are_refusals_by_name() {
     assert_eq!(held.len() as f64, limit);
     let warnings = |message: &str| {
         let loud = |event: &&serde_json::Value| field(event, "level") == "WARN";
-        let events = sidecar.events(message);
+        let events = sidecar.logged(message, |event| loud(&event));
         let remedies = events.iter().filter(loud).map(|event| field(event, "remedy"));
         remedies.collect::<Vec<_>>()
     };
@@ -579,12 +581,10 @@ fn each_limit_refuses_by_its_own_name() {
         ("many", "of the file"),
         ("echo", "connectionsPerSecond"),
     ] {
-        let events =
-            sidecar.events("refused: a limit is reached (further ones are counted, and told once a minute)");
-        let told = events
-            .iter()
-            .any(|event| field(event, "rule") == rule && field(event, "remedy").contains(key));
-        assert!(told, "{rule}: {key}\n{}", sidecar.log_tail());
+        let refused = "refused: a limit is reached (further ones are counted, and told once a minute)";
+        sidecar.logged(refused, |event| {
+            field(event, "rule") == rule && field(event, "remedy").contains(key)
+        });
     }
     assert_lawful(&guest);
     assert_lawful(&other);
@@ -671,8 +671,9 @@ fn memory_that_is_used_up_ends_the_connection_that_needs_it() {
     assert_eq!(closed(), 1.0, "the one that needed more");
     let limit = sidecar.metric("vsock_buffer_memory_limit_bytes", &[]);
     assert_eq!(limit, f64::from(1 << 20));
-    let events = sidecar.events(
+    let events = sidecar.logged(
         "no memory for what a service does not read: its connection is ended (further ones are counted)",
+        |_| true,
     );
     assert_eq!(events.len(), 1, "{}", sidecar.log_tail());
     assert!(field(&events[0], "remedy").contains("limits.memory"));

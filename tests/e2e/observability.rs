@@ -137,10 +137,7 @@ fn every_end_is_one_event_with_its_fields() {
     stream.read_exact(&mut [0; 12]).unwrap();
     let local = stream.local_port();
     drop(stream);
-    until("the end is logged", || {
-        !sidecar.events("connection ended").is_empty()
-    });
-    let events = sidecar.events("connection ended");
+    let events = sidecar.logged("connection ended", |_| true);
     assert_eq!(events.len(), 1, "{events:#?}");
     let expected = [
         ("level", "INFO".to_owned()),

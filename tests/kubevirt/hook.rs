@@ -51,8 +51,10 @@ fn a_virtual_machine_from_its_definition_to_its_end() {
         once,
         "KubeVirt defines a domain again whenever it synchronises"
     );
-    let warnings = pod.log().matches("cannot be migrated").count();
-    assert_eq!(warnings, 1, "what is wrong with a VMI is said once");
+    // The log is written a little later than what it tells of happens.
+    let warnings = || pod.log().matches("cannot be migrated").count();
+    until("the warning about the VMI", || (warnings() > 0).then_some(()));
+    assert_eq!(warnings(), 1, "what is wrong with a VMI is said once");
 
     let answer: Empty = launcher.call(&pod.hook(), SHUTDOWN, Empty {}).unwrap();
     assert_eq!(answer, Empty {});

@@ -326,11 +326,9 @@ fn refused(lab: &mut Lab) {
     for option in ["accessPlatform", "iommu_platform"] {
         assert!(remedy.contains(option), "{remedy}");
     }
-    let log = lab.sidecar.log();
-    assert!(
-        log.contains("feature-not-offered"),
-        "the log does not name the finding"
-    );
+    wait_until("the log names the finding", Duration::from_secs(5), || {
+        lab.sidecar.log().contains("feature-not-offered")
+    });
 
     another_machine_works(lab, &Options::default());
     nothing_is_translated(lab);

@@ -91,7 +91,7 @@ fn a_connection_goes_on_whatever_becomes_of_its_rule_and_its_log_names_it() {
     until("the series of the old rule are gone", || {
         opened(&sidecar, "old").is_none()
     });
-    let ended = sidecar.events("connection ended");
+    let ended = sidecar.logged("connection ended", |event| field(event, "rule") == "old");
     let old: Vec<_> = ended
         .iter()
         .filter(|event| field(event, "rule") == "old")

@@ -195,23 +195,25 @@ impl Sidecar {
         lines[lines.len().saturating_sub(30)..].join("\n")
     }
 
-    /// The log's events with this message, fields included. They are written a little later than what they tell of happens: if
-    /// there is none, it is looked for once more.
+    /// The events of the log with this message so far, fields included. An event is written a little later than what it tells of
+    /// happens, so this is for a sidecar that has ended, and for what should not be there: see [`Self::logged`].
     pub fn events(&self, message: &str) -> Vec<Value> {
-        let events = || -> Vec<Value> {
-            let log = self.log();
-            let lines = log.lines();
-            let events = lines.filter_map(|line| serde_json::from_str::<Value>(line).ok());
-            events
-                .filter(|event| field(event, "message") == message)
-                .collect()
-        };
-        let found = events();
-        if !found.is_empty() {
-            return found;
-        }
-        std::thread::sleep(Duration::from_millis(250));
-        events()
+        let log = self.log();
+        let events = log
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        events
+            .filter(|event| field(event, "message") == message)
+            .collect()
+    }
+
+    /// The events with this message, as soon as one of them is `wanted`.
+    #[track_caller]
+    pub fn logged(&self, message: &str, wanted: impl Fn(&Value) -> bool) -> Vec<Value> {
+        until(&format!("the log says that {message}"), || {
+            self.events(message).iter().any(&wanted)
+        });
+        self.events(message)
     }
 
     pub fn pid(&self) -> u32 {
