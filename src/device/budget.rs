@@ -6,6 +6,11 @@ pub(super) const TX_PACKETS: usize = 256;
 /// Packets given to the guest in one turn.
 pub(super) const RX_PACKETS: usize = 512;
 
+/// Payload bytes after which a turn takes no more packets, and likewise gives no more. At its end the guest is told: of credit, of
+/// buffers. Half of the window that Linux has (256 KiB, `VIRTIO_VSOCK_DEFAULT_BUF_SIZE` in net/vmw_vsock/af_vsock.c), so that a guest whose
+/// window is full is awake again and fills one half while the other is moved, instead of taking turns with us asleep.
+pub(super) const TURN_BYTES: usize = 128 * 1024;
+
 /// Bytes read from one connection's socket before the next connection has its turn.
 pub(super) const CONNECTION_BYTES: u32 = 128 * 1024;
 

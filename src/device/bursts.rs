@@ -1,6 +1,7 @@
 //! Rings against the switchboard: a burst of packets from the guest, a burst of packets to it.
 
 use std::io::{self, Write as _};
+use std::ops::AddAssign;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -239,9 +240,9 @@ fn take_burst(
         slices: IoVecs::new(),
         memory: ram,
     };
-    let mut taken = 0;
+    let (mut taken, mut bytes) = (0, 0);
     let mut drained = false;
-    while taken < budget::TX_PACKETS && switchboard.muxer.accepts_input() {
+    while taken < budget::TX_PACKETS && bytes < budget::TURN_BYTES && switchboard.muxer.accepts_input() {
         let Some(popped) = burst.pop() else {
             drained = true;
             break;
@@ -277,6 +278,7 @@ fn take_burst(
                     .metrics
                     .payload(Direction::GuestToHost, header.socket_type, u64::from(len));
                 gather.id = Some(id);
+                bytes += len as usize;
                 for slice in packet.payload(len) {
                     if !gather.slices.push(&slice) {
                         switchboard.flush(now, &mut gather);
@@ -327,9 +329,9 @@ fn give_burst(
     now: Instant,
 ) -> Result<Given, RingError> {
     let mut burst = RxBurst::begin(&mut running.ring, ram)?;
-    let mut packets = 0;
+    let mut all = Portion::default();
     let given = loop {
-        if packets >= budget::RX_PACKETS {
+        if all.packets >= budget::RX_PACKETS || all.bytes >= budget::TURN_BYTES {
             break Given::SomeLeft;
         }
         let outgoing = match unsent.take() {
@@ -361,7 +363,7 @@ fn give_burst(
                 switchboard
                     .metrics
                     .packet(Direction::HostToGuest, header.op, header.socket_type);
-                packets += 1;
+                all += Portion::EMPTY_PACKET;
             }
             Some(Outgoing::Data { id, limit }) => {
                 let most = limit.min(budget::CONNECTION_BYTES) as usize;
@@ -377,11 +379,11 @@ fn give_burst(
                 };
                 let most = most.min(room);
                 if !switchboard.has_messages(id) {
-                    packets += give_data(&mut burst, switchboard, captures, ram, now, id, most)?;
+                    all += give_data(&mut burst, switchboard, captures, ram, now, id, most)?;
                     continue;
                 }
                 match give_message(&mut burst, switchboard, captures, ram, now, id, most)? {
-                    Some(given) => packets += given,
+                    Some(given) => all += given,
                     None => break Given::NoBuffers,
                 }
             }
@@ -398,6 +400,26 @@ fn give_burst(
         Given::NoBuffers if finished.parked => Given::Parked,
         _ => given,
     })
+}
+
+/// What was given to the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+struct Portion {
+    packets: usize,
+    /// Of payload.
+    bytes: usize,
+}
+
+impl Portion {
+    /// One packet without payload.
+    const EMPTY_PACKET: Portion = Portion { packets: 1, bytes: 0 };
+}
+
+impl AddAssign for Portion {
+    fn add_assign(&mut self, other: Portion) {
+        self.packets += other.packets;
+        self.bytes += other.bytes;
+    }
 }
 
 /// The header of an RW packet with `len` bytes, which announces credit as of now and is counted as sent by what follows it.
@@ -417,8 +439,8 @@ fn data_header(
         .map_or([0; HEADER_LEN], |header| header.encode())
 }
 
-/// Fills reserved buffers with up to `most` bytes of the next message of a connection's host end; tells how many packets that
-/// made. `None`: the message is empty and there is no buffer for its one packet, it stays the next.
+/// Fills reserved buffers with up to `most` bytes of the next message of a connection's host end. `None`: the message is empty
+/// and there is no buffer for its one packet, it stays the next.
 fn give_message(
     burst: &mut RxBurst<'_, '_>,
     switchboard: &mut Switchboard,
@@ -427,11 +449,11 @@ fn give_message(
     now: Instant,
     id: ConnectionId,
     most: usize,
-) -> Result<Option<usize>, RingError> {
+) -> Result<Option<Portion>, RingError> {
     let (Some((message, left)), Some(wire)) = (switchboard.next_message(now, id), switchboard.wire(id))
     else {
         burst.give_back();
-        return Ok(Some(0));
+        return Ok(Some(Portion::default()));
     };
     if left == 0 {
         let header = data_header(switchboard, id, 0, message.boundary());
@@ -443,7 +465,7 @@ fn give_message(
             captures.record(Direction::HostToGuest, &header, 0, |_| 0);
         }
         switchboard.packet_given(now, id, 0);
-        return Ok(Some(1));
+        return Ok(Some(Portion::EMPTY_PACKET));
     }
     let most = most.min(left as usize);
     let boundary = |end: usize| match end < left as usize {
@@ -469,17 +491,18 @@ fn give_message(
             header
         })?;
         switchboard.packet_given(now, id, n as u32);
-        return Ok(Some(packets));
+        return Ok(Some(Portion { packets, bytes: n }));
     }
     let mut list = IoVecs::new();
     let asked = burst.push_payload(&mut list, most);
     let outcome = switchboard.read(now, id, asked, |stream| read_into(&list, memory, stream));
     let ReadOutcome::Bytes(n) = outcome else {
         burst.give_back();
-        return Ok(Some(0));
+        return Ok(Some(Portion::default()));
     };
     switchboard.message_given(id, n);
-    let packets = burst.commit(n as usize, |len| {
+    let bytes = n as usize;
+    let packets = burst.commit(bytes, |len| {
         let header = data_header(switchboard, id, len, boundary(at + len as usize));
         if captures.is_on() {
             captures.record(Direction::HostToGuest, &header, len, |into| {
@@ -489,7 +512,7 @@ fn give_message(
         at += len as usize;
         header
     })?;
-    Ok(Some(packets))
+    Ok(Some(Portion { packets, bytes }))
 }
 
 /// Reads once into slices of guest memory. If that is lost, it is no fault of the socket, which keeps its bytes.
@@ -503,7 +526,7 @@ fn read_into(list: &IoVecs<'_>, memory: View<'_>, stream: &HostStream) -> io::Re
     })
 }
 
-/// Fills reserved buffers with up to `most` bytes of a connection's host end; tells how many packets that made.
+/// Fills reserved buffers with up to `most` bytes of a connection's host end.
 fn give_data(
     burst: &mut RxBurst<'_, '_>,
     switchboard: &mut Switchboard,
@@ -512,7 +535,7 @@ fn give_data(
     now: Instant,
     id: ConnectionId,
     most: usize,
-) -> Result<usize, RingError> {
+) -> Result<Portion, RingError> {
     let header = |switchboard: &mut Switchboard, len: u32| data_header(switchboard, id, len, Boundary::None);
     if let Some(preface) = switchboard.preface(id) {
         let bytes = preface.get(..most.min(preface.len())).unwrap_or_default();
@@ -532,7 +555,7 @@ fn give_data(
             header
         })?;
         switchboard.preface_sent(now, id, n as u32);
-        return Ok(packets);
+        return Ok(Portion { packets, bytes: n });
     }
     let mut list = IoVecs::new();
     let asked = burst.push_payload(&mut list, most);
@@ -540,7 +563,8 @@ fn give_data(
     match outcome {
         ReadOutcome::Bytes(n) => {
             let mut at = 0;
-            burst.commit(n as usize, |len| {
+            let bytes = n as usize;
+            let packets = burst.commit(bytes, |len| {
                 let header = header(switchboard, len);
                 if captures.is_on() {
                     captures.record(Direction::HostToGuest, &header, len, |into| {
@@ -549,11 +573,12 @@ fn give_data(
                 }
                 at += len as usize;
                 header
-            })
+            })?;
+            Ok(Portion { packets, bytes })
         }
         ReadOutcome::Nothing => {
             burst.give_back();
-            Ok(0)
+            Ok(Portion::default())
         }
     }
 }

@@ -434,6 +434,15 @@ impl Bench {
         self.rx.offer(&self.memory, &[(at, PAGE as u32)], WRITE);
     }
 
+    /// Maps pages in a row and posts them as one buffer.
+    pub fn post_pages(&mut self, first: u64, pages: u64) {
+        for page in first..first + pages {
+            self.map(page);
+        }
+        let buffer = (iova(first), (pages * PAGE) as u32);
+        self.rx.offer(&self.memory, &[buffer], WRITE);
+    }
+
     /// Sends a packet of the connection, with payload in buffers that hold it already, and kicks.
     pub fn send(&mut self, op: Op, payload: &[Buf]) {
         self.send_from(BUFFERS + 100, op, payload);

@@ -2,6 +2,7 @@ mod bench;
 mod brief;
 mod capture;
 mod containment;
+mod halves;
 mod invalidate;
 mod messages;
 mod siblings;
