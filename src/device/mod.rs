@@ -22,6 +22,9 @@
 //! spill buffer, which credit bounds. The chains go back to the guest at the end of the burst, when nobody reads them
 //! any more, with one look at whether it wants an interrupt.
 //!
+//! A burst ends after half of Linux's window, in either direction: the guest fills one half while the other is moved
+//! (docs/adr/0013-a-turn-moves-half-a-window.md).
+//!
 //! # Host to guest
 //!
 //! While the muxer has something to say and the guest has posted buffers: a control packet takes one buffer; data
@@ -60,7 +63,8 @@
 //!
 //! # Invariants
 //!
-//! 1. Nothing here blocks but the poll. Sockets are non-blocking; a dial that has to wait, and names, are the control runtime's.
+//! 1. Nothing here blocks but the poll, and for 100 us at a time who kicks and kicks for nothing (`spurious`). Sockets are
+//!    non-blocking; a dial that has to wait, and names, are the control runtime's.
 //! 2. A ring, its memory and its descriptors are touched only between StartQueue and the answer to StopQueue.
 //! 3. When both data rings have stopped, every connection has ended: the guest has lost its memory of them. Rings that
 //!    are paused (disabled, and not asked for their base) keep them: so does the guest.
@@ -111,6 +115,7 @@ mod reports;
 mod rules;
 pub mod sibling;
 pub mod snapshot;
+mod spurious;
 mod switchboard;
 mod token;
 mod translation;
@@ -126,6 +131,7 @@ use commands::Inbox;
 use limits::{Admission, Bounds};
 use reports::Reports;
 use snapshot::RingSnapshot;
+use spurious::Spurious;
 use switchboard::{Switchboard, SwitchboardParts};
 use token::Source;
 use translation::Translation;
@@ -283,6 +289,7 @@ struct Device {
     /// Since when packets for the guest have waited for buffers.
     rx_starved_since: Option<Instant>,
     busy_poll: BusyPoll,
+    spurious: Spurious,
     gauges: Arc<DeviceGauges>,
 }
 
@@ -346,6 +353,7 @@ impl Device {
             waiting: VecDeque::new(),
             unsent: None,
             rx_starved_since: None,
+            spurious: Spurious::default(),
             gauges,
         }
     }
@@ -367,6 +375,9 @@ impl Device {
                 continue;
             }
             may_look = true;
+            if let Some(pause) = self.spurious.pause() {
+                std::thread::sleep(pause);
+            }
             let timeout = if more {
                 Some(Duration::ZERO)
             } else {
@@ -389,10 +400,15 @@ impl Device {
 
     /// What follows a poll: whether another turn should follow at once.
     fn cycle(&mut self, now: Instant, events: &Events) -> ControlFlow<(), bool> {
+        let began = self.positions();
+        let mut kicked = false;
         for event in events {
             match token::source(event.token()) {
                 Source::Wake => {}
-                Source::Kick(queue) => self.handle_kick(now, queue),
+                Source::Kick(queue) => {
+                    kicked = true;
+                    self.handle_kick(now, queue);
+                }
                 Source::Flow(slot) => self.switchboard.handle_ready(now, slot, event),
                 Source::Lingering(index) => self.switchboard.handle_lingering_ready(index),
             }
@@ -400,6 +416,7 @@ impl Device {
         let commands = self.handle_commands(now);
         // Also after Stop: what the guest is told of the end leaves with this turn.
         let more = self.turn(now);
+        self.after_turn(kicked, began);
         self.let_go_of_lost_memory(now);
         self.captures.flush();
         self.show();

@@ -4,6 +4,7 @@ mod capture;
 mod containment;
 mod halves;
 mod invalidate;
+mod kicks;
 mod messages;
 mod siblings;
 mod translation;
