@@ -11,6 +11,9 @@ pub(super) const RX_PACKETS: usize = 512;
 /// window is full is awake again and fills one half while the other is moved, instead of taking turns with us asleep.
 pub(super) const TURN_BYTES: usize = 128 * 1024;
 
+/// Turns in a row, if there is enough to do, before the kernel is asked what else is ready: a system call.
+pub(super) const TURNS: usize = 4;
+
 /// Bytes read from one connection's socket before the next connection has its turn.
 pub(super) const CONNECTION_BYTES: u32 = 128 * 1024;
 

@@ -59,7 +59,7 @@ pub(super) fn run(mut device: Device) {
 
 impl Device {
     /// Whether the VMM has taken guest memory away. Nothing that was read since is to be believed.
-    fn has_lost_memory(&self) -> bool {
+    pub(super) fn has_lost_memory(&self) -> bool {
         self.ram.as_ref().is_some_and(GuestRam::is_lost)
     }
 

@@ -11,9 +11,9 @@
 //!        ^ kick, v call eventfds           ^ v host sockets
 //! ```
 //!
-//! A turn: take what is ready, take commands, let deadlines fire, take a burst of the guest's packets, give it a
-//! burst of packets. If there is more of either than the budget allows, the next turn comes at once, after a look at
-//! what has become ready meanwhile. Otherwise the thread asks the guest for a kick and sleeps.
+//! A cycle: take what is ready, take commands, and turn the crank. A turn: let deadlines fire, take a burst of the guest's
+//! packets, give it a burst of packets. If there is more of either than the budget allows, the next turn comes at once, and
+//! after a few of them a look at what has become ready meanwhile. Otherwise the thread asks the guest for a kick and sleeps.
 //!
 //! # Guest to host
 //!
@@ -398,9 +398,24 @@ impl Device {
         }
     }
 
-    /// What follows a poll: whether another turn should follow at once.
+    /// What follows a poll: whether more should follow at once.
     fn cycle(&mut self, now: Instant, events: &Events) -> ControlFlow<(), bool> {
         let began = self.positions();
+        let kicked = self.hear(now, events);
+        let commands = self.handle_commands(now);
+        // Also after Stop: what the guest is told of the end leaves with this turn.
+        let mut more = self.turn(now);
+        for _ in 1..budget::TURNS {
+            more = more && !self.has_lost_memory() && self.turn(now);
+        }
+        self.after_turn(kicked, began);
+        self.let_go_of_lost_memory(now);
+        self.show();
+        commands.map_continue(|left| left | more)
+    }
+
+    /// Takes in what is ready; whether the guest has kicked.
+    fn hear(&mut self, now: Instant, events: &Events) -> bool {
         let mut kicked = false;
         for event in events {
             match token::source(event.token()) {
@@ -413,14 +428,7 @@ impl Device {
                 Source::Lingering(index) => self.switchboard.handle_lingering_ready(index),
             }
         }
-        let commands = self.handle_commands(now);
-        // Also after Stop: what the guest is told of the end leaves with this turn.
-        let more = self.turn(now);
-        self.after_turn(kicked, began);
-        self.let_go_of_lost_memory(now);
-        self.captures.flush();
-        self.show();
-        commands.map_continue(|left| left | more)
+        kicked
     }
 
     /// One turn; whether another one should follow at once.
@@ -431,6 +439,7 @@ impl Device {
         let inbox = self.handle_session_commands(now);
         let more_rx = self.give_packets(now);
         self.report(now);
+        self.captures.flush();
         more_tx | more_rx | (inbox != Inbox::Empty)
     }
 

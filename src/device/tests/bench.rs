@@ -274,7 +274,16 @@ impl Bench {
         }
     }
 
-    /// One turn, after a wait of a millisecond at most.
+    /// What is ready, and one turn, of the several that may follow each other in a cycle.
+    pub fn turn_once(&mut self) {
+        let wait = Some(Duration::from_millis(1));
+        self.device.poll.poll(&mut self.events, wait).unwrap();
+        let now = self.now();
+        self.device.hear(now, &self.events);
+        self.device.turn(now);
+    }
+
+    /// One cycle, after a wait of a millisecond at most.
     pub fn turn(&mut self) {
         let wait = Some(Duration::from_millis(1));
         self.device.poll.poll(&mut self.events, wait).unwrap();

@@ -22,7 +22,7 @@ fn the_guest_has_credit_for_one_half_while_the_other_is_written() {
         bench.queue(BUFFERS + 100, Op::Rw, &[(iova(PAYLOAD), PACKET as u32)]);
     }
     bench.kick_only(TX);
-    bench.turn();
+    bench.turn_once();
     let told = |bench: &mut Bench| -> Vec<(u16, u32)> {
         let packets = bench.packets();
         packets
@@ -49,7 +49,7 @@ fn the_guest_is_given_one_half_before_the_other_is_read() {
     }
     write(&mut service, &[7; BYTES]);
     let given = |bench: &mut Bench| -> usize { bench.received().iter().map(|(_, len)| len).sum() };
-    bench.turn();
+    bench.turn_once();
     assert_eq!(given(&mut bench), budget::TURN_BYTES);
     bench.crank();
     assert_eq!(given(&mut bench), BYTES - budget::TURN_BYTES);
