@@ -146,6 +146,11 @@ const LOCKS_ASIDE: &[(&str, &[&str], &str)] = &[
         "the guests that can be dialled: asked when one dials another, and held to put a list in its place",
     ),
     (
+        "device/spurious.rs",
+        &["thread::sleep"],
+        "a pause for a guest that kicks again and again with nothing behind it",
+    ),
+    (
         "guest/dirty.rs",
         &["RwLock"],
         "the dirty log: taken while the VMM migrates the guest, and only an atomic is read otherwise",

@@ -375,9 +375,7 @@ impl Device {
                 continue;
             }
             may_look = true;
-            if let Some(pause) = self.spurious.pause() {
-                std::thread::sleep(pause);
-            }
+            self.spurious.rest();
             let timeout = if more {
                 Some(Duration::ZERO)
             } else {

@@ -41,6 +41,13 @@ impl Spurious {
     pub(super) fn pause(&self) -> Option<Duration> {
         (self.in_a_row >= MANY).then_some(PAUSE)
     }
+
+    /// Sleeps if there is reason to.
+    pub(super) fn rest(&self) {
+        if let Some(pause) = self.pause() {
+            std::thread::sleep(pause);
+        }
+    }
 }
 
 impl Device {
