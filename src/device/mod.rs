@@ -402,11 +402,12 @@ impl Device {
         let kicked = self.hear(now, events);
         let commands = self.handle_commands(now);
         // Also after Stop: what the guest is told of the end leaves with this turn.
-        let mut more = self.turn(now);
-        for _ in 1..budget::TURNS {
-            more = more && !self.has_lost_memory() && self.turn(now);
+        let (mut more, mut turns) = (self.turn(now), 1);
+        while more && turns < budget::TURNS && !self.has_lost_memory() {
+            more = self.turn(now);
+            turns += 1;
         }
-        self.after_turn(kicked, began);
+        self.after_cycle(kicked, began);
         self.let_go_of_lost_memory(now);
         self.show();
         commands.map_continue(|left| left | more)

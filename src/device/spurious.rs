@@ -1,6 +1,6 @@
 //! Kicks with nothing behind them.
 //!
-//! Each costs a turn: a look at both rings and two system calls. A guest that does nothing but kick keeps its device's thread
+//! Each costs a cycle: a look at both rings and two system calls. A guest that does nothing but kick keeps its device's thread
 //! awake, on a processor that the sidecar's other guests would like to have, or out of a container's quota. So after many in a row the
 //! thread sleeps for a moment before it listens again; what is kicked meanwhile is one kick.
 //!
@@ -12,13 +12,13 @@ use std::time::Duration;
 use super::{Device, RX, TX};
 use crate::guest::RingPosition;
 
-/// Turns in a row that are not taken amiss.
+/// Cycles in a row that are not taken amiss.
 const MANY: u32 = 64;
 
 /// How long not to listen. What the guest does besides waits for that long; it has itself to thank.
 const PAUSE: Duration = Duration::from_micros(100);
 
-/// Turns in which the guest has kicked and nothing has moved.
+/// Cycles that the guest has kicked for and in which nothing has moved.
 #[derive(Default, Debug)]
 pub(super) struct Spurious {
     in_a_row: u32,
@@ -28,8 +28,8 @@ pub(super) struct Spurious {
 pub(super) type Positions = [Option<RingPosition>; 2];
 
 impl Spurious {
-    /// A turn is over.
-    fn turned(&mut self, kicked: bool, moved: bool) {
+    /// A cycle is over.
+    fn cycled(&mut self, kicked: bool, moved: bool) {
         if moved {
             self.in_a_row = 0;
         } else if kicked {
@@ -58,10 +58,10 @@ impl Device {
         })
     }
 
-    /// Judges a turn that began at these positions.
-    pub(super) fn after_turn(&mut self, kicked: bool, began: Positions) {
+    /// Judges a cycle that began at these positions.
+    pub(super) fn after_cycle(&mut self, kicked: bool, began: Positions) {
         let moved = self.positions() != began;
-        self.spurious.turned(kicked, moved);
+        self.spurious.cycled(kicked, moved);
     }
 }
 
@@ -74,18 +74,18 @@ mod tests {
         let mut spurious = Spurious::default();
         for _ in 0..10 {
             for _ in 1..MANY {
-                spurious.turned(true, false);
+                spurious.cycled(true, false);
             }
             assert_eq!(spurious.pause(), None);
-            spurious.turned(true, true);
+            spurious.cycled(true, true);
         }
         for _ in 0..MANY {
-            spurious.turned(true, false);
+            spurious.cycled(true, false);
         }
         assert_eq!(spurious.pause(), Some(PAUSE));
-        spurious.turned(false, false);
+        spurious.cycled(false, false);
         assert_eq!(spurious.pause(), Some(PAUSE), "a timer is no sign of good will");
-        spurious.turned(false, true);
+        spurious.cycled(false, true);
         assert_eq!(spurious.pause(), None);
     }
 }
